@@ -1,0 +1,6 @@
+"""timm_dynamic: a timm plugin for image classifiers that spend compute where an image needs it.
+
+Importing it registers its models with timm.
+"""
+from . import models as models
+from .version import __version__ as __version__

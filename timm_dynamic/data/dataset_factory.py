@@ -1,0 +1,64 @@
+"""Datasets by name: the embedded demo set, and all of timm's."""
+import difflib
+import os
+from typing import Any
+
+from timm.data import create_dataset as create_timm_dataset
+
+from .cluttered_digits import ClutteredDigits
+
+DEMO_DATASET = 'cluttered_digits'
+
+
+def create_dataset(name: str, root: str | None = None, split: str = 'validation', **kwargs: Any) -> Any:
+    """Create a dataset.
+
+    Args:
+        name: 'cluttered_digits' for the embedded demo set; otherwise as in timm: empty for a folder or tar file, or
+            with the prefix torch/, hfds/, hfids/, wds/, tfds/.
+        root: Folder, for most of timm's datasets.
+        split: Name of the split.
+        **kwargs: Passed on. The demo set takes `img_size`, `digit_scale`, `clutter` and `num_samples` and ignores
+            what only makes sense for files.
+
+    Raises:
+        FileNotFoundError: The folder does not exist.
+        ValueError: The name is unknown, the folder is empty, or it holds one class only.
+    """
+    if name == DEMO_DATASET:
+        options = {k: kwargs[k] for k in ('img_size', 'digit_scale', 'clutter', 'num_samples') if kwargs.get(k) is not None}
+        return ClutteredDigits(split=split, **options)
+    for key in ('digit_scale', 'clutter', 'img_size'):
+        kwargs.pop(key, None)
+    if name and '/' not in name:
+        near = difflib.get_close_matches(name, [DEMO_DATASET], n=1)
+        hint = f' Did you mean {near[0]}?' if near else ''
+        raise ValueError(
+            f"Unknown dataset '{name}': expected '{DEMO_DATASET}', a name with prefix (torch/, hfds/, hfids/, wds/, "
+            f'tfds/), or none for a folder or tar file.{hint}')
+    if not name:
+        if not root:
+            raise ValueError('A folder of images needs a path (--data-dir).')
+        if not os.path.exists(root):
+            raise FileNotFoundError(f"There is no data at '{root}': expected a folder with one sub-folder per class, or a tar file.")
+    try:
+        dataset = create_timm_dataset(name, root=root, split=split, **kwargs)
+    except RuntimeError as e:
+        if 'Found 0 images' in str(e):
+            raise ValueError(f"'{root}' holds no images for the split '{split}': {e}") from e
+        raise
+    classes = class_to_idx(dataset)
+    if classes is not None and len(classes) < 2:
+        raise ValueError(
+            f"'{root}' holds {len(classes)} class ({', '.join(map(repr, classes))}) for the split '{split}': expected one "
+            'sub-folder per class and at least two of them.')
+    return dataset
+
+
+def class_to_idx(dataset: Any) -> dict[str, int] | None:
+    """Class names of a dataset; None where it does not tell."""
+    for source in (dataset, getattr(dataset, 'reader', None)):
+        mapping = getattr(source, 'class_to_idx', None)
+        if isinstance(mapping, dict) and mapping:
+            return mapping
+    return None

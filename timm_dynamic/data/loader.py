@@ -1,0 +1,266 @@
+"""timm's loaders, made repeatable: what a batch holds depends on (seed, epoch, batch) and on nothing else.
+
+Not on the number of workers, not on what was prefetched, not on whether the run was killed and resumed before.
+"""
+import logging
+import multiprocessing
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
+from typing import Any, NamedTuple
+
+import torch
+from timm.data import create_loader
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, RandomSampler, Sampler, get_worker_info
+
+from ..utils import seeded
+
+
+class BatchKey(NamedTuple):
+    """Names a training batch. Goes to a worker in place of a list of indices."""
+    indices: list[Any]  # sample indices, or what a timm sampler puts in their place
+    epoch: int
+    batch: int
+
+
+class _KeyedBatch(list):
+    """Samples that remember their key until they are collated."""
+
+    def __init__(self, samples: list[Any], key: BatchKey) -> None:
+        super().__init__(samples)
+        self.key = key
+
+
+class EpochBatchSampler(Sampler[BatchKey]):
+    """Keys of the batches of an epoch, from a given batch on.
+
+    Args:
+        batches: A batch sampler whose order depends on the epoch alone.
+    """
+
+    def __init__(self, batches: Sampler) -> None:
+        self.batches = batches
+        self.epoch = self.start = 0
+
+    def set_epoch(self, epoch: int, start: int | None = None) -> None:
+        if start is None:  # timm's repeating loader names the epoch again, which is no reason to start over
+            start = self.start if epoch == self.epoch else 0
+        self.epoch, self.start = epoch, start
+        for sampler in (self.batches, getattr(self.batches, 'sampler', None)):
+            if hasattr(sampler, 'set_epoch'):
+                sampler.set_epoch(epoch)
+
+    def __iter__(self) -> Iterator[BatchKey]:
+        epoch, start = self.epoch, self.start
+        for i, indices in enumerate(islice(self.batches, start, None), start):
+            yield BatchKey(indices, epoch, i)
+
+    def __len__(self) -> int:
+        return len(self.batches) - self.start  # type: ignore[arg-type]
+
+
+class _SkipCounter(logging.Handler):
+    """Counts the images that timm's datasets skip because they cannot be read, over all worker processes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = multiprocessing.Value('q', 0)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if str(record.msg).startswith('Skipped sample'):
+            with self.count.get_lock():
+                self.count.value += 1
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {'count': self.count}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__init__()
+        self.count = state['count']
+
+
+class SeededDataset(Dataset):
+    """Fetches every sample under random numbers of its own, and counts those that cannot be read.
+
+    Args:
+        dataset: Map-style dataset.
+        seed: Seed of the run.
+        rank: Process number; only matters where a sample is drawn several times in an epoch (`repeated`).
+        repeated: Samples recur within an epoch, as with repeated augmentation.
+    """
+
+    def __init__(self, dataset: Dataset, seed: int = 0, rank: int = 0, repeated: bool = False) -> None:
+        self.dataset = dataset
+        self.seed = seed
+        self.rank = rank
+        self.repeated = repeated
+        self.skipped = _SkipCounter()
+
+    def __getitems__(self, key: Sequence[Any]) -> list[Any]:
+        logger = logging.getLogger('timm.data.dataset')
+        if self.skipped not in logger.handlers:  # anew in every worker
+            logger.addHandler(self.skipped)
+        if not isinstance(key, BatchKey):
+            return [self.dataset[i] for i in key]
+        in_worker = get_worker_info() is not None
+        samples = []
+        for position, index in enumerate(key.indices):
+            copy = (self.rank, key.batch, position) if self.repeated else ()
+            with seeded(self.seed, 'sample', key.epoch, str(index), *copy, keep=in_worker):
+                samples.append(self.dataset[index])
+        return _KeyedBatch(samples, key)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.dataset[index]
+
+    def __len__(self) -> int:
+        return len(self.dataset)  # type: ignore[arg-type]
+
+
+class _SeededCollate:
+    """Collates (and mixes) every batch under random numbers of its own."""
+
+    def __init__(self, collate_fn: Callable, seed: int, rank: int, mixup_off_epoch: int = 0) -> None:
+        self.collate_fn = collate_fn
+        self.seed = seed
+        self.rank = rank
+        self.mixup_off_epoch = mixup_off_epoch
+
+    def __call__(self, batch: list[Any]) -> Any:
+        key = getattr(batch, 'key', None)
+        if key is None:
+            return self.collate_fn(batch)
+        if hasattr(self.collate_fn, 'mixup_enabled'):  # decided here: the main process cannot reach into workers
+            self.collate_fn.mixup_enabled = not self.mixup_off_epoch or key.epoch < self.mixup_off_epoch
+        with seeded(self.seed, 'batch', self.rank, key.epoch, key.batch, keep=get_worker_info() is not None):
+            return self.collate_fn(list(batch))
+
+
+class _SeededErasing:
+    """Erases in every batch under random numbers of its own."""
+
+    def __init__(self, random_erasing: Callable, seed: int, rank: int, device: torch.device) -> None:
+        self.random_erasing = random_erasing
+        self.seed = seed
+        self.rank = rank
+        self.device = device
+        self.epoch = self.batch = 0
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        with seeded(self.seed, 'erase', self.rank, self.epoch, self.batch, device=self.device):
+            self.batch += 1
+            return self.random_erasing(images)
+
+
+class TrainLoader:
+    """Training batches of a timm loader, repeatable and resumable.
+
+    Iterating gives (input, target) on the device (on the CPU without prefetcher), from the batch given to `set_epoch`
+    on. Datasets that can only be iterated begin every epoch anew: see `resumable`.
+
+    Args:
+        loader: What timm's `create_loader` made, with is_training=True.
+        seed: Seed of the run.
+        rank: This process.
+        world_size: Number of processes.
+        mixup_off_epoch: First epoch without mixup, 0 for never.
+    """
+
+    def __init__(self, loader: Any, seed: int = 0, rank: int = 0, world_size: int = 1, mixup_off_epoch: int = 0) -> None:
+        prefetched = not isinstance(loader, DataLoader)
+        inner: DataLoader = loader.loader if prefetched else loader
+        self.resumable = not isinstance(inner.dataset, IterableDataset)
+        self.start = 0
+        self.batch_sampler: EpochBatchSampler | None = None
+        if self.resumable:
+            # torch's loaders do not let go of a sampler, so a new one is made around timm's transforms, collation
+            # and sampling. A loader of timm that repeats for ever stays one: the class is kept.
+            batches = inner.batch_sampler
+            while isinstance(getattr(batches, 'sampler', None), Sampler) and type(batches).__name__ == '_RepeatSampler':
+                batches = batches.sampler  # type: ignore[union-attr]
+            sampler = batches.sampler  # type: ignore[union-attr]
+            if isinstance(sampler, RandomSampler):  # has an order of its own: take one that only knows seed and epoch
+                sampler = batches.sampler = DistributedSampler(inner.dataset, num_replicas=1, rank=0)  # type: ignore[union-attr]
+            if isinstance(sampler, DistributedSampler):
+                sampler.seed = seed
+            self.batch_sampler = EpochBatchSampler(batches)  # type: ignore[arg-type]
+            self.dataset: Any = SeededDataset(
+                inner.dataset, seed, rank, repeated=not isinstance(sampler, DistributedSampler))
+            inner = type(inner)(
+                self.dataset,
+                batch_sampler=self.batch_sampler,
+                num_workers=inner.num_workers,
+                collate_fn=_SeededCollate(inner.collate_fn, seed, rank, mixup_off_epoch),
+                pin_memory=inner.pin_memory,
+                worker_init_fn=inner.worker_init_fn,
+                persistent_workers=inner.persistent_workers,
+            )
+            if prefetched:
+                loader.loader = inner
+            else:
+                loader = inner
+        else:
+            self.dataset = inner.dataset
+        self.erasing = None
+        if prefetched and loader.random_erasing is not None:
+            self.erasing = loader.random_erasing = _SeededErasing(loader.random_erasing, seed, rank, loader.device)
+        self.loader = loader
+        self.batch_size = inner.batch_size or getattr(inner.batch_sampler, 'batch_size', None)
+
+    @property
+    def skipped(self) -> int:
+        """Images skipped so far because they could not be read."""
+        return self.dataset.skipped.count.value if isinstance(self.dataset, SeededDataset) else 0
+
+    def set_epoch(self, epoch: int, start: int = 0) -> None:
+        """Choose the epoch, and its first batch to be given. Ignored by datasets that can only be iterated: their start is 0."""
+        self.start = start if self.resumable else 0
+        if self.batch_sampler is not None:
+            self.batch_sampler.set_epoch(epoch, start)
+        elif hasattr(self.dataset, 'set_epoch'):
+            self.dataset.set_epoch(epoch)
+        if self.erasing is not None:
+            self.erasing.epoch, self.erasing.batch = epoch, self.start
+
+    def indices(self, epoch: int, batch: int) -> list[Any] | None:
+        """Sample indices of a batch of this process, for messages. None where they cannot be known."""
+        if self.batch_sampler is None:
+            return None
+        before = self.batch_sampler.epoch, self.batch_sampler.start
+        self.batch_sampler.set_epoch(epoch, batch)
+        key = next(iter(self.batch_sampler), None)
+        self.batch_sampler.set_epoch(*before)
+        return [i[0] if isinstance(i, tuple) else i for i in key.indices] if key else None
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        return iter(self.loader)
+
+    def __len__(self) -> int:
+        """Batches of a whole epoch, wherever it was resumed."""
+        return len(self.loader if self.batch_sampler is None else self.batch_sampler.batches)  # type: ignore[arg-type]
+
+
+def create_train_loader(
+        dataset: Any,
+        input_size: tuple[int, int, int],
+        batch_size: int,
+        seed: int = 42,
+        rank: int = 0,
+        world_size: int = 1,
+        mixup_off_epoch: int = 0,
+        **kwargs: Any,
+) -> TrainLoader:
+    """Create timm's training loader and make it repeatable.
+
+    Args:
+        dataset: A timm or torchvision dataset; its `transform` is set.
+        input_size: Channels, height, width.
+        batch_size: Per process.
+        seed: Seed of the run.
+        rank: This process.
+        world_size: Number of processes.
+        mixup_off_epoch: First epoch without mixup, 0 for never.
+        **kwargs: Passed on to timm's `create_loader`.
+    """
+    loader = create_loader(
+        dataset, input_size, batch_size, is_training=True, distributed=world_size > 1, batch_choice_seed=seed, **kwargs)
+    return TrainLoader(loader, seed, rank, world_size, mixup_off_epoch)

@@ -1,0 +1,3 @@
+from .focus_picking import FocusPickingLoss, FocusPickingTerms
+
+__all__ = ['FocusPickingLoss', 'FocusPickingTerms']

@@ -1,0 +1,1 @@
+from .focusnet import *

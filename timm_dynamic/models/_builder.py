@@ -1,0 +1,120 @@
+"""Building and loading, for the models of this package: timm's builder behind a stricter door for weights."""
+import logging
+import os
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.models import PretrainedCfg, get_model_traits, model_entrypoint, resolve_pretrained_cfg
+from torch import nn
+
+from ..utils import CheckpointError, load_weights, read_state_dict
+
+_logger = logging.getLogger(__name__)
+
+FilterFn = Callable[[dict[str, torch.Tensor], nn.Module], dict[str, torch.Tensor]]
+
+# Organisation on the Hugging Face Hub. Mirrors set the environment variable.
+HUB_ORG = os.environ.get('TIMM_DYNAMIC_HUB_ORG', 'timm-dynamic')
+
+
+def hub_id(name: str) -> str:
+    """Full Hub id of a model and tag. timm completes ids for its own organisation only, so ours are spelled out."""
+    return f'{HUB_ORG}/{name}'
+
+
+def checkpoint_filter_of(model_name: str) -> FilterFn | None:
+    """The `checkpoint_filter_fn` of the family that a registered model belongs to; None if it has none."""
+    module = sys.modules[model_entrypoint(model_name.split('.')[0]).__module__]
+    return getattr(module, 'checkpoint_filter_fn', None)
+
+
+def build_dynamic_model(
+        create_fn: Callable[..., nn.Module],
+        variant: str,
+        pretrained: bool,
+        filter_fn: FilterFn | None = None,
+        pretrained_cfg: str | dict[str, Any] | PretrainedCfg | None = None,
+        pretrained_cfg_overlay: dict[str, Any] | None = None,
+        cache_dir: str | Path | None = None,
+        **kwargs: Any,
+) -> nn.Module:
+    """Build a model with timm and load its weights, all of them or none.
+
+    Args:
+        create_fn: Called as `create_fn(pretrained=False, pretrained_cfg=..., **kwargs)`, e.g. timm's own entry point.
+        variant: Registered name.
+        pretrained: Load weights. Their source is, as in timm, `state_dict`, `file` or `hf_hub_id` of the cfg;
+            `file` may be a file (the authors' too), a folder, or a mapping from part to file.
+        filter_fn: Maps foreign keys onto the model's, see `load_weights`.
+        pretrained_cfg: As in timm.
+        pretrained_cfg_overlay: As in timm.
+        cache_dir: As in timm.
+        **kwargs: Passed on to `create_fn`.
+
+    Raises:
+        CheckpointError: There are no weights, they cannot be reached, or they do not fit. Never random weights
+            in silence.
+    """
+    cfg = resolve_pretrained_cfg(variant, pretrained_cfg, pretrained_cfg_overlay)
+    state_dict, file = cfg.state_dict, cfg.file
+    # Where the weights came from is no part of what the model is: neither tensors nor local paths stay behind.
+    cfg = replace(cfg, architecture=cfg.architecture or variant, state_dict=None, file=None)
+    features_only = kwargs.pop('features_only', False) if pretrained else False
+    model = create_fn(pretrained=False, pretrained_cfg=cfg.to_dict(), **kwargs)
+    if pretrained:
+        if state_dict is None:
+            state_dict = _fetch(cfg, variant, file, cache_dir)
+        load_weights(model, state_dict, filter_fn, adapt=True, label=f"'{file}'" if file else None)
+    if features_only:  # timm takes the classifier off while it loads, so it gets the whole model's weights
+        cfg = replace(cfg, state_dict=model.state_dict(), input_size=(get_model_traits(model)['in_chans'], *cfg.input_size[1:]))
+        model = create_fn(pretrained=True, pretrained_cfg=cfg.to_dict(), features_only=True, **kwargs)
+        model.pretrained_cfg.pop('state_dict', None)
+    return model
+
+
+def _fetch(
+        cfg: PretrainedCfg,
+        variant: str,
+        file: str | Path | Mapping[str, str | Path] | None,
+        cache_dir: str | Path | None,
+) -> Any:
+    if isinstance(file, Mapping):
+        return {part: read_state_dict(path) for part, path in file.items()}
+    if file:
+        return read_state_dict(file)
+    name = f'{variant}.{cfg.tag}' if cfg.tag else variant
+    if not cfg.hf_hub_id:
+        raise CheckpointError(
+            f'There are no weights of {name}. Use pretrained=False for initial values, or give a file: '
+            f"create_model('{variant}', pretrained=True, pretrained_cfg_overlay=dict(file='...')).")
+    return _fetch_from_hub(cfg, variant, name, cache_dir)
+
+
+def _fetch_from_hub(cfg: PretrainedCfg, variant: str, name: str, cache_dir: str | Path | None) -> dict[str, torch.Tensor]:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    assert cfg.hf_hub_id
+    repo, _, revision = cfg.hf_hub_id.partition('@')
+    overlay = f"create_model('{variant}', pretrained=True, pretrained_cfg_overlay=dict(file='FILE'))"
+    origin = f' The authors link their file at {cfg.origin_url}; load it with {overlay}.' if cfg.origin_url else \
+        f' A file of your own loads with {overlay}.'
+    try:
+        path = hf_hub_download(
+            repo, cfg.hf_hub_filename or 'model.safetensors', revision=revision or None, cache_dir=cache_dir)
+    except LocalEntryNotFoundError as e:  # first: it is an EntryNotFoundError, too
+        raise CheckpointError(
+            f"The weights of {name} ('{repo}') are not in the local cache, and the Hugging Face Hub cannot be reached. "
+            f'Try again when online.{origin}') from e
+    except RepositoryNotFoundError as e:
+        raise CheckpointError(
+            f"The Hugging Face Hub has no repository '{repo}' (yet), so {name} cannot be downloaded.{origin}") from e
+    except EntryNotFoundError as e:
+        raise CheckpointError(f"'{repo}' on the Hugging Face Hub holds no model.safetensors.{origin}") from e
+    except (HfHubHTTPError, OSError, ValueError) as e:
+        raise CheckpointError(f"'{repo}' could not be fetched from the Hugging Face Hub: {e}.{origin}") from e
+    return read_state_dict(path)

@@ -1,0 +1,198 @@
+"""FocusNet training: a net learns to tell the right class from those that a frozen baseline confuses it with."""
+import difflib
+import hashlib
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+import timm
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import get_model_input_config, is_model, list_models
+from timm.task import TrainingTask
+from timm.utils import unwrap_model
+from torch import nn
+
+from ..loss import FocusPickingLoss
+from ..models._builder import checkpoint_filter_of
+from ..utils import load_weights
+
+_logger = logging.getLogger(__name__)
+
+
+def create_baseline(source: str | Path | nn.Module, model: nn.Module) -> nn.Module:
+    """Create the frozen baseline for a focus net.
+
+    Args:
+        source: A timm model name (its pretrained weights are loaded), 'local-dir:FOLDER' or 'hf-hub:ORG/NAME', a folder
+            exported by timm, a checkpoint file made for the focus net's own architecture, or a module.
+        model: The focus net.
+
+    Returns:
+        The baseline, frozen and in eval mode.
+
+    Raises:
+        ValueError: There is no such model; or it has other classes or input channels than the focus net.
+        CheckpointError: Its weights cannot be read or do not fit.
+    """
+    focus = unwrap_model(model)
+    name = getattr(focus, 'pretrained_cfg', {}).get('architecture')
+    label = str(source) if not isinstance(source, nn.Module) else type(source).__name__
+    if isinstance(source, nn.Module):
+        baseline = source
+    elif label.startswith(('local-dir:', 'hf-hub:')):
+        baseline = timm.create_model(label, pretrained=True)
+    elif (Path(label) / 'config.json').is_file():
+        baseline = timm.create_model(f'local-dir:{label}', pretrained=True)
+    elif Path(label).exists():
+        baseline = timm.create_model(name, num_classes=focus.num_classes)
+        load_weights(baseline, label, checkpoint_filter_of(name))
+    elif is_model(label.split('.')[0]):
+        baseline = timm.create_model(label, pretrained=True)
+    else:
+        near = difflib.get_close_matches(label, list_models(), n=3)
+        raise ValueError(
+            f"There is no baseline '{label}': neither a file or folder, nor a timm model."
+            + (f" Did you mean {' or '.join(near)}?" if near else ''))
+
+    for what in ('num_classes', 'in_chans'):
+        ours, theirs = getattr(focus, what, None), getattr(baseline, what, None)
+        if ours is not None and theirs is not None and ours != theirs:
+            noun = 'classes' if what == 'num_classes' else 'input channels'
+            raise ValueError(
+                f"The baseline '{label}' has {theirs} {noun}, the focus net has {ours}: both must be made for the same "
+                f'data. Give a baseline trained on it, or train one first with --focus-baseline scratch.')
+    return baseline.requires_grad_(False).eval()
+
+
+class FocusPickingTask(TrainingTask):
+    """Train a focus net beside a frozen baseline.
+
+    The baseline stays outside of what is wrapped, averaged, optimised and saved, and always in eval mode. It runs
+    without gradients in channels_last, under whatever autocast the task is called in; it sees the batch that the focus
+    net sees, normalised the way it was trained with. Only a fingerprint of its weights is kept in the task's state: a
+    run that is resumed beside another baseline is an error.
+
+    Args:
+        model: Focus net.
+        baseline: What `create_baseline` takes.
+        criterion: Loss of (logits, target, baseline logits). With mixup, targets are soft.
+        mean: Channel means that batches are normalised with, as timm's data config has them (default: the model's).
+        std: Channel standard deviations, likewise.
+        device: Device of the task.
+        dtype: Dtype of the task.
+        verbose: Log what is used.
+    """
+
+    def __init__(
+            self,
+            model: nn.Module,
+            baseline: str | Path | nn.Module,
+            criterion: FocusPickingLoss | None = None,
+            mean: tuple[float, ...] | None = None,
+            std: tuple[float, ...] | None = None,
+            device: torch.device | None = None,
+            dtype: torch.dtype | None = None,
+            verbose: bool = True,
+    ) -> None:
+        super().__init__(device=device, dtype=dtype, verbose=verbose)
+        self.trainable_module = model
+        self.criterion = criterion if criterion is not None else FocusPickingLoss()
+        self.baseline = create_baseline(baseline, model)
+        self.baseline_hash = _fingerprint(self.baseline)
+        self.baseline.to(device=self.device, memory_format=torch.channels_last)
+
+        cfg = getattr(unwrap_model(model), 'pretrained_cfg', {})
+        base_cfg = getattr(self.baseline, 'pretrained_cfg', {})
+        channels = get_model_input_config(self.baseline)['input_size'][0]
+        mean, std = mean or cfg.get('mean', IMAGENET_DEFAULT_MEAN), std or cfg.get('std', IMAGENET_DEFAULT_STD)
+        base_mean, base_std = base_cfg.get('mean', IMAGENET_DEFAULT_MEAN), base_cfg.get('std', IMAGENET_DEFAULT_STD)
+        # x · std + mean is the image; (image - base_mean) / base_std is what the baseline expects.
+        mean, std, base_mean, base_std = (
+            torch.tensor(v).double().expand(channels) if len(v) == 1 else torch.tensor(v).double()
+            for v in (mean, std, base_mean, base_std))
+        self.renormalize = not (torch.equal(mean, base_mean) and torch.equal(std, base_std))
+        for name, value in (('scale', std / base_std), ('shift', (mean - base_mean) / base_std)):
+            self.register_buffer(name, value.to(self.device, self.dtype).view(1, -1, 1, 1), persistent=False)
+
+        config = get_model_input_config(self.baseline)
+        self.baseline_size = tuple(config['input_size'][1:]) if config['fixed_input_size'] else None
+        if self.verbose:
+            name = base_cfg.get('architecture', type(self.baseline).__name__)
+            _logger.info(f'FocusPickingTask: baseline={name}, renormalize={self.renormalize}, {self.criterion}')
+
+    def train(self, mode: bool = True) -> 'FocusPickingTask':
+        """Set the mode of the focus net; the baseline stays in eval mode."""
+        super().train(mode)
+        self.baseline.eval()
+        return self
+
+    def prepare_distributed(self, device_ids: list | None = None, **ddp_kwargs: Any) -> 'FocusPickingTask':
+        """Wrap the focus net, and only it, in DistributedDataParallel."""
+        from torch.nn.parallel import DistributedDataParallel
+        self.trainable_module = DistributedDataParallel(self.trainable_module, device_ids=device_ids, **ddp_kwargs)
+        return self
+
+    def compile(self, backend: str = 'inductor', mode: str | None = None, **compile_kwargs: Any) -> nn.Module:
+        """Compile both nets."""
+        self.trainable_module = torch.compile(self.trainable_module, backend=backend, mode=mode, **compile_kwargs)
+        self.baseline = torch.compile(self.baseline, backend=backend, mode=mode, **compile_kwargs)
+        self.eval_model = self.trainable_module
+        return self.trainable_module
+
+    def get_task_state(self, module: nn.Module | None = None, ema: bool = False) -> dict[str, Any]:
+        return {} if ema else {'baseline_hash': self.baseline_hash}
+
+    def load_task_state(
+            self,
+            state: dict[str, Any] | None,
+            strict: bool = True,
+            module: nn.Module | None = None,
+            ema: bool = False,
+    ) -> None:
+        saved = (state or {}).get('baseline_hash')
+        if strict and saved is not None and saved != self.baseline_hash:
+            raise ValueError(
+                f'This run was trained beside another baseline (weights {saved}, given now {self.baseline_hash}): '
+                'resume it with the one it began with.')
+
+    def baseline_logits(self, input: torch.Tensor) -> torch.Tensor:
+        """Run the baseline.
+
+        Args:
+            input: Images [B, C, H, W], normalised for the focus net.
+
+        Returns:
+            Logits [B, num_classes], no gradient.
+        """
+        if self.baseline_size is not None and tuple(input.shape[-2:]) != self.baseline_size:
+            raise ValueError(
+                f'The baseline takes images of {self.baseline_size} only, training has {tuple(input.shape[-2:])}: '
+                'choose the same --img-size, or another baseline.')
+        with torch.inference_mode():
+            if self.renormalize:
+                input = input * self.scale + self.shift
+            logits = self.baseline(input.contiguous(memory_format=torch.channels_last))
+        return logits.clone()  # an ordinary tensor again: autograd refuses to keep those of inference mode
+
+    def forward(self, input: torch.Tensor, target: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Compute the loss.
+
+        Args:
+            input: Images [B, C, H, W].
+            target: Class indices [B] or soft targets [B, num_classes].
+
+        Returns:
+            'loss', 'output' (focus logits [B, num_classes]), and the terms 'classification', 'attention', 'negentropy'.
+        """
+        output = self.trainable_module(input)
+        terms = self.criterion.terms(output, target, self.baseline_logits(input))
+        return {'loss': self.criterion.total(terms), 'output': output, **terms._asdict()}
+
+
+def _fingerprint(model: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy() if value.ndim else str(value.item()).encode())
+    return digest.hexdigest()[:16]

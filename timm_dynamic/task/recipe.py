@@ -1,0 +1,170 @@
+"""Recipes: what train.py runs, as an ordered list of stages.
+
+A stage names its task, what of the model it trains, where its weights start, and the options it changes. The training
+loop knows only `task(input, target) -> {'loss', 'output', ...}`.
+"""
+import argparse
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.task import (
+    ClassificationTask,
+    FeatureDistillationTask,
+    LogitDistillationTask,
+    TokenDistillationTask,
+    TrainingTask,
+)
+from torch import nn
+
+from ..loss import FocusPickingLoss
+from .focus_picking import FocusPickingTask
+
+
+@dataclass
+class StageContext:
+    """What a task may need beside the model and the options."""
+    device: torch.device = field(default_factory=lambda: torch.device('cpu'))
+    dtype: torch.dtype | None = None
+    data_config: Mapping[str, Any] = field(default_factory=dict)
+    stage_weights: Mapping[str, Path] = field(default_factory=dict)  # exported weights of earlier stages, by stage
+    verbose: bool = True
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of a recipe.
+
+    Attributes:
+        name: For `--stage`, folders and tables.
+        create_task: Makes the task from a model, the stage's options and a context.
+        defaults: Options that differ from timm's. `global_batch_size` stands for the batch over all processes and
+            accumulation steps.
+        starts_from: Earlier stage whose weights this one starts from; None for a new model.
+        trains: Tells by its name whether a parameter of the model learns; None if all do.
+        label: What a table calls the result.
+    """
+    name: str
+    create_task: Callable[[nn.Module, argparse.Namespace, StageContext], TrainingTask]
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    starts_from: str | None = None
+    trains: Callable[[str], bool] | None = None
+    label: str = ''
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Stages in order. What the last one makes is the result of the run.
+
+    Attributes:
+        name: For `--recipe`.
+        stages: In the order in which they run.
+        references: Models to show beside the results in the final table, as label -> model name.
+    """
+    name: str
+    stages: tuple[Stage, ...]
+    references: Mapping[str, str] = field(default_factory=dict)
+
+
+def mixes(args: argparse.Namespace) -> bool:
+    """Whether mixup or cutmix is on, so that targets are soft."""
+    return args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
+
+
+def create_classification_task(model: nn.Module, args: argparse.Namespace, context: StageContext) -> TrainingTask:
+    """Plain classification with timm's losses, or one of timm's distillations if a teacher is named."""
+    criterion_kwargs: dict[str, Any] = dict(smoothing=args.smoothing, soft_targets=mixes(args))
+    if args.jsd_loss:
+        criterion_kwargs = dict(loss_type='jsd', jsd_splits=args.aug_splits, smoothing=args.smoothing)
+    elif args.bce_loss:
+        criterion_kwargs.update(
+            loss_type='bce', bce_target_thresh=args.bce_target_thresh, bce_sum=args.bce_sum,
+            pos_weight=args.bce_pos_weight)
+    common: dict[str, Any] = dict(
+        criterion_kwargs=criterion_kwargs, device=context.device, dtype=context.dtype, verbose=context.verbose)
+    if args.kd_model_name is None:
+        return ClassificationTask(model, **common)
+    common.update(distill_loss_weight=args.distill_loss_weight, task_loss_weight=args.task_loss_weight)
+    if args.kd_distill_type == 'feature':
+        return FeatureDistillationTask(
+            model, args.kd_model_name, student_feature_dim=args.kd_student_feature_dim,
+            teacher_feature_dim=args.kd_teacher_feature_dim, **common)
+    common['temperature'] = args.kd_temperature
+    if args.kd_distill_type == 'token':
+        return TokenDistillationTask(model, args.kd_model_name, distill_type=args.kd_token_distill_type, **common)
+    return LogitDistillationTask(model, args.kd_model_name, loss_type=args.kd_loss_type, **common)
+
+
+def create_focus_task(model: nn.Module, args: argparse.Namespace, context: StageContext) -> TrainingTask:
+    """FocusNet training beside `--focus-baseline`, or beside the net of the stage 'baseline'."""
+    baseline = args.focus_baseline
+    if baseline == 'scratch':
+        baseline = str(context.stage_weights['baseline'])
+    criterion = FocusPickingLoss(
+        smoothing=args.smoothing, temperature=args.focus_temperature,
+        attention_weight=args.focus_attention_weight, negentropy_weight=args.focus_negentropy_weight)
+    return FocusPickingTask(
+        model, baseline, criterion, mean=context.data_config.get('mean'), std=context.data_config.get('std'),
+        device=context.device, dtype=context.dtype, verbose=context.verbose)
+
+
+# The paper's: 90 epochs, batch 256, SGD without Nesterov and with weight decay on everything, random crops and flips only.
+_FOCUS_PAPER = dict(
+    epochs=90, global_batch_size=256, opt='momentum', momentum=0.9, lr_base=0.1, lr_base_size=256, weight_decay=1e-4,
+    opt_kwargs={'filter_bias_and_bn': False}, sched='step', decay_epochs=30, decay_rate=0.1, warmup_epochs=0,
+    color_jitter=0., train_interpolation='bilinear',
+)
+# For minutes on a CPU with the embedded demo set. Digits must not be flipped, nor cropped away.
+_FOCUS_DEMO = dict(
+    epochs=12, global_batch_size=64, opt='momentum', momentum=0.9, lr_base=0.1, lr_base_size=64, weight_decay=5e-4,
+    sched='cosine', warmup_epochs=1, warmup_lr=0.01, color_jitter=0., train_interpolation='bilinear',
+    hflip=0., scale=[0.75, 1.0], ratio=[0.9, 1.1], workers=2,
+)
+
+
+def _focusnet(args: argparse.Namespace, demo: bool) -> Recipe:
+    if args.focus_baseline is None:
+        raise ValueError(
+            'The recipe focusnet needs a baseline: --focus-baseline MODEL (e.g. resnet18.tv_in1k), or '
+            '--focus-baseline scratch to train one first.')
+    defaults = _FOCUS_DEMO if demo else _FOCUS_PAPER
+    scratch = args.focus_baseline == 'scratch'
+    stages = []
+    if scratch:
+        # Another seed, or the plain net below would be the very same one.
+        stages.append(Stage(
+            'baseline', create_classification_task, {**defaults, 'seed': args.seed + 1}, label='baseline (frozen)'))
+    if args.focus_plain:
+        stages.append(Stage('plain', create_classification_task, defaults, label='plain cross-entropy'))
+    stages.append(Stage('focus', create_focus_task, defaults, label='focus net'))
+    return Recipe('focusnet', tuple(stages), {} if scratch else {'baseline (frozen)': args.focus_baseline})
+
+
+def _classification(args: argparse.Namespace, demo: bool) -> Recipe:
+    return Recipe('classification', (Stage('classification', create_classification_task, label=args.model),))
+
+
+RECIPES: dict[str, Callable[[argparse.Namespace, bool], Recipe]] = {
+    'classification': _classification,
+    'focusnet': _focusnet,
+}
+
+
+def create_recipe(args: argparse.Namespace, demo: bool = False) -> Recipe:
+    """Choose the recipe by `--recipe`, else by the other options: a baseline makes it 'focusnet'.
+
+    Args:
+        args: Options, without any recipe's defaults.
+        demo: The embedded demo set is trained on.
+
+    Raises:
+        ValueError: There is no such recipe, or it lacks something.
+    """
+    name = args.recipe or ('focusnet' if args.focus_baseline else 'classification')
+    if name not in RECIPES:
+        raise ValueError(f"There is no recipe '{name}': choose from {', '.join(RECIPES)}.")
+    if name == 'classification' and (args.focus_baseline or args.focus_plain):
+        raise ValueError(f"--focus-baseline and --focus-plain belong to the recipe 'focusnet', not to '{name}'.")
+    return RECIPES[name](args, demo)

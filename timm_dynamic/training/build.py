@@ -1,0 +1,319 @@
+"""Models, data and optimizers from options, with timm's factories."""
+import argparse
+import difflib
+import logging
+from typing import Any
+
+import timm
+import torch
+from timm.data import AugMixDataset, FastCollateMixup, Mixup, create_loader, resolve_data_config
+from timm.layers import convert_splitbn_model, convert_sync_batchnorm, set_fast_norm
+from timm.models import is_model, list_models, parse_model_name, resolve_model_input_args
+from timm.optim import create_optimizer_v2, optimizer_kwargs
+from torch import nn
+
+from ..data import DEMO_DATASET, TrainLoader, class_to_idx, create_dataset, create_train_loader
+from ..models._builder import checkpoint_filter_of
+from ..task.recipe import mixes
+from ..utils import load_weights, seeded
+
+_logger = logging.getLogger(__name__)
+
+
+def uses_demo_data(args: argparse.Namespace) -> bool:
+    """Whether the options name no data, or the embedded demo set."""
+    return args.dataset == DEMO_DATASET or not (args.dataset or args.data_dir or args.data)
+
+
+def check_model_name(name: str) -> None:
+    """Raise a ValueError that names the nearest models if timm knows none of this name."""
+    source, model_id = parse_model_name(name)
+    if source is None and not is_model(model_id.split('.')[0]):
+        near = difflib.get_close_matches(model_id, list_models(), n=3)
+        raise ValueError(f"There is no model '{name}'." + (f" Did you mean {' or '.join(near)}?" if near else ''))
+
+
+def model_dtype(args: argparse.Namespace) -> torch.dtype | None:
+    """Dtype of weights and images; None for float32."""
+    return getattr(torch, args.model_dtype) if args.model_dtype else None
+
+
+def build_model(args: argparse.Namespace, **kwargs: Any) -> nn.Module:
+    """Create the model that the options describe (both scripts), on the CPU.
+
+    Args:
+        args: Options.
+        **kwargs: Further arguments of `timm.create_model`; None is passed over.
+    """
+    check_model_name(args.model)
+    if args.fast_norm:
+        set_fast_norm()
+    num_classes = args.num_classes
+    if num_classes is None and uses_demo_data(args) and parse_model_name(args.model)[0] is None:
+        num_classes = 10
+    resolved = resolve_model_input_args(
+        args.model,
+        args={k: getattr(args, k) for k in ('in_chans', 'img_size', 'input_size')},
+        num_classes=num_classes,
+        global_pool=args.gp,
+        **{**args.model_kwargs, **{k: v for k, v in kwargs.items() if v is not None}},
+    )
+    return timm.create_model(**resolved)
+
+
+def build_training_model(args: argparse.Namespace) -> nn.Module:
+    """Create the model to train, with the weights it starts from, on the CPU."""
+    with seeded(args.seed, 'model'):
+        model = build_model(
+            args,
+            pretrained=args.pretrained,
+            drop_rate=args.drop,
+            drop_path_rate=args.drop_path if args.drop_path is not None else args.drop_connect,
+            drop_block_rate=args.drop_block,
+            bn_momentum=args.bn_momentum,
+            bn_eps=args.bn_eps,
+        )
+    filter_fn = checkpoint_filter_of(model.pretrained_cfg['architecture'])  # type: ignore[index,arg-type]
+    if args.pretrained_path:
+        load_weights(model, args.pretrained_path, filter_fn, adapt=True, reset_head=True)
+    if args.initial_checkpoint:
+        load_weights(model, args.initial_checkpoint, filter_fn)
+    if args.head_init_scale is not None or args.head_init_bias is not None:
+        head = model.get_classifier()  # type: ignore[operator]
+        with torch.no_grad():
+            if args.head_init_scale is not None:
+                head.weight.mul_(args.head_init_scale)
+                head.bias.mul_(args.head_init_scale)
+            if args.head_init_bias is not None:
+                head.bias.fill_(args.head_init_bias)
+    if args.grad_checkpointing:
+        model.set_grad_checkpointing(enable=True)  # type: ignore[operator]
+    return model
+
+
+def place_model(model: nn.Module, args: argparse.Namespace, device: torch.device, num_processes: int = 1) -> nn.Module:
+    """Convert the model's norms, and move it to its device, dtype and memory layout."""
+    if args.split_bn:
+        if args.aug_splits < 2 and not args.resplit:
+            raise ValueError('--split-bn needs --aug-splits of at least 2, or --resplit.')
+        model = convert_splitbn_model(model, max(args.aug_splits, 2))
+    model.to(device=device, dtype=model_dtype(args))
+    if args.channels_last:
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if args.sync_bn and num_processes > 1:
+        if args.split_bn:
+            raise ValueError('--sync-bn does not go with --split-bn.')
+        model = convert_sync_batchnorm(model)
+    return model
+
+
+def _open_dataset(args: argparse.Namespace, split: str, data_config: dict[str, Any], training: bool, samples: int | None) -> Any:
+    name, root = args.dataset, args.data_dir or args.data
+    if uses_demo_data(args):
+        name = DEMO_DATASET
+    channels = data_config['input_size'][0]
+    return create_dataset(
+        name,
+        root=root,
+        split=split,
+        is_training=training,
+        class_map=args.class_map,
+        download=args.dataset_download,
+        batch_size=args.batch_size,
+        seed=args.seed,
+        repeats=getattr(args, 'epoch_repeats', 0) if training else 0,
+        input_img_mode=args.input_img_mode or ('RGB' if channels == 3 else 'L'),
+        input_key=args.input_key,
+        target_key=args.target_key,
+        num_samples=samples,
+        trust_remote_code=args.dataset_trust_remote_code,
+        img_size=data_config['input_size'][-1],
+    )
+
+
+def check_classes(dataset: Any, num_classes: int, what: str) -> None:
+    """Raise a ValueError if a dataset has more classes than the model."""
+    classes = class_to_idx(dataset)
+    if classes is not None and max(classes.values()) >= num_classes:
+        raise ValueError(
+            f'The {what} data has {max(classes.values()) + 1} classes ({_some(classes)}), the model {num_classes}: '
+            f'use --num-classes {max(classes.values()) + 1}.')
+
+
+def _some(classes: dict[str, int]) -> str:
+    names = sorted(classes, key=lambda k: classes[k])
+    return ', '.join(names[:3]) + (', ...' if len(names) > 3 else '')
+
+
+def build_train_loader(
+        args: argparse.Namespace,
+        data_config: dict[str, Any],
+        num_classes: int,
+        device: torch.device,
+        rank: int = 0,
+        world_size: int = 1,
+) -> tuple[TrainLoader, Mixup | None]:
+    """Create the training loader, and the mixup to apply to its batches where the loader does not do it itself."""
+    dataset = _open_dataset(args, args.train_split, data_config, True, args.train_num_samples)
+    check_classes(dataset, num_classes, 'training')
+    names = class_to_idx(dataset)
+    if args.aug_splits == 1 or args.aug_splits < 0:
+        raise ValueError(f'--aug-splits must be 0 or at least 2, got {args.aug_splits}.')
+    if args.aug_repeats and world_size == 1:
+        raise ValueError('--aug-repeats spreads repeated samples over several processes; there is one.')
+    if args.jsd_loss and args.aug_splits < 2:
+        raise ValueError('--jsd-loss compares views of an image: it needs --aug-splits of at least 2.')
+
+    prefetch = not args.no_prefetcher
+    collate_fn = mixup_fn = None
+    if mixes(args):
+        if args.aug_splits:
+            raise ValueError('--mixup and --cutmix do not go with --aug-splits.')
+        if args.batch_size % 2:
+            raise ValueError(f'--mixup and --cutmix mix pairs: --batch-size must be even, got {args.batch_size}.')
+        mixup_args: dict[str, Any] = dict(
+            mixup_alpha=args.mixup, cutmix_alpha=args.cutmix, cutmix_minmax=args.cutmix_minmax, prob=args.mixup_prob,
+            switch_prob=args.mixup_switch_prob, mode=args.mixup_mode, label_smoothing=args.smoothing,
+            num_classes=num_classes)
+        if prefetch:
+            collate_fn = FastCollateMixup(**mixup_args)
+        else:
+            mixup_fn = Mixup(**mixup_args)
+    if args.aug_splits > 1:
+        dataset = AugMixDataset(dataset, num_splits=args.aug_splits)
+
+    sizes, batches = args.train_img_sizes, args.train_batches_per_epoch
+    if batches and not sizes:  # timm's scheduled batches, with a single size
+        sizes = [data_config['input_size'][-2:]]
+    interpolation = args.train_interpolation
+    loader = create_train_loader(
+        dataset,
+        data_config['input_size'],
+        args.batch_size,
+        seed=args.seed,
+        rank=rank,
+        world_size=world_size,
+        mixup_off_epoch=args.mixup_off_epoch,
+        no_aug=args.no_aug,
+        re_prob=args.reprob,
+        re_mode=args.remode,
+        re_count=args.recount,
+        re_split=args.resplit,
+        train_crop_mode=args.train_crop_mode,
+        scale=args.scale,
+        ratio=args.ratio,
+        hflip=args.hflip,
+        vflip=args.vflip,
+        color_jitter=args.color_jitter,
+        color_jitter_prob=args.color_jitter_prob,
+        grayscale_prob=args.grayscale_prob or 0.,
+        gaussian_blur_prob=args.gaussian_blur_prob or 0.,
+        auto_augment=args.aa,
+        num_aug_repeats=args.aug_repeats,
+        num_aug_splits=args.aug_splits,
+        interpolation=data_config['interpolation'] if args.no_aug or not interpolation else interpolation,
+        mean=data_config['mean'],
+        std=data_config['std'],
+        num_workers=args.workers,
+        collate_fn=collate_fn,
+        pin_memory=args.pin_mem,
+        img_dtype=model_dtype(args) or torch.float32,
+        device=device,
+        use_prefetcher=prefetch,
+        use_multi_epochs_loader=args.use_multi_epochs_loader,
+        worker_seeding=args.worker_seeding,
+        input_size_choices=sizes,
+        batch_size_choices=args.train_batch_sizes,
+        batch_choice_weights=args.train_size_probs,
+        batch_choice_schedule=args.train_size_schedule,
+        batch_schedule_epochs=args.epochs,
+        batch_schedule_spread=args.train_size_schedule_spread,
+        batch_schedule_random_mix=args.train_size_random_mix,
+        num_batches=batches,
+    )
+    if not len(loader):
+        raise ValueError(
+            f'The training data has fewer images ({len(loader.dataset)}) than a batch ({args.batch_size} x {world_size} '
+            'processes): use a smaller --batch-size.')
+    loader.class_to_idx = names
+    return loader, mixup_fn
+
+
+def build_eval_loader(
+        args: argparse.Namespace,
+        split: str,
+        data_config: dict[str, Any],
+        num_classes: int,
+        device: torch.device,
+        world_size: int = 1,
+        samples: int | None = None,
+        batch_size: int | None = None,
+        **kwargs: Any,
+) -> Any:
+    """Create a loader to evaluate with (both scripts).
+
+    Args:
+        args: Options.
+        split: Split of the dataset.
+        data_config: As `timm.data.resolve_data_config` gives it.
+        num_classes: Of the model.
+        device: Where the images go.
+        world_size: Number of processes; each gets its share.
+        samples: Number of samples, for iterable datasets.
+        batch_size: Per process (default: the options').
+        **kwargs: Further arguments of timm's `create_loader`.
+    """
+    dataset = _open_dataset(args, split, data_config, False, samples)
+    check_classes(dataset, num_classes, f"'{split}'")
+    workers = args.workers
+    if world_size > 1 and isinstance(dataset, torch.utils.data.IterableDataset):
+        workers = min(2, workers)  # as in timm: fewer workers pad less
+    loader = create_loader(
+        dataset,
+        data_config['input_size'],
+        batch_size or getattr(args, 'validation_batch_size', None) or args.batch_size,
+        is_training=False,
+        interpolation=data_config['interpolation'],
+        mean=data_config['mean'],
+        std=data_config['std'],
+        num_workers=workers,
+        distributed=world_size > 1,
+        crop_pct=data_config['crop_pct'],
+        crop_mode=data_config['crop_mode'],
+        pin_memory=args.pin_mem,
+        img_dtype=model_dtype(args) or torch.float32,
+        device=device,
+        use_prefetcher=not args.no_prefetcher,
+        **kwargs,
+    )
+    loader.class_to_idx = class_to_idx(dataset)
+    return loader
+
+
+def check_same_classes(train: dict[str, int] | None, val: dict[str, int] | None) -> None:
+    """Raise a ValueError if a class has one index in training and another in validation."""
+    for name in (train or {}).keys() & (val or {}).keys():
+        if train[name] != val[name]:  # type: ignore[index]
+            missing = sorted((train or {}).keys() ^ (val or {}).keys())
+            raise ValueError(
+                f"The class '{name}' has index {train[name]} in training and {val[name]} in validation: "  # type: ignore[index]
+                f'the folders differ ({_some(dict.fromkeys(missing, 0))}). Name the classes with --class-map.')
+
+
+def resolve_learning_rate(args: argparse.Namespace, global_batch_size: int) -> float:
+    """Learning rate: `--lr`, or `--lr-base` scaled by the global batch size as timm does."""
+    if args.lr:
+        return args.lr
+    ratio = global_batch_size / args.lr_base_size
+    scale = args.lr_base_scale or ('sqrt' if any(o in args.opt.lower() for o in ('ada', 'lamb')) else 'linear')
+    return args.lr_base * (ratio ** 0.5 if scale == 'sqrt' else ratio)
+
+
+def build_optimizer(module: nn.Module, args: argparse.Namespace) -> torch.optim.Optimizer:
+    """Create timm's optimizer over what the module trains."""
+    return create_optimizer_v2(module, **optimizer_kwargs(cfg=args), **args.opt_kwargs)
+
+
+def training_data_config(args: argparse.Namespace, model: nn.Module) -> dict[str, Any]:
+    """Preprocessing of images, by options and model."""
+    return resolve_data_config(vars(args), model=model)

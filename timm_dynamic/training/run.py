@@ -1,0 +1,326 @@
+"""Whole runs: from a command line to trained, validated and compared weights."""
+import argparse
+import json
+import logging
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import yaml
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from timm.models import safe_model_name
+from timm.utils import setup_default_logging
+
+from ..task import Recipe, Stage, StageContext, create_recipe
+from ..utils import CheckpointError, clean_partial_files
+from .accelerator import create_accelerator
+from .build import build_eval_loader, check_model_name, training_data_config, uses_demo_data
+from .evaluate import evaluate
+from .options import create_train_parser, given_options, read_config
+from .report import format_table, write_rows
+from .signals import Stopped, StopRequest
+from .state import StateStore
+from .trainer import NonFiniteLoss, Trainer
+
+_logger = logging.getLogger(__name__)
+
+# What a user can mend: shown as one line, not as a traceback.
+_USER_ERRORS = (ValueError, FileNotFoundError, CheckpointError, NonFiniteLoss)
+
+
+class TrainOptions:
+    """The options of a run, by where they come from.
+
+    Args:
+        argv: Command line without the script's name.
+
+    Raises:
+        SystemExit: As argparse does: the command line or the config file is wrong.
+    """
+
+    def __init__(self, argv: Sequence[str] | None = None) -> None:
+        self.parser = create_train_parser()
+        self.given = given_options(self.parser, argv)
+        if self.given.get('data') is None:
+            self.given.pop('data', None)
+        self.defaults = vars(self.parser.parse_args([]))
+        self.config = read_config(self.parser, self.given['config']) if self.given.get('config') else {}
+        self.base = argparse.Namespace(**{**self.defaults, **self.config, **self.given})
+        self.for_one_stage: dict[str, dict[str, Any]] = {}
+        for text in self.base.stage_args:
+            self._add_stage_arg(text)
+
+    def _add_stage_arg(self, text: str) -> None:
+        path, equals, value = text.partition('=')
+        stage, dot, option = path.partition('.')
+        option = option.replace('-', '_')
+        if not (equals and dot and option in self.defaults):
+            self.parser.error(f"--stage-args: expected STAGE.OPTION=VALUE with an option of this script, got '{text}'.")
+        self.for_one_stage.setdefault(stage, {})[option] = yaml.safe_load(value)
+
+    def for_stage(self, stage: Stage, num_processes: int = 1) -> argparse.Namespace:
+        """Resolve the options of a stage: timm's defaults, the recipe's, the config file, the command line, --stage-args."""
+        recipe = dict(stage.defaults)
+        global_batch = recipe.pop('global_batch_size', None)
+        own = {**self.config, **self.given, **self.for_one_stage.get(stage.name, {})}
+        args = argparse.Namespace(**{**self.defaults, **recipe, **own})
+        if global_batch and 'batch_size' not in own:
+            parts = num_processes * max(1, args.grad_accum_steps)
+            if global_batch % parts:
+                raise ValueError(
+                    f"The recipe's batch of {global_batch} cannot be shared by {num_processes} processes x "
+                    f'{args.grad_accum_steps} accumulation steps: give a --batch-size (per process).')
+            args.batch_size = global_batch // parts
+        args.grad_accum_steps = max(1, args.grad_accum_steps)
+        return args
+
+
+def _experiment_folder(args: argparse.Namespace, accelerator: Accelerator) -> tuple[Path, str | None]:
+    """Folder of the run, and the timm checkpoint to resume from if that is what --resume names."""
+    output = Path(args.output or 'output/train')
+    choice: list[Any] = [None, None]
+    if accelerator.is_main_process:
+        try:
+            folder, checkpoint = _choose_folder(args, output)
+            choice = [str(folder), checkpoint]
+        except _USER_ERRORS as e:
+            choice = [e, None]
+    broadcast_object_list(choice)
+    if isinstance(choice[0], Exception):
+        raise choice[0]
+    return Path(choice[0]), choice[1]
+
+
+def _choose_folder(args: argparse.Namespace, output: Path) -> tuple[Path, str | None]:
+    stamp = f'{datetime.now():%Y%m%d-%H%M%S}-{safe_model_name(args.model)}'
+    named = output / (args.experiment or stamp)
+    if not args.resume:
+        if args.experiment and StateStore(named / 'state').exists():
+            raise ValueError(
+                f"'{named}' holds a run already: continue it with --resume auto, or choose another --experiment.")
+        return named, None
+    if args.resume == 'auto':
+        if args.experiment:
+            return named, None
+        runs = sorted((p.parent for p in output.glob('*/state') if StateStore(p).exists()), key=lambda p: p.name)
+        for run in reversed(runs):
+            if _model_of(run) == args.model:
+                return run, None
+        return named, None
+    path = Path(args.resume)
+    if path.is_dir():
+        for run in (path, path.parent, path.parent.parent):  # the run, its state/, or one state in there
+            if StateStore(run / 'state').exists():
+                return run, None
+        raise CheckpointError(f"--resume: there is no state of a run at '{path}'.")
+    if not path.is_file():
+        raise CheckpointError(f"--resume: there is nothing at '{path}'.")
+    return named, str(path)
+
+
+def _model_of(run: Path) -> str | None:
+    try:
+        return yaml.safe_load((run / 'args.yaml').read_text(encoding='utf-8')).get('model') or None
+    except (OSError, yaml.YAMLError, AttributeError):
+        pass
+    try:
+        return StateStore(run / 'state').load()['identity']['model']
+    except (CheckpointError, KeyError):
+        return None
+
+
+def _prepare_folder(folder: Path) -> None:
+    """Make the folder and see that it can be written, before hours are spent."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f'.partial-{os.getpid()}-probe'
+        probe.write_text('')
+        probe.unlink()
+    except OSError as e:
+        raise ValueError(f"The output folder '{folder}' cannot be written: {e.strerror or e}. Choose another with --output.") from e
+    for path in (folder, *(p for p in folder.iterdir() if p.is_dir())):
+        clean_partial_files(path)
+
+
+def run_training(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Run train.py.
+
+    Args:
+        argv: Command line without the script's name (default: this process's).
+
+    Returns:
+        'folder' of the run, 'results' by stage, and 'table', the final comparison.
+    """
+    options = TrainOptions(argv)
+    base = options.base
+    check_model_name(base.model)
+    demo = uses_demo_data(base)
+    recipe = create_recipe(base, demo)
+    stages = _select_stages(recipe, base, options)
+
+    # Accelerate needs the accumulation steps before stages are resolved; a recipe's own would come too late.
+    accelerator = create_accelerator(base)
+    folder, timm_checkpoint = _experiment_folder(base, accelerator)
+    accelerator.project_configuration.set_directories(str(folder))
+    main = accelerator.is_main_process
+    if not main:
+        logging.getLogger('timm_dynamic').setLevel(logging.WARNING)
+    if main:
+        _prepare_folder(folder)
+        _logger.info(f"Run folder: {folder}")
+        if demo:
+            _logger.info('No data given: the embedded demo set cluttered_digits is used.')
+    _start_trackers(accelerator, base, folder)
+
+    store = StateStore(folder / 'state')
+    state = store.load() if base.resume and not timm_checkpoint and store.exists() else None
+    run_state: dict[str, Any] = state['run'] if state is not None else {'results': {}}
+    identity = {'recipe': recipe.name, 'model': base.model}
+    if main:
+        _show_stages(stages, options, accelerator.num_processes)
+    weights = {s.name: _stage_folder(folder, recipe, s) / 'best' for s in recipe.stages}
+
+    results = run_state['results']
+    with StopRequest() as stop:
+        for stage in stages:
+            if stage.name in results:
+                continue
+            args = options.for_stage(stage, accelerator.num_processes)
+            trainer = Trainer(
+                stage, args, accelerator, _stage_folder(folder, recipe, stage), store, identity,
+                StageContext(stage_weights=weights), run_state)
+            if state is not None:
+                if state['identity']['stage'] == stage.name or not _begins_next(state, stage, stages):
+                    trainer.load_state_dict(state)
+                    if main:
+                        _logger.info(f'Continuing stage {stage.name} at epoch {trainer.epoch}, batch {trainer.batch}.')
+                state = None
+            elif timm_checkpoint:
+                trainer.load_timm_checkpoint(timm_checkpoint)
+                timm_checkpoint = None
+            results[stage.name] = trainer.fit(stop)
+            trainer.save_state()
+            accelerator.wait_for_everyone()
+            del trainer
+            accelerator.free_memory()
+    table = _compare(recipe, stages, options, accelerator, folder, weights)
+    if main:
+        _logger.info(f"\n{format_table(table)}\n\nWeights: {folder / 'best'}\n"
+                     f"Load them with: timm.create_model('local-dir:{folder / 'best'}', pretrained=True)")
+    accelerator.end_training()
+    return {'folder': folder, 'results': dict(results), 'table': table}
+
+
+def _select_stages(recipe: Recipe, args: argparse.Namespace, options: TrainOptions) -> list[Stage]:
+    names = [s.name for s in recipe.stages]
+    for name in [*(args.stage or ()), *options.for_one_stage]:
+        if name not in names:
+            raise ValueError(f"The recipe {recipe.name} has no stage '{name}': choose from {', '.join(names)}.")
+    return [s for s in recipe.stages if not args.stage or s.name in args.stage]
+
+
+def _begins_next(state: dict[str, Any], stage: Stage, stages: Sequence[Stage]) -> bool:
+    """Whether the state is that of a finished stage of this very selection, so that this one begins anew."""
+    return state['identity']['stage'] in {s.name for s in stages} - {stage.name} and \
+        state['identity']['stage'] in state['run']['results']
+
+
+def _stage_folder(folder: Path, recipe: Recipe, stage: Stage) -> Path:
+    """The last stage's results are the run's; earlier ones have a folder each."""
+    return folder if stage.name == recipe.stages[-1].name else folder / stage.name
+
+
+def _start_trackers(accelerator: Accelerator, args: argparse.Namespace, folder: Path) -> None:
+    if not accelerator.log_with:
+        return
+    wandb: dict[str, Any] = {'name': folder.name, 'tags': args.wandb_tags}
+    if args.wandb_resume_id:
+        wandb.update(resume='must', id=args.wandb_resume_id)
+    config = {k: v if isinstance(v, (int, float, str, bool)) else json.dumps(v) for k, v in vars(args).items()}
+    accelerator.init_trackers(args.wandb_project or 'timm_dynamic', config=config, init_kwargs={'wandb': wandb})
+
+
+def _show_stages(stages: Sequence[Stage], options: TrainOptions, num_processes: int) -> None:
+    """Print what the recipe changes, before training."""
+    rows = []
+    for stage in stages:
+        args = vars(options.for_stage(stage, num_processes))
+        names = [k for k in stage.defaults if k in args] + (['batch_size'] if 'global_batch_size' in stage.defaults else [])
+        rows.append({'stage': stage.name, **{k: str(args[k]) for k in names}})
+    if any(len(r) > 1 for r in rows):
+        turned = [{'option': k, **{r['stage']: r.get(k, '') for r in rows}} for k in dict.fromkeys(k for r in rows for k in r) if k != 'stage']
+        _logger.info('What the recipe sets (other options change it):\n' + format_table(turned))
+
+
+def _compare(
+        recipe: Recipe,
+        stages: Sequence[Stage],
+        options: TrainOptions,
+        accelerator: Accelerator,
+        folder: Path,
+        weights: dict[str, Path],
+) -> list[dict[str, Any]]:
+    """Evaluate the best weights of every stage, and the recipe's references, on the same images."""
+    models = [(s.label or s.name, f'local-dir:{weights[s.name]}') for s in stages]
+    models = [*recipe.references.items(), *models]
+    args = options.for_stage(stages[-1], accelerator.num_processes)
+    split = args.test_split or ('test' if uses_demo_data(args) else args.val_split)
+    if not split:
+        return []
+    rows = []
+    for label, name in models:
+        if name.startswith('local-dir:') and not Path(name.partition(':')[2], 'config.json').exists():
+            continue  # this stage was not run
+        try:
+            model = timm.create_model(name, pretrained=True)
+        except RuntimeError:  # a reference given as a bare file: the task has read it, a name it is not
+            continue
+        model = model.eval().to(accelerator.device)
+        data_config = training_data_config(args, model)
+        loader = build_eval_loader(
+            args, split, data_config, model.num_classes, accelerator.device, accelerator.num_processes,  # type: ignore[arg-type]
+            samples=args.val_num_samples)
+        metrics = evaluate(model, loader, accelerator, channels_last=args.channels_last, desc=f'{split}: {label}')
+        rows.append({
+            'model': label, **{k: round(v, 4) for k, v in metrics.items() if k != 'count'},
+            'params_m': round(sum(p.numel() for p in model.parameters()) / 1e6, 3), 'split': split, 'images': metrics['count']})
+    if accelerator.is_main_process:
+        write_rows(folder / 'results.csv', rows)
+        write_rows(folder / 'results.json', rows)
+    return rows
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of train.py.
+
+    Returns:
+        Exit status: 0, 1 for what the user can mend, 128 + signal number if stopped by a signal.
+    """
+    if not logging.root.handlers:
+        setup_default_logging()
+        for handler in logging.root.handlers:
+            handler.setStream(sys.stdout)  # type: ignore[attr-defined]
+    try:
+        run_training(argv)
+    except _USER_ERRORS as e:
+        print(f'{type(e).__name__}: {e}', file=sys.stderr)
+        return 1
+    except RuntimeError as e:
+        if 'could not be written' not in str(e):
+            raise
+        print(f'Error: {e}', file=sys.stderr)
+        return 1
+    except Stopped as e:
+        print(f'Stopped by {signal.Signals(e.signum).name}; the state is saved. Continue with --resume auto.', file=sys.stderr)
+        return 128 + e.signum
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+    return 0

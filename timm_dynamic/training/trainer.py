@@ -1,0 +1,490 @@
+"""The training loop. It knows a task, a loader and options, and nothing of what is trained."""
+import argparse
+import logging
+import math
+import shutil
+import signal
+import time
+from collections.abc import Mapping
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from accelerate import Accelerator
+from timm.scheduler import create_scheduler_v2, scheduler_kwargs
+from timm.task import TrainingTask
+from timm.utils import dispatch_clip_grad, distribute_bn, unwrap_model
+from torch import nn
+
+from ..models._builder import checkpoint_filter_of
+from ..task import Stage, StageContext
+from ..utils import CheckpointError, atomic_write, copy_pretrained, load_weights, read_checkpoint, save_pretrained, seeded
+from .accelerator import create_control_channel
+from .build import (
+    build_eval_loader,
+    build_optimizer,
+    build_train_loader,
+    build_training_model,
+    check_same_classes,
+    model_dtype,
+    place_model,
+    resolve_learning_rate,
+    training_data_config,
+)
+from .evaluate import evaluate, progress_bar
+from .report import plot_curve, read_rows, write_rows
+from .signals import Stopped, StopRequest
+from .state import StateStore
+
+_logger = logging.getLogger(__name__)
+
+
+class NonFiniteLoss(RuntimeError):
+    """The loss is NaN or infinite."""
+
+
+class Trainer:
+    """Trains one stage of a recipe.
+
+    Everything that a resumed run needs is in `state_dict`; no random generator is, because every batch begins with a
+    seed of its own (see `timm_dynamic.utils.seeding`).
+
+    Args:
+        stage: The stage.
+        args: Its options, resolved. `batch_size` is per process.
+        accelerator: Processes, device, precision.
+        folder: Where results go: last/, best/, checkpoints/, summary.csv, args.yaml, curve.png.
+        store: Where the state of the run goes.
+        identity: What a state must agree with to be continued: recipe, stage, model.
+        context: For the task: weights of earlier stages.
+        run_state: State of the run beside this stage's, saved along (earlier stages' results).
+    """
+
+    def __init__(
+            self,
+            stage: Stage,
+            args: argparse.Namespace,
+            accelerator: Accelerator,
+            folder: Path,
+            store: StateStore,
+            identity: Mapping[str, Any],
+            context: StageContext,
+            run_state: dict[str, Any],
+    ) -> None:
+        self.stage, self.args, self.accelerator = stage, args, accelerator
+        self.folder, self.store, self.run_state = folder, store, run_state
+        self.device, self.main = accelerator.device, accelerator.is_main_process
+        self.rank, self.world_size = accelerator.process_index, accelerator.num_processes
+        self.accum = accelerator.gradient_accumulation_steps
+        self.any_process = create_control_channel(accelerator)
+
+        model = build_training_model(args)
+        if stage.starts_from is not None:
+            load_weights(model, context.stage_weights[stage.starts_from])
+        if args.num_classes is None:
+            args.num_classes = model.num_classes
+        self.identity = {**identity, 'stage': stage.name, 'num_classes': model.num_classes}
+        self.data_config = training_data_config(args, model)
+        model = place_model(model, args, self.device, self.world_size)
+        if stage.trains is not None:
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_(stage.trains(name))
+
+        self.loader, self.mixup_fn = build_train_loader(
+            args, self.data_config, model.num_classes, self.device, self.rank, self.world_size)  # type: ignore[arg-type]
+        self.eval_loader = build_eval_loader(
+            args, args.val_split, self.data_config, model.num_classes, self.device, self.world_size,  # type: ignore[arg-type]
+            samples=args.val_num_samples) if args.val_split else None
+        if self.eval_loader is not None:
+            check_same_classes(self.loader.class_to_idx, self.eval_loader.class_to_idx)
+        if not self.loader.resumable and self.main:
+            _logger.info('This dataset can only be iterated: a run killed within an epoch repeats that epoch from its start.')
+
+        context.device, context.dtype, context.verbose = self.device, model_dtype(args), self.main
+        context.data_config = self.data_config
+        self.task: TrainingTask = stage.create_task(model, args, context).to(self.device)
+        self.model = model
+        if args.model_ema and (self.main or not args.model_ema_force_cpu):
+            self.task.setup_ema(
+                decay=args.model_ema_decay, use_warmup=args.model_ema_warmup,
+                device=torch.device('cpu') if args.model_ema_force_cpu else None)
+        if args.torchcompile:
+            self.task.compile(backend=args.torchcompile, mode=args.torchcompile_mode)
+
+        per_step = args.batch_size * self.world_size
+        args.lr = resolve_learning_rate(args, per_step * self.accum)
+        self.raw_optimizer = build_optimizer(self.task.get_trainable_module(), args)
+        self.optimizer = accelerator.prepare(self.raw_optimizer)
+        self.task.trainable_module = accelerator.prepare(self.task.get_trainable_module())
+        self.updates_per_epoch = math.ceil(len(self.loader) / self.accum)
+        self.metric = args.eval_metric if self.eval_loader is not None else 'loss'
+        self.decreasing = self.metric == 'loss'
+        self.scheduler, self.num_epochs = create_scheduler_v2(
+            self.raw_optimizer, **scheduler_kwargs(args, decreasing_metric=self.decreasing),
+            updates_per_epoch=self.updates_per_epoch)
+
+        self.epoch = self.batch = self.updates = 0
+        self.best: dict[str, Any] = {'value': None, 'epoch': None}
+        self.checkpoints: list[list[Any]] = []  # [metric, epoch] of the weights kept
+        self.totals: dict[str, torch.Tensor] = {}  # sums over the epoch's samples so far
+        self.first_bad = torch.full((), -1, dtype=torch.int64, device=self.device)
+
+    # state
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that training would continue with, at the end of an update."""
+        scheduler = self.scheduler.state_dict() if self.scheduler is not None else {}
+        ema = self.task.get_trainable_module(ema=True)
+        return {
+            'identity': self.identity,
+            'run': self.run_state,
+            'progress': {
+                'epoch': self.epoch, 'batch': self.batch, 'updates': self.updates,
+                'samples_per_batch': self.args.batch_size * self.world_size,
+            },
+            'model': self.task.get_checkpoint_state(),
+            'ema': self.task.get_checkpoint_state(ema=True) if ema is not None else None,
+            'optimizer': self.raw_optimizer.state_dict(),
+            'scheduler': {k: v for k, v in scheduler.items() if not callable(v)},
+            'scaler': self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None,
+            'best': self.best,
+            'checkpoints': self.checkpoints,
+            'totals': self.totals,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from a state.
+
+        Raises:
+            ValueError: It belongs to something else; what differs is named.
+        """
+        saved = state['identity']
+        differ = [f'{k} {saved.get(k)!r} (here: {v!r})' for k, v in self.identity.items() if saved.get(k) != v]
+        if differ:
+            raise ValueError(f"The state at '{self.store.folder}' cannot be continued here: it has {', '.join(differ)}.")
+        try:
+            self.task.load_checkpoint_state(state['model']['state_dict'], state['model'].get('task_state'))
+            if state['ema'] is not None and self.task.has_ema():
+                self.task.load_checkpoint_state(state['ema']['state_dict_ema'], state['ema'].get('task_state_ema'), ema=True)
+            if self.args.no_resume_opt:
+                self._schedule(state['progress']['epoch'], state['progress']['updates'])
+            else:
+                self.raw_optimizer.load_state_dict(state['optimizer'])
+                if state['scaler'] is not None and self.accelerator.scaler is not None:
+                    self.accelerator.scaler.load_state_dict(state['scaler'])
+                if self.scheduler is not None:
+                    self.scheduler.load_state_dict(state['scheduler'])
+        except (RuntimeError, KeyError) as e:
+            raise ValueError(f"The state at '{self.store.folder}' does not fit this model: {str(e).splitlines()[0]}") from e
+        progress = state['progress']
+        self.epoch, self.batch, self.updates = (progress[k] for k in ('epoch', 'batch', 'updates'))
+        per_batch = self.args.batch_size * self.world_size
+        if per_batch != progress['samples_per_batch']:
+            self.batch = self.batch * progress['samples_per_batch'] // per_batch
+            self.batch -= self.batch % self.accum
+            _logger.info(f'Batches have {per_batch} samples over all processes now, not {progress["samples_per_batch"]}: '
+                         f'epoch {self.epoch} goes on from batch {self.batch}.')
+        if not self.loader.resumable:
+            self.batch = 0
+        self.best, self.checkpoints = dict(state['best']), [list(c) for c in state['checkpoints']]
+        self.totals = {k: v.to(self.device) for k, v in state['totals'].items()} if self.batch else {}
+        self._override_start_epoch()
+
+    def load_timm_checkpoint(self, path: str) -> None:
+        """Continue from a .pth.tar of timm's own train.py, or from bare weights."""
+        checkpoint = read_checkpoint(path)
+        if not isinstance(checkpoint, Mapping):
+            raise CheckpointError(f"'{path}' holds no training checkpoint.")
+        model = unwrap_model(self.task.get_eval_model())
+        filter_fn = checkpoint_filter_of(model.pretrained_cfg['architecture'])
+        load_weights(model, path, filter_fn, use_ema=False)
+        if self.task.has_ema():
+            load_weights(unwrap_model(self.task.get_eval_model(ema=True)), path, filter_fn)
+        if not self.args.no_resume_opt and 'optimizer' in checkpoint:
+            self.raw_optimizer.load_state_dict(checkpoint['optimizer'])
+            if self.accelerator.scaler is not None and 'amp_scaler' in checkpoint:
+                self.accelerator.scaler.load_state_dict(checkpoint['amp_scaler'])
+        if 'epoch' in checkpoint:
+            self.epoch = checkpoint['epoch'] + (checkpoint.get('version', 2) > 1)
+        self.updates = self.epoch * self.updates_per_epoch
+        self._schedule(self.epoch, self.updates)
+        self._override_start_epoch()
+
+    def _override_start_epoch(self) -> None:
+        if self.args.start_epoch is not None and self.args.start_epoch != self.epoch:
+            self.epoch, self.batch, self.totals = self.args.start_epoch, 0, {}
+            self.updates = self.epoch * self.updates_per_epoch
+            self._schedule(self.epoch, self.updates)
+
+    def _schedule(self, epoch: int, updates: int) -> None:
+        if self.scheduler is not None:
+            self.scheduler.step_update(updates)
+            self.scheduler.step(epoch)
+
+    def save_state(self) -> None:
+        """Write the state (main process only)."""
+        self._check_finite()
+        if self.main:
+            self.store.save(self.state_dict(), f'{self.stage.name}-{self.epoch:04d}-{self.batch:07d}')
+
+    # training
+
+    def fit(self, stop: StopRequest) -> dict[str, Any]:
+        """Train to the end.
+
+        Returns:
+            The last epoch's row of the summary, and 'best' and 'best_epoch'.
+
+        Raises:
+            Stopped: A signal came; the state is saved.
+            NonFiniteLoss: The loss went wrong; the last good state is kept.
+        """
+        if self.main:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with atomic_write(self.folder / 'args.yaml') as tmp:
+                tmp.write_text(yaml.safe_dump(vars(self.args), default_flow_style=False), encoding='utf-8')
+        if self.epoch == self.batch == 0 and self.args.start_epoch is not None:
+            self._override_start_epoch()
+        if self.epoch == self.batch == 0:
+            self.save_state()  # so that there is something to go back to from the first update on
+        row: dict[str, Any] = {}
+        while self.epoch < self.num_epochs:
+            row = self._run_epoch(stop)
+        if not row and self.main:  # nothing was left to do
+            rows = read_rows(self.folder / 'summary.csv')
+            row = rows[-1] if rows else {}
+        return {**row, 'best': self.best['value'], 'best_epoch': self.best['epoch']}
+
+    def _run_epoch(self, stop: StopRequest) -> dict[str, Any]:
+        epoch, began = self.epoch, time.time()
+        train_metrics = self._train_epoch(stop)
+        if self.world_size > 1 and self.args.dist_bn and not self.args.sync_bn:
+            distribute_bn(self.model, self.world_size, self.args.dist_bn == 'reduce')
+            if self.task.has_ema() and not self.args.model_ema_force_cpu:
+                distribute_bn(self.task.get_trainable_module(ema=True), self.world_size, self.args.dist_bn == 'reduce')
+        lr = sum(g['lr'] for g in self.raw_optimizer.param_groups) / len(self.raw_optimizer.param_groups)
+        row: dict[str, Any] = {'epoch': epoch, **{f'train_{k}': v for k, v in train_metrics.items()}}
+
+        validated = self.eval_loader is not None and (
+            (epoch + 1) % self.args.val_interval == 0 or epoch + 1 >= self.num_epochs)
+        metrics: dict[str, float] = {}
+        ema = self.task.has_ema() and not self.args.model_ema_force_cpu
+        if validated:
+            metrics = self.evaluate()
+            row.update({f'eval_{k}': v for k, v in metrics.items() if k != 'count'})
+            if ema:
+                metrics = self.evaluate(ema=True)
+                row.update({f'eval_ema_{k}': v for k, v in metrics.items() if k != 'count'})
+        if validated and self.metric not in metrics:
+            raise ValueError(f"--eval-metric {self.metric}: there is no such metric. Choose from {', '.join(metrics)}.")
+        value = metrics.get(self.metric) if self.eval_loader is not None else train_metrics['loss']
+        row.update(lr=lr, seconds=round(time.time() - began, 1))
+
+        if self.scheduler is not None:
+            self.scheduler.step(epoch + 1, value)
+        self.epoch, self.batch, self.totals = epoch + 1, 0, {}
+        if self.main:
+            self._write_results(row, value, ema)
+        self._log(row)
+        self.save_state()
+        if self.any_process(bool(stop)) and self.epoch < self.num_epochs:
+            raise Stopped(stop.signum or signal.SIGTERM)
+        return row
+
+    def _train_epoch(self, stop: StopRequest) -> dict[str, float]:
+        args, epoch, num_batches = self.args, self.epoch, len(self.loader)
+        self.task.train()
+        self.loader.set_epoch(epoch, self.batch)
+        if self.mixup_fn is not None:
+            self.mixup_fn.mixup_enabled = not args.mixup_off_epoch or epoch < args.mixup_off_epoch
+        module = self.task.get_trainable_module()
+        tail = num_batches % self.accum
+        self.optimizer.zero_grad()
+        bar = progress_bar(
+            None, self.accelerator, total=num_batches, initial=self.batch, desc=f'{self.stage.name} epoch {epoch}',
+            unit='batch', leave=False)
+        batches = iter(self.loader)
+        while self.batch < num_batches:
+            try:
+                input, target = next(batches)
+            except StopIteration:  # an iterable dataset that is shorter than it said
+                break
+            except RuntimeError:
+                if not stop:
+                    raise
+                # The signal went to the loader's workers, too.
+                if self.batch % self.accum == 0:
+                    self.save_state()
+                raise Stopped(stop.signum or signal.SIGTERM) from None
+            window = tail if tail and self.batch >= num_batches - tail else self.accum
+            update = self.batch + 1 == num_batches or (self.batch + 1) % self.accum == 0
+            with seeded(args.seed, 'step', self.rank, epoch, self.batch, device=self.device, keep=True):
+                with nullcontext() if update else self.accelerator.no_sync(module):
+                    self._forward_backward(input, target, self.accum / window)
+                self.batch += 1
+                if not update:
+                    continue
+                if self.device.type == 'cpu':
+                    self._check_finite()
+                self._update(module)
+            bar.update(self.batch - bar.n)
+
+            number = math.ceil(self.batch / self.accum)  # of this update within the epoch
+            if (number - 1) % args.log_interval == 0 or self.batch == num_batches:
+                self._log_progress(number, bar, input)
+            if self.scheduler is not None:
+                self.scheduler.step_update(num_updates=self.updates)
+            stopping = self.any_process(bool(stop))
+            if self.batch < num_batches and (
+                    stopping or (args.checkpoint_interval and number % args.checkpoint_interval == 0)):
+                self.save_state()
+                if stopping:
+                    raise Stopped(stop.signum or signal.SIGTERM)
+        bar.close()
+        if self.loader.resumable:
+            for _ in batches:  # let the loader see its end
+                pass
+        if hasattr(self.raw_optimizer, 'sync_lookahead'):
+            self.raw_optimizer.sync_lookahead()
+        self._check_finite()
+        return self._mean_totals()
+
+    def _forward_backward(self, input: torch.Tensor, target: torch.Tensor, scale: float) -> None:
+        args = self.args
+        if args.no_prefetcher:
+            input, target = input.to(self.device, model_dtype(args)), target.to(self.device)
+            if self.mixup_fn is not None:
+                input, target = self.mixup_fn(input, target)
+        if args.channels_last:
+            input = input.contiguous(memory_format=torch.channels_last)
+        with self.accelerator.autocast():
+            result = self.task(input, target)
+        loss = result['loss']
+        share = input.shape[0] / args.batch_size
+        if args.variable_batch_loss_scale != 'none' and args.train_img_sizes:
+            scale *= share if args.variable_batch_loss_scale == 'linear' else share ** 0.5
+        self.accelerator.backward(loss * scale, **(
+            {'create_graph': True} if getattr(self.raw_optimizer, 'is_second_order', False) else {}))
+
+        # On the device, so that nothing waits for it: sums for the epoch, and the first batch that went wrong.
+        with torch.no_grad():
+            bad = ~torch.isfinite(loss.detach())
+            self.first_bad = torch.where(bad & (self.first_bad < 0), self.batch, self.first_bad)
+            for key, value in result.items():
+                if key != 'output' and isinstance(value, torch.Tensor) and value.numel() == 1:
+                    self._add(key, value.detach().double() * input.shape[0])
+            self._add('count', torch.tensor(float(input.shape[0]), dtype=torch.float64, device=self.device))
+
+    def _add(self, key: str, value: torch.Tensor) -> None:
+        value = value.reshape(())
+        self.totals[key] = self.totals[key] + value if key in self.totals else value
+
+    def _update(self, module: nn.Module) -> None:
+        args = self.args
+        if args.clip_grad is not None:
+            self.accelerator.unscale_gradients(self.optimizer)
+            dispatch_clip_grad(
+                self.task.get_clip_parameters(exclude_head=args.clip_mode == 'agc'), value=args.clip_grad, mode=args.clip_mode)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.updates += 1
+        self.task.update_ema(step=self.updates)
+        if args.synchronize_step and self.device.type != 'cpu':
+            torch.accelerator.synchronize()
+
+    def _check_finite(self) -> None:
+        batch = int(self.first_bad)
+        if batch < 0:
+            return
+        indices = self.loader.indices(self.epoch, batch)
+        names = ''
+        if indices is not None:
+            names = f', samples {indices[:8]}{"..." if len(indices) > 8 else ""}'
+            base = getattr(self.loader.dataset, 'dataset', None)
+            if hasattr(base, 'filename'):
+                names += f' (first: {base.filename(indices[0])})'
+        lr = self.raw_optimizer.param_groups[0]['lr']
+        raise NonFiniteLoss(
+            f'The loss of stage {self.stage.name} is not finite: epoch {self.epoch}, batch {batch}, process {self.rank}, '
+            f'learning rate {lr:.3g}{names}. Terms so far, summed: '
+            + ', '.join(f'{k} {v.item():.4g}' for k, v in self.totals.items() if k != 'count')
+            + f". The last good state is kept at '{self.store.folder}'.")
+
+    def _mean_totals(self) -> dict[str, float]:
+        keys = list(self.totals)
+        sums = torch.stack([self.totals[k] for k in keys])
+        sums = self.accelerator.reduce(sums, 'sum')
+        means = dict(zip(keys, sums.tolist()))
+        count = means.pop('count')
+        return {k: v / count for k, v in means.items()}
+
+    # results
+
+    def evaluate(self, ema: bool = False) -> dict[str, float]:
+        """Evaluate the model, or its moving average, on the validation split."""
+        model = unwrap_model(self.task.get_eval_model(ema=ema))
+        model.eval()
+        return evaluate(
+            model, self.eval_loader, self.accelerator, create_evaluator=lambda device, **kw: self.task.create_evaluator(**kw),
+            channels_last=self.args.channels_last, tta=self.args.tta, desc='validation' + (' (EMA)' if ema else ''))
+
+    def _write_results(self, row: dict[str, Any], value: float | None, ema: bool) -> None:
+        summary = self.folder / 'summary.csv'
+        rows = [r for r in read_rows(summary) if r['epoch'] < row['epoch']] if row['epoch'] else []
+        write_rows(summary, [*rows, row])
+        plot_curve(self.folder / 'curve.png', [*rows, row], self.metric)
+
+        state_dict = unwrap_model(self.task.get_eval_model(ema=True)).state_dict() if ema else None
+        names = self.loader.class_to_idx
+        labels = sorted(names, key=lambda k: names[k]) if names and len(names) == self.model.num_classes else None
+        save_pretrained(
+            self.model, self.folder / 'last', data_config=self.data_config, state_dict=state_dict,
+            **({'label_names': labels} if labels else {}))
+        if value is None:
+            return
+        better = self.best['value'] is None or (value < self.best['value'] if self.decreasing else value > self.best['value'])
+        if better:
+            self.best = {'value': value, 'epoch': row['epoch']}
+            copy_pretrained(self.folder / 'last', self.folder / 'best')
+        if self.args.checkpoint_hist > 0:
+            self._keep_checkpoint(value, row['epoch'])
+
+    def _keep_checkpoint(self, value: float, epoch: int) -> None:
+        folder = self.folder / 'checkpoints'
+        copy_pretrained(self.folder / 'last', folder / f'epoch-{epoch:04d}')
+        kept = [c for c in self.checkpoints if c[1] != epoch] + [[value, epoch]]
+        kept.sort(key=lambda c: (c[0] if self.decreasing else -c[0], -c[1]))
+        self.checkpoints = kept[:self.args.checkpoint_hist]
+        names = {f'epoch-{e:04d}' for _, e in self.checkpoints}
+        for path in folder.iterdir():
+            if path.is_dir() and path.name not in names:
+                shutil.rmtree(path, ignore_errors=True)
+
+    def _log_progress(self, number: int, bar: Any, input: torch.Tensor) -> None:
+        if self.device.type != 'cpu':
+            self._check_finite()
+        if not self.main:
+            return
+        means = {k: (v / self.totals['count']).item() for k, v in self.totals.items() if k != 'count'}
+        lr = self.raw_optimizer.param_groups[0]['lr']
+        text = ' '.join(f'{k} {v:.4g}' for k, v in means.items()) + f' lr {lr:.3g}'
+        bar.set_postfix_str(text)
+        if bar.disable:
+            _logger.info(f'{self.stage.name}: epoch {self.epoch} update {number}/{self.updates_per_epoch} {text}')
+        self.accelerator.log({f'{self.stage.name}/{k}': v for k, v in {**means, 'lr': lr}.items()}, step=self.updates)
+        if self.args.save_images:
+            from torchvision.utils import save_image
+            self.folder.mkdir(parents=True, exist_ok=True)
+            save_image(input, self.folder / f'train-batch-{self.batch - 1}.jpg', padding=0, normalize=True)
+
+    def _log(self, row: Mapping[str, Any]) -> None:
+        if self.main:
+            numbers = {k: v for k, v in row.items() if k != 'epoch' and v is not None}
+            _logger.info(f"{self.stage.name}: epoch {row['epoch']} done: "
+                         + ', '.join(f'{k} {v:.4g}' for k, v in numbers.items()))
+            if self.loader.skipped:
+                _logger.warning(f'{self.loader.skipped} images could not be read so far; their neighbours took their place.')
+            self.accelerator.log({f'{self.stage.name}/{k}': v for k, v in numbers.items()}, step=self.updates)
+

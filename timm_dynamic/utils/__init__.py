@@ -1,0 +1,19 @@
+from .checkpoint import CheckpointError, describe_mismatch, load_weights, read_checkpoint, read_state_dict
+from .export import copy_pretrained, save_pretrained
+from .files import atomic_write, clean_partial_files, write_json
+from .seeding import fold_seed, seeded
+
+__all__ = [
+    'CheckpointError',
+    'atomic_write',
+    'clean_partial_files',
+    'copy_pretrained',
+    'describe_mismatch',
+    'fold_seed',
+    'load_weights',
+    'read_checkpoint',
+    'read_state_dict',
+    'save_pretrained',
+    'seeded',
+    'write_json',
+]

@@ -1,0 +1,62 @@
+"""Files that are either whole or not there."""
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+_PARTIAL = '.partial-'
+
+
+def fsync_dir(folder: Path) -> None:
+    """Make renames inside `folder` survive a power cut (no-op where folders cannot be opened, e.g. on Windows)."""
+    if os.name == 'nt':
+        return
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+@contextmanager
+def atomic_write(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; on success fsync it and rename it to `path`, on failure remove it.
+
+    A reader sees the old file or the new one, never a part of one. A process killed inside leaves a
+    `.partial-*` file, which `clean_partial_files` removes.
+    """
+    path = Path(path)
+    # The suffix is kept: pandas, matplotlib and others choose the format by it.
+    tmp = path.with_name(f'{_PARTIAL}{os.getpid()}-{path.name}')
+    try:
+        yield tmp
+        with open(tmp, 'rb+') as f:
+            os.fsync(f.fileno())
+        os.replace(tmp, path)
+    except BaseException:
+        tmp.unlink(missing_ok=True)
+        raise
+    fsync_dir(path.parent)
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write `value` as indented JSON, atomically."""
+    with atomic_write(path) as tmp:
+        tmp.write_text(json.dumps(value, indent=2) + '\n', encoding='utf-8')
+
+
+def partial_name(name: str) -> str:
+    """Name for something unfinished, which `clean_partial_files` will recognise."""
+    return f'{_PARTIAL}{os.getpid()}-{name}'
+
+
+def clean_partial_files(folder: str | Path) -> None:
+    """Remove what a killed writer left behind in `folder` (not below it)."""
+    import shutil
+    for path in Path(folder).glob(f'{_PARTIAL}*'):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)

@@ -1,0 +1,12 @@
+#!/usr/bin/env python3
+"""Train any timm model, with the recipes of timm_dynamic, on one or many devices.
+
+    python train.py --help
+    accelerate launch train.py --model focusnet_resnet18 --focus-baseline resnet18.tv_in1k --data-dir IMAGENET
+"""
+import sys
+
+from timm_dynamic.training import train_main
+
+if __name__ == '__main__':
+    sys.exit(train_main())
