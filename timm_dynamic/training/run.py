@@ -5,7 +5,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from accelerate.utils import broadcast_object_list
 from timm.models import safe_model_name
 from timm.utils import setup_default_logging
 
-from ..task import Recipe, Stage, StageContext, create_recipe
+from ..task import Recipe, Stage, StageContext, create_baseline, create_recipe
 from ..utils import CheckpointError, clean_partial_files
 from .accelerator import create_accelerator
 from .build import build_eval_loader, check_model_name, training_data_config, uses_demo_data
@@ -26,13 +26,13 @@ from .evaluate import evaluate
 from .options import create_train_parser, given_options, read_config
 from .report import format_table, write_rows
 from .signals import Stopped, StopRequest
-from .state import StateStore
-from .trainer import NonFiniteLoss, Trainer
+from .state import StateError, StateStore
+from .trainer import NonFiniteLoss, Trainer, check_identity
 
 _logger = logging.getLogger(__name__)
 
 # What a user can mend: shown as one line, not as a traceback.
-_USER_ERRORS = (ValueError, FileNotFoundError, CheckpointError, NonFiniteLoss)
+_USER_ERRORS = (ValueError, FileNotFoundError, CheckpointError, NonFiniteLoss, StateError)
 
 
 class TrainOptions:
@@ -183,6 +183,8 @@ def run_training(argv: Sequence[str] | None = None) -> dict[str, Any]:
     state = store.load() if base.resume and not timm_checkpoint and store.exists() else None
     run_state: dict[str, Any] = state['run'] if state is not None else {'results': {}}
     identity = {'recipe': recipe.name, 'model': base.model}
+    if state is not None:
+        check_identity(state, identity, store.folder)
     if main:
         _show_stages(stages, options, accelerator.num_processes)
     weights = {s.name: _stage_folder(folder, recipe, s) / 'best' for s in recipe.stages}
@@ -191,20 +193,20 @@ def run_training(argv: Sequence[str] | None = None) -> dict[str, Any]:
     with StopRequest() as stop:
         for stage in stages:
             if stage.name in results:
+                _logger.info(f'Stage {stage.name} is finished.')
                 continue
             args = options.for_stage(stage, accelerator.num_processes)
             trainer = Trainer(
                 stage, args, accelerator, _stage_folder(folder, recipe, stage), store, identity,
                 StageContext(stage_weights=weights), run_state)
-            if state is not None:
-                if state['identity']['stage'] == stage.name or not _begins_next(state, stage, stages):
-                    trainer.load_state_dict(state)
-                    if main:
-                        _logger.info(f'Continuing stage {stage.name} at epoch {trainer.epoch}, batch {trainer.batch}.')
-                state = None
+            if state is not None and state['identity']['stage'] not in results:
+                trainer.load_state_dict(state)
+                if main:
+                    _logger.info(f'Continuing stage {stage.name} at epoch {trainer.epoch}, batch {trainer.batch}.')
             elif timm_checkpoint:
                 trainer.load_timm_checkpoint(timm_checkpoint)
                 timm_checkpoint = None
+            state = None
             results[stage.name] = trainer.fit(stop)
             trainer.save_state()
             accelerator.wait_for_everyone()
@@ -224,12 +226,6 @@ def _select_stages(recipe: Recipe, args: argparse.Namespace, options: TrainOptio
         if name not in names:
             raise ValueError(f"The recipe {recipe.name} has no stage '{name}': choose from {', '.join(names)}.")
     return [s for s in recipe.stages if not args.stage or s.name in args.stage]
-
-
-def _begins_next(state: dict[str, Any], stage: Stage, stages: Sequence[Stage]) -> bool:
-    """Whether the state is that of a finished stage of this very selection, so that this one begins anew."""
-    return state['identity']['stage'] in {s.name for s in stages} - {stage.name} and \
-        state['identity']['stage'] in state['run']['results']
 
 
 def _stage_folder(folder: Path, recipe: Recipe, stage: Stage) -> Path:
@@ -268,20 +264,15 @@ def _compare(
         weights: dict[str, Path],
 ) -> list[dict[str, Any]]:
     """Evaluate the best weights of every stage, and the recipe's references, on the same images."""
-    models = [(s.label or s.name, f'local-dir:{weights[s.name]}') for s in stages]
-    models = [*recipe.references.items(), *models]
+    models = [(s.label or s.name, weights[s.name]) for s in stages if (weights[s.name] / 'config.json').exists()]
     args = options.for_stage(stages[-1], accelerator.num_processes)
     split = args.test_split or ('test' if uses_demo_data(args) else args.val_split)
     if not split:
         return []
     rows = []
-    for label, name in models:
-        if name.startswith('local-dir:') and not Path(name.partition(':')[2], 'config.json').exists():
-            continue  # this stage was not run
-        try:
-            model = timm.create_model(name, pretrained=True)
-        except RuntimeError:  # a reference given as a bare file: the task has read it, a name it is not
-            continue
+    models = [(label, timm.create_model(f'local-dir:{path}', pretrained=True)) for label, path in models]
+    references = [(label, create_baseline(source, models[-1][1])) for label, source in recipe.references.items()]
+    for label, model in [*references, *models]:
         model = model.eval().to(accelerator.device)
         data_config = training_data_config(args, model)
         loader = build_eval_loader(
@@ -297,25 +288,20 @@ def _compare(
     return rows
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of train.py.
+def run_script(script: Callable[[], int]) -> int:
+    """Run a script's body, with logging to the terminal and what a user can mend as one line.
 
     Returns:
-        Exit status: 0, 1 for what the user can mend, 128 + signal number if stopped by a signal.
+        Exit status: the body's, 1 for what the user can mend, 128 + signal number if stopped by a signal.
     """
     if not logging.root.handlers:
         setup_default_logging()
         for handler in logging.root.handlers:
             handler.setStream(sys.stdout)  # type: ignore[attr-defined]
     try:
-        run_training(argv)
+        return script()
     except _USER_ERRORS as e:
         print(f'{type(e).__name__}: {e}', file=sys.stderr)
-        return 1
-    except RuntimeError as e:
-        if 'could not be written' not in str(e):
-            raise
-        print(f'Error: {e}', file=sys.stderr)
         return 1
     except Stopped as e:
         print(f'Stopped by {signal.Signals(e.signum).name}; the state is saved. Continue with --resume auto.', file=sys.stderr)
@@ -323,4 +309,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
-    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of train.py. Returns the exit status, see `run_script`."""
+    def script() -> int:
+        run_training(argv)
+        return 0
+
+    return run_script(script)

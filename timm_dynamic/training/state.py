@@ -66,6 +66,10 @@ def unflatten_state(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
     return tuple(items) if kind == 'tuple' else items
 
 
+class StateError(RuntimeError):
+    """A state could not be written."""
+
+
 class StateStore:
     """States of one run, in a folder of their own.
 
@@ -84,7 +88,7 @@ class StateStore:
             name: Name for the state's folder, e.g. the number of updates.
 
         Raises:
-            RuntimeError: It cannot be written (e.g. the disk is full). The last state is as it was.
+            StateError: It cannot be written (e.g. the disk is full). The last state is as it was.
         """
         tensors: dict[str, torch.Tensor] = {}
         values = {'format': FORMAT, 'state': flatten_state(state, tensors)}
@@ -109,7 +113,7 @@ class StateStore:
             shutil.rmtree(tmp, ignore_errors=True)
             size = sum(t.nbytes for t in tensors.values()) / 2 ** 20
             last = self._latest()
-            raise RuntimeError(
+            raise StateError(
                 f"The state of the run ({size:.0f} MiB) could not be written to '{self.folder}': {e}. "
                 + (f"The last good one, '{last}', is intact: free some space and continue with --resume auto."
                    if last else 'There is no earlier one.')) from e

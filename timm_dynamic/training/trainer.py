@@ -45,6 +45,14 @@ class NonFiniteLoss(RuntimeError):
     """The loss is NaN or infinite."""
 
 
+def check_identity(state: Mapping[str, Any], identity: Mapping[str, Any], folder: Path) -> None:
+    """Raise a ValueError if a state belongs to something else; what differs is named."""
+    saved = state['identity']
+    differ = [f'{k} {saved.get(k)!r} (here: {v!r})' for k, v in identity.items() if saved.get(k) != v]
+    if differ:
+        raise ValueError(f"The state at '{folder}' cannot be continued here: it has {', '.join(differ)}.")
+
+
 class Trainer:
     """Trains one stage of a recipe.
 
@@ -160,10 +168,7 @@ class Trainer:
         Raises:
             ValueError: It belongs to something else; what differs is named.
         """
-        saved = state['identity']
-        differ = [f'{k} {saved.get(k)!r} (here: {v!r})' for k, v in self.identity.items() if saved.get(k) != v]
-        if differ:
-            raise ValueError(f"The state at '{self.store.folder}' cannot be continued here: it has {', '.join(differ)}.")
+        check_identity(state, self.identity, self.store.folder)
         try:
             self.task.load_checkpoint_state(state['model']['state_dict'], state['model'].get('task_state'))
             if state['ema'] is not None and self.task.has_ema():
@@ -288,8 +293,10 @@ class Trainer:
         if self.main:
             self._write_results(row, value, ema)
         self._log(row)
+        if self.epoch == self.num_epochs:
+            return row  # whoever called `fit` notes the result and saves
         self.save_state()
-        if self.any_process(bool(stop)) and self.epoch < self.num_epochs:
+        if self.any_process(bool(stop)):
             raise Stopped(stop.signum or signal.SIGTERM)
         return row
 
