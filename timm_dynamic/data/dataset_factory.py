@@ -8,6 +8,7 @@ from timm.data import create_dataset as create_timm_dataset
 from .cluttered_digits import ClutteredDigits
 
 DEMO_DATASET = 'cluttered_digits'
+_DEMO_ARGS = ('img_size', 'digit_scale', 'clutter', 'num_samples')  # the last one is timm's, too
 
 
 def create_dataset(name: str, root: str | None = None, split: str = 'validation', **kwargs: Any) -> Any:
@@ -26,9 +27,8 @@ def create_dataset(name: str, root: str | None = None, split: str = 'validation'
         ValueError: The name is unknown, the folder is empty, or it holds one class only.
     """
     if name == DEMO_DATASET:
-        options = {k: kwargs[k] for k in ('img_size', 'digit_scale', 'clutter', 'num_samples') if kwargs.get(k) is not None}
-        return ClutteredDigits(split=split, **options)
-    for key in ('digit_scale', 'clutter', 'img_size'):
+        return ClutteredDigits(split=split, **{k: kwargs[k] for k in _DEMO_ARGS if kwargs.get(k) is not None})
+    for key in _DEMO_ARGS[:3]:
         kwargs.pop(key, None)
     if name and '/' not in name:
         near = difflib.get_close_matches(name, [DEMO_DATASET], n=1)
@@ -40,7 +40,8 @@ def create_dataset(name: str, root: str | None = None, split: str = 'validation'
         if not root:
             raise ValueError('A folder of images needs a path (--data-dir).')
         if not os.path.exists(root):
-            raise FileNotFoundError(f"There is no data at '{root}': expected a folder with one sub-folder per class, or a tar file.")
+            raise FileNotFoundError(
+                f"There is no data at '{root}': expected a folder with one sub-folder per class, or a tar file.")
     try:
         dataset = create_timm_dataset(name, root=root, split=split, **kwargs)
     except RuntimeError as e:
@@ -50,8 +51,8 @@ def create_dataset(name: str, root: str | None = None, split: str = 'validation'
     classes = class_to_idx(dataset)
     if classes is not None and len(classes) < 2:
         raise ValueError(
-            f"'{root}' holds {len(classes)} class ({', '.join(map(repr, classes))}) for the split '{split}': expected one "
-            'sub-folder per class and at least two of them.')
+            f"'{root}' holds {len(classes)} class ({', '.join(map(repr, classes))}) for the split '{split}': expected "
+            'one sub-folder per class and at least two of them.')
     return dataset
 
 

@@ -10,7 +10,15 @@ from typing import Any, NamedTuple
 
 import torch
 from timm.data import create_loader
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, RandomSampler, Sampler, get_worker_info
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    Sampler,
+    get_worker_info,
+)
 
 from ..utils import seeded
 
@@ -37,7 +45,7 @@ class EpochBatchSampler(Sampler[BatchKey]):
         batches: A batch sampler whose order depends on the epoch alone.
     """
 
-    def __init__(self, batches: Sampler) -> None:
+    def __init__(self, batches: Any) -> None:
         self.batches = batches
         self.epoch = self.start = 0
 
@@ -45,7 +53,8 @@ class EpochBatchSampler(Sampler[BatchKey]):
         if start is None:  # timm's repeating loader names the epoch again, which is no reason to start over
             start = self.start if epoch == self.epoch else 0
         self.epoch, self.start = epoch, start
-        for sampler in (self.batches, getattr(self.batches, 'sampler', None)):
+        samplers: list[Any] = [self.batches, getattr(self.batches, 'sampler', None)]
+        for sampler in samplers:
             if hasattr(sampler, 'set_epoch'):
                 sampler.set_epoch(epoch)
 
@@ -55,7 +64,7 @@ class EpochBatchSampler(Sampler[BatchKey]):
             yield BatchKey(indices, epoch, i)
 
     def __len__(self) -> int:
-        return len(self.batches) - self.start  # type: ignore[arg-type]
+        return len(self.batches) - self.start
 
 
 class _SkipCounter(logging.Handler):
@@ -161,33 +170,33 @@ class TrainLoader:
         loader: What timm's `create_loader` made, with is_training=True.
         seed: Seed of the run.
         rank: This process.
-        world_size: Number of processes.
         mixup_off_epoch: First epoch without mixup, 0 for never.
     """
 
-    def __init__(self, loader: Any, seed: int = 0, rank: int = 0, world_size: int = 1, mixup_off_epoch: int = 0) -> None:
+    def __init__(self, loader: Any, seed: int = 0, rank: int = 0, mixup_off_epoch: int = 0) -> None:
         prefetched = not isinstance(loader, DataLoader)
         inner: DataLoader = loader.loader if prefetched else loader
         self.resumable = not isinstance(inner.dataset, IterableDataset)
         self.start = 0
+        self.class_to_idx: dict[str, int] | None = None
         self.batch_sampler: EpochBatchSampler | None = None
         if self.resumable:
             # torch's loaders do not let go of a sampler, so a new one is made around timm's transforms, collation
             # and sampling. A loader of timm that repeats for ever stays one: the class is kept.
-            batches = inner.batch_sampler
-            while isinstance(getattr(batches, 'sampler', None), Sampler) and type(batches).__name__ == '_RepeatSampler':
-                batches = batches.sampler  # type: ignore[union-attr]
-            sampler = batches.sampler  # type: ignore[union-attr]
+            batches: Any = inner.batch_sampler
+            if type(batches).__name__ == '_RepeatSampler':
+                batches = batches.sampler
+            sampler = batches.sampler
             if isinstance(sampler, RandomSampler):  # has an order of its own: take one that only knows seed and epoch
-                sampler = batches.sampler = DistributedSampler(inner.dataset, num_replicas=1, rank=0)  # type: ignore[union-attr]
+                sampler = batches.sampler = DistributedSampler(inner.dataset, num_replicas=1, rank=0)
             if isinstance(sampler, DistributedSampler):
                 sampler.seed = seed
-            self.batch_sampler = EpochBatchSampler(batches)  # type: ignore[arg-type]
+            self.batch_sampler = EpochBatchSampler(batches)
             self.dataset: Any = SeededDataset(
                 inner.dataset, seed, rank, repeated=not isinstance(sampler, DistributedSampler))
             inner = type(inner)(
                 self.dataset,
-                batch_sampler=self.batch_sampler,
+                batch_sampler=self.batch_sampler,  # type: ignore[arg-type]
                 num_workers=inner.num_workers,
                 collate_fn=_SeededCollate(inner.collate_fn, seed, rank, mixup_off_epoch),
                 pin_memory=inner.pin_memory,
@@ -212,7 +221,7 @@ class TrainLoader:
         return self.dataset.skipped.count.value if isinstance(self.dataset, SeededDataset) else 0
 
     def set_epoch(self, epoch: int, start: int = 0) -> None:
-        """Choose the epoch, and its first batch to be given. Ignored by datasets that can only be iterated: their start is 0."""
+        """Choose the epoch, and its first batch to be given. Datasets that can only be iterated begin at 0."""
         self.start = start if self.resumable else 0
         if self.batch_sampler is not None:
             self.batch_sampler.set_epoch(epoch, start)
@@ -236,7 +245,7 @@ class TrainLoader:
 
     def __len__(self) -> int:
         """Batches of a whole epoch, wherever it was resumed."""
-        return len(self.loader if self.batch_sampler is None else self.batch_sampler.batches)  # type: ignore[arg-type]
+        return len(self.loader if self.batch_sampler is None else self.batch_sampler.batches)
 
 
 def create_train_loader(
@@ -263,4 +272,4 @@ def create_train_loader(
     """
     loader = create_loader(
         dataset, input_size, batch_size, is_training=True, distributed=world_size > 1, batch_choice_seed=seed, **kwargs)
-    return TrainLoader(loader, seed, rank, world_size, mixup_off_epoch)
+    return TrainLoader(loader, seed, rank, mixup_off_epoch)

@@ -102,7 +102,8 @@ class FocusPickingLoss(nn.Module):
 
     def total(self, terms: FocusPickingTerms) -> torch.Tensor:
         """Weighted sum of the terms, a scalar."""
-        return terms.classification + self.attention_weight * terms.attention + self.negentropy_weight * terms.negentropy
+        classification, attention, negentropy = terms
+        return classification + self.attention_weight * attention + self.negentropy_weight * negentropy
 
     def forward(self, logits: torch.Tensor, target: torch.Tensor, baseline_logits: torch.Tensor) -> torch.Tensor:
         """Compute the loss, a scalar. See `terms` for the arguments."""

@@ -8,6 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
 from timm.models import PretrainedCfg, get_model_traits, model_entrypoint, resolve_pretrained_cfg
 from torch import nn
 
@@ -33,7 +40,7 @@ def checkpoint_filter_of(model_name: str) -> FilterFn | None:
 
 
 def build_dynamic_model(
-        create_fn: Callable[..., nn.Module],
+        create_fn: Callable[..., Any],
         variant: str,
         pretrained: bool,
         filter_fn: FilterFn | None = None,
@@ -41,7 +48,7 @@ def build_dynamic_model(
         pretrained_cfg_overlay: dict[str, Any] | None = None,
         cache_dir: str | Path | None = None,
         **kwargs: Any,
-) -> nn.Module:
+) -> Any:
     """Build a model with timm and load its weights, all of them or none.
 
     Args:
@@ -59,7 +66,7 @@ def build_dynamic_model(
         CheckpointError: There are no weights, they cannot be reached, or they do not fit. Never random weights
             in silence.
     """
-    cfg = resolve_pretrained_cfg(variant, pretrained_cfg, pretrained_cfg_overlay)
+    cfg = resolve_pretrained_cfg(variant, pretrained_cfg, pretrained_cfg_overlay)  # type: ignore[arg-type]
     state_dict, file = cfg.state_dict, cfg.file
     # Where the weights came from is no part of what the model is: neither tensors nor local paths stay behind.
     cfg = replace(cfg, architecture=cfg.architecture or variant, state_dict=None, file=None)
@@ -70,7 +77,8 @@ def build_dynamic_model(
             state_dict = _fetch(cfg, variant, file, cache_dir)
         load_weights(model, state_dict, filter_fn, adapt=True, label=f"'{file}'" if file else None)
     if features_only:  # timm takes the classifier off while it loads, so it gets the whole model's weights
-        cfg = replace(cfg, state_dict=model.state_dict(), input_size=(get_model_traits(model)['in_chans'], *cfg.input_size[1:]))
+        input_size = (get_model_traits(model)['in_chans'], *cfg.input_size[1:])
+        cfg = replace(cfg, state_dict=model.state_dict(), input_size=input_size)
         model = create_fn(pretrained=True, pretrained_cfg=cfg.to_dict(), features_only=True, **kwargs)
         model.pretrained_cfg.pop('state_dict', None)
     return model
@@ -94,10 +102,12 @@ def _fetch(
     return _fetch_from_hub(cfg, variant, name, cache_dir)
 
 
-def _fetch_from_hub(cfg: PretrainedCfg, variant: str, name: str, cache_dir: str | Path | None) -> dict[str, torch.Tensor]:
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
-
+def _fetch_from_hub(
+        cfg: PretrainedCfg,
+        variant: str,
+        name: str,
+        cache_dir: str | Path | None,
+) -> dict[str, torch.Tensor]:
     assert cfg.hf_hub_id
     repo, _, revision = cfg.hf_hub_id.partition('@')
     overlay = f"create_model('{variant}', pretrained=True, pretrained_cfg_overlay=dict(file='FILE'))"

@@ -14,13 +14,12 @@ import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import generate_default_cfgs, register_model
 from timm.models.efficientnet import EfficientNet, mobilenetv2_100
-from timm.models.resnet import BasicBlock, ResNet, resnet18, resnet34
-from torch import nn
+from timm.models.resnet import ResNet, resnet18, resnet34
 
 from ._builder import build_dynamic_model, hub_id
 
 
-def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
+def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: Any) -> dict[str, torch.Tensor]:
     """Map the authors' keys, which are torchvision's, onto timm's.
 
     ResNets have the same keys in both. For MobileNetV2, torchvision numbers everything in one sequence: features.0 is
@@ -30,7 +29,8 @@ def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: nn.Module) 
     if not isinstance(model, EfficientNet) or 'features.0.0.weight' not in state_dict:
         return state_dict
     # (stage, block) of features.1, features.2, ...
-    blocks = [(s, b) for s, stage in enumerate(model.blocks) for b in range(len(stage))]
+    stages: Any = model.blocks
+    blocks = [(s, b) for s, stage in enumerate(stages) for b in range(len(stage))]
     # Position in torchvision's block.conv -> name in timm's block: a convolution with its norm (.0, .1) counts once.
     first = {'0.0': 'conv_dw', '0.1': 'bn1', '1': 'conv_pw', '2': 'bn2'}
     other = {'0.0': 'conv_pw', '0.1': 'bn1', '1.0': 'conv_dw', '1.1': 'bn2', '2': 'conv_pwl', '3': 'bn3'}
@@ -75,7 +75,7 @@ default_cfgs = generate_default_cfgs({
 })
 
 
-def _create_focusnet(variant: str, create_fn: Any, pretrained: bool, **kwargs: Any) -> nn.Module:
+def _create_focusnet(variant: str, create_fn: Any, pretrained: bool, **kwargs: Any) -> Any:
     return build_dynamic_model(create_fn, variant, pretrained, filter_fn=checkpoint_filter_fn, **kwargs)
 
 
@@ -100,5 +100,5 @@ def focusnet_mobilenetv2_100(pretrained: bool = False, **kwargs: Any) -> Efficie
 @register_model
 def test_focusnet(pretrained: bool = False, **kwargs: Any) -> ResNet:
     """A ResNet of 0.3 M parameters for demonstration and tests."""
-    model_args = dict(block=BasicBlock, layers=(1, 1, 1, 1), channels=(16, 32, 64, 96), stem_width=16)
-    return _create_focusnet('test_focusnet', partial(resnet18, **model_args), pretrained, **kwargs)
+    create_fn = partial(resnet18, layers=(1, 1, 1, 1), channels=(16, 32, 64, 96), stem_width=16)
+    return _create_focusnet('test_focusnet', create_fn, pretrained, **kwargs)

@@ -5,8 +5,8 @@ import logging
 from pathlib import Path
 from typing import Any
 
-import torch
 import timm
+import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import get_model_input_config, is_model, list_models
 from timm.task import TrainingTask
@@ -20,7 +20,7 @@ from ..utils import load_weights
 _logger = logging.getLogger(__name__)
 
 
-def create_baseline(source: str | Path | nn.Module, model: nn.Module) -> nn.Module:
+def create_baseline(source: str | Path | nn.Module, model: nn.Module) -> Any:
     """Create the frozen baseline for a focus net.
 
     Args:
@@ -36,8 +36,9 @@ def create_baseline(source: str | Path | nn.Module, model: nn.Module) -> nn.Modu
         CheckpointError: Its weights cannot be read or do not fit.
     """
     focus = unwrap_model(model)
-    name = getattr(focus, 'pretrained_cfg', {}).get('architecture')
+    name = getattr(focus, 'pretrained_cfg', {}).get('architecture', '')
     label = str(source) if not isinstance(source, nn.Module) else type(source).__name__
+    baseline: Any
     if isinstance(source, nn.Module):
         baseline = source
     elif label.startswith(('local-dir:', 'hf-hub:')):
@@ -96,23 +97,22 @@ class FocusPickingTask(TrainingTask):
             verbose: bool = True,
     ) -> None:
         super().__init__(device=device, dtype=dtype, verbose=verbose)
-        self.trainable_module = model
+        self.trainable_module: Any = model
         self.criterion = criterion if criterion is not None else FocusPickingLoss()
-        self.baseline = create_baseline(baseline, model)
+        self.baseline: Any = create_baseline(baseline, model)
         self.baseline_hash = _fingerprint(self.baseline)
         self.baseline.to(device=self.device, memory_format=torch.channels_last)
 
         cfg = getattr(unwrap_model(model), 'pretrained_cfg', {})
         base_cfg = getattr(self.baseline, 'pretrained_cfg', {})
-        channels = get_model_input_config(self.baseline)['input_size'][0]
-        mean, std = mean or cfg.get('mean', IMAGENET_DEFAULT_MEAN), std or cfg.get('std', IMAGENET_DEFAULT_STD)
-        base_mean, base_std = base_cfg.get('mean', IMAGENET_DEFAULT_MEAN), base_cfg.get('std', IMAGENET_DEFAULT_STD)
-        # x · std + mean is the image; (image - base_mean) / base_std is what the baseline expects.
-        mean, std, base_mean, base_std = (
-            torch.tensor(v).double().expand(channels) if len(v) == 1 else torch.tensor(v).double()
-            for v in (mean, std, base_mean, base_std))
-        self.renormalize = not (torch.equal(mean, base_mean) and torch.equal(std, base_std))
-        for name, value in (('scale', std / base_std), ('shift', (mean - base_mean) / base_std)):
+        # x * old_std + old_mean is the image; (image - new_mean) / new_std is what the baseline expects.
+        old_mean, old_std, new_mean, new_std = (torch.tensor(v, dtype=torch.float64) for v in (
+            mean or cfg.get('mean', IMAGENET_DEFAULT_MEAN), std or cfg.get('std', IMAGENET_DEFAULT_STD),
+            base_cfg.get('mean', IMAGENET_DEFAULT_MEAN), base_cfg.get('std', IMAGENET_DEFAULT_STD)))
+        self.renormalize = not (torch.equal(old_mean, new_mean) and torch.equal(old_std, new_std))
+        self.scale: torch.Tensor
+        self.shift: torch.Tensor
+        for name, value in (('scale', old_std / new_std), ('shift', (old_mean - new_mean) / new_std)):
             self.register_buffer(name, value.to(self.device, self.dtype).view(1, -1, 1, 1), persistent=False)
 
         config = get_model_input_config(self.baseline)
@@ -133,7 +133,12 @@ class FocusPickingTask(TrainingTask):
         self.trainable_module = DistributedDataParallel(self.trainable_module, device_ids=device_ids, **ddp_kwargs)
         return self
 
-    def compile(self, backend: str = 'inductor', mode: str | None = None, **compile_kwargs: Any) -> nn.Module:
+    def compile(  # type: ignore[override]
+            self,
+            backend: str = 'inductor',
+            mode: str | None = None,
+            **compile_kwargs: Any,
+    ) -> nn.Module:
         """Compile both nets."""
         self.trainable_module = torch.compile(self.trainable_module, backend=backend, mode=mode, **compile_kwargs)
         self.baseline = torch.compile(self.baseline, backend=backend, mode=mode, **compile_kwargs)
@@ -194,5 +199,5 @@ def _fingerprint(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
         digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy() if value.ndim else str(value.item()).encode())
+        digest.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]

@@ -110,7 +110,7 @@ def create_focus_task(model: nn.Module, args: argparse.Namespace, context: Stage
         device=context.device, dtype=context.dtype, verbose=context.verbose)
 
 
-# The paper's: 90 epochs, batch 256, SGD without Nesterov and with weight decay on everything, random crops and flips only.
+# The paper's: 90 epochs, batch 256, SGD without Nesterov and with weight decay on everything, only crops and flips.
 _FOCUS_PAPER = dict(
     epochs=90, global_batch_size=256, opt='momentum', momentum=0.9, lr_base=0.1, lr_base_size=256, weight_decay=1e-4,
     opt_kwargs={'filter_bias_and_bn': False}, sched='step', decay_epochs=30, decay_rate=0.1, warmup_epochs=0,

@@ -52,8 +52,8 @@ def create_accelerator(args: argparse.Namespace, project_dir: str | None = None)
     world_size = int(os.environ.get('WORLD_SIZE', 1))
     if world_size != accelerator.num_processes:
         raise ValueError(
-            f'{world_size} processes were launched, but Accelerate sees {accelerator.num_processes}: each would train alone. '
-            'For several processes on CPUs use torchrun --nproc-per-node N train.py --device cpu.')
+            f'{world_size} processes were launched, but Accelerate sees {accelerator.num_processes}: each would train '
+            'alone. For several processes on CPUs use torchrun --nproc-per-node N train.py --device cpu.')
     if accelerator.device.type == 'cuda':
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.benchmark = True
@@ -71,7 +71,7 @@ def create_control_channel(accelerator: Accelerator) -> Callable[[bool], bool]:
 
     def any_says_yes(yes: bool) -> bool:
         flag = torch.tensor([int(yes)])
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=group)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=group)  # type: ignore[arg-type]
         return bool(flag.item())
 
     return any_says_yes

@@ -38,7 +38,7 @@ def model_dtype(args: argparse.Namespace) -> torch.dtype | None:
     return getattr(torch, args.model_dtype) if args.model_dtype else None
 
 
-def build_model(args: argparse.Namespace, **kwargs: Any) -> nn.Module:
+def build_model(args: argparse.Namespace, **kwargs: Any) -> Any:
     """Create the model that the options describe (both scripts), on the CPU.
 
     Args:
@@ -61,7 +61,7 @@ def build_model(args: argparse.Namespace, **kwargs: Any) -> nn.Module:
     return timm.create_model(**resolved)
 
 
-def build_training_model(args: argparse.Namespace) -> nn.Module:
+def build_training_model(args: argparse.Namespace) -> Any:
     """Create the model to train, with the weights it starts from, on the CPU."""
     with seeded(args.seed, 'model'):
         model = build_model(
@@ -73,13 +73,13 @@ def build_training_model(args: argparse.Namespace) -> nn.Module:
             bn_momentum=args.bn_momentum,
             bn_eps=args.bn_eps,
         )
-    filter_fn = checkpoint_filter_of(model.pretrained_cfg['architecture'])  # type: ignore[index,arg-type]
+    filter_fn = checkpoint_filter_of(model.pretrained_cfg['architecture'])
     if args.pretrained_path:
         load_weights(model, args.pretrained_path, filter_fn, adapt=True, reset_head=True)
     if args.initial_checkpoint:
         load_weights(model, args.initial_checkpoint, filter_fn)
     if args.head_init_scale is not None or args.head_init_bias is not None:
-        head = model.get_classifier()  # type: ignore[operator]
+        head = model.get_classifier()
         with torch.no_grad():
             if args.head_init_scale is not None:
                 head.weight.mul_(args.head_init_scale)
@@ -87,11 +87,11 @@ def build_training_model(args: argparse.Namespace) -> nn.Module:
             if args.head_init_bias is not None:
                 head.bias.fill_(args.head_init_bias)
     if args.grad_checkpointing:
-        model.set_grad_checkpointing(enable=True)  # type: ignore[operator]
+        model.set_grad_checkpointing(enable=True)
     return model
 
 
-def place_model(model: nn.Module, args: argparse.Namespace, device: torch.device, num_processes: int = 1) -> nn.Module:
+def place_model(model: Any, args: argparse.Namespace, device: torch.device, num_processes: int = 1) -> Any:
     """Convert the model's norms, and move it to its device, dtype and memory layout."""
     if args.split_bn:
         if args.aug_splits < 2 and not args.resplit:
@@ -99,7 +99,7 @@ def place_model(model: nn.Module, args: argparse.Namespace, device: torch.device
         model = convert_splitbn_model(model, max(args.aug_splits, 2))
     model.to(device=device, dtype=model_dtype(args))
     if args.channels_last:
-        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        model.to(memory_format=torch.channels_last)
     if args.sync_bn and num_processes > 1:
         if args.split_bn:
             raise ValueError('--sync-bn does not go with --split-bn.')
@@ -107,7 +107,13 @@ def place_model(model: nn.Module, args: argparse.Namespace, device: torch.device
     return model
 
 
-def _open_dataset(args: argparse.Namespace, split: str, data_config: dict[str, Any], training: bool, samples: int | None) -> Any:
+def _open_dataset(
+        args: argparse.Namespace,
+        split: str,
+        data_config: dict[str, Any],
+        training: bool,
+        samples: int | None,
+) -> Any:
     name, root = args.dataset, args.data_dir or args.data
     if uses_demo_data(args):
         name = DEMO_DATASET
@@ -233,8 +239,8 @@ def build_train_loader(
     )
     if not len(loader):
         raise ValueError(
-            f'The training data has fewer images ({len(loader.dataset)}) than a batch ({args.batch_size} x {world_size} '
-            'processes): use a smaller --batch-size.')
+            f'The training data has fewer images ({len(loader.dataset)}) than a batch ({args.batch_size} x '
+            f'{world_size} processes): use a smaller --batch-size.')
     loader.class_to_idx = names
     return loader, mixup_fn
 

@@ -66,7 +66,7 @@ class TrainOptions:
         self.for_one_stage.setdefault(stage, {})[option] = yaml.safe_load(value)
 
     def for_stage(self, stage: Stage, num_processes: int = 1) -> argparse.Namespace:
-        """Resolve the options of a stage: timm's defaults, the recipe's, the config file, the command line, --stage-args."""
+        """Resolve a stage's options: timm's defaults, the recipe's, --config, the command line, --stage-args."""
         recipe = dict(stage.defaults)
         global_batch = recipe.pop('global_batch_size', None)
         own = {**self.config, **self.given, **self.for_one_stage.get(stage.name, {})}
@@ -144,7 +144,8 @@ def _prepare_folder(folder: Path) -> None:
         probe.write_text('')
         probe.unlink()
     except OSError as e:
-        raise ValueError(f"The output folder '{folder}' cannot be written: {e.strerror or e}. Choose another with --output.") from e
+        raise ValueError(
+            f"The output folder '{folder}' cannot be written: {e.strerror or e}. Choose another with --output.") from e
     for path in (folder, *(p for p in folder.iterdir() if p.is_dir())):
         clean_partial_files(path)
 
@@ -245,14 +246,15 @@ def _start_trackers(accelerator: Accelerator, args: argparse.Namespace, folder: 
 
 def _show_stages(stages: Sequence[Stage], options: TrainOptions, num_processes: int) -> None:
     """Print what the recipe changes, before training."""
-    rows = []
+    names: dict[str, None] = {}
+    columns = {}
     for stage in stages:
         args = vars(options.for_stage(stage, num_processes))
-        names = [k for k in stage.defaults if k in args] + (['batch_size'] if 'global_batch_size' in stage.defaults else [])
-        rows.append({'stage': stage.name, **{k: str(args[k]) for k in names}})
-    if any(len(r) > 1 for r in rows):
-        turned = [{'option': k, **{r['stage']: r.get(k, '') for r in rows}} for k in dict.fromkeys(k for r in rows for k in r) if k != 'stage']
-        _logger.info('What the recipe sets (other options change it):\n' + format_table(turned))
+        names.update(dict.fromkeys('batch_size' if k == 'global_batch_size' else k for k in stage.defaults))
+        columns[stage.name] = args
+    rows = [{'option': k, **{stage: str(args[k]) for stage, args in columns.items()}} for k in names]
+    if rows:
+        _logger.info('What the recipe sets (other options change it):\n' + format_table(rows))
 
 
 def _compare(
@@ -264,24 +266,26 @@ def _compare(
         weights: dict[str, Path],
 ) -> list[dict[str, Any]]:
     """Evaluate the best weights of every stage, and the recipe's references, on the same images."""
-    models = [(s.label or s.name, weights[s.name]) for s in stages if (weights[s.name] / 'config.json').exists()]
+    models: list[tuple[str, Any]] = [
+        (s.label or s.name, timm.create_model(f'local-dir:{weights[s.name]}', pretrained=True))
+        for s in stages if (weights[s.name] / 'config.json').exists()
+    ]
     args = options.for_stage(stages[-1], accelerator.num_processes)
     split = args.test_split or ('test' if uses_demo_data(args) else args.val_split)
     if not split:
         return []
     rows = []
-    models = [(label, timm.create_model(f'local-dir:{path}', pretrained=True)) for label, path in models]
     references = [(label, create_baseline(source, models[-1][1])) for label, source in recipe.references.items()]
     for label, model in [*references, *models]:
         model = model.eval().to(accelerator.device)
         data_config = training_data_config(args, model)
         loader = build_eval_loader(
-            args, split, data_config, model.num_classes, accelerator.device, accelerator.num_processes,  # type: ignore[arg-type]
+            args, split, data_config, model.num_classes, accelerator.device, accelerator.num_processes,
             samples=args.val_num_samples)
         metrics = evaluate(model, loader, accelerator, channels_last=args.channels_last, desc=f'{split}: {label}')
         rows.append({
-            'model': label, **{k: round(v, 4) for k, v in metrics.items() if k != 'count'},
-            'params_m': round(sum(p.numel() for p in model.parameters()) / 1e6, 3), 'split': split, 'images': metrics['count']})
+            'model': label, **{k: round(v, 4) for k, v in metrics.items() if k != 'count'}, 'split': split,
+            'images': metrics['count'], 'params_m': round(sum(p.numel() for p in model.parameters()) / 1e6, 3)})
     if accelerator.is_main_process:
         write_rows(folder / 'results.csv', rows)
         write_rows(folder / 'results.json', rows)
@@ -304,7 +308,8 @@ def run_script(script: Callable[[], int]) -> int:
         print(f'{type(e).__name__}: {e}', file=sys.stderr)
         return 1
     except Stopped as e:
-        print(f'Stopped by {signal.Signals(e.signum).name}; the state is saved. Continue with --resume auto.', file=sys.stderr)
+        name = signal.Signals(e.signum).name
+        print(f'Stopped by {name}; the state is saved. Continue with --resume auto.', file=sys.stderr)
         return 128 + e.signum
     finally:
         if torch.distributed.is_initialized():

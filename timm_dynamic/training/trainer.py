@@ -20,7 +20,15 @@ from torch import nn
 
 from ..models._builder import checkpoint_filter_of
 from ..task import Stage, StageContext
-from ..utils import CheckpointError, atomic_write, copy_pretrained, load_weights, read_checkpoint, save_pretrained, seeded
+from ..utils import (
+    CheckpointError,
+    atomic_write,
+    copy_pretrained,
+    load_weights,
+    read_checkpoint,
+    save_pretrained,
+    seeded,
+)
 from .accelerator import create_control_channel
 from .build import (
     build_eval_loader,
@@ -101,14 +109,14 @@ class Trainer:
                 parameter.requires_grad_(stage.trains(name))
 
         self.loader, self.mixup_fn = build_train_loader(
-            args, self.data_config, model.num_classes, self.device, self.rank, self.world_size)  # type: ignore[arg-type]
+            args, self.data_config, model.num_classes, self.device, self.rank, self.world_size)
         self.eval_loader = build_eval_loader(
-            args, args.val_split, self.data_config, model.num_classes, self.device, self.world_size,  # type: ignore[arg-type]
+            args, args.val_split, self.data_config, model.num_classes, self.device, self.world_size,
             samples=args.val_num_samples) if args.val_split else None
         if self.eval_loader is not None:
             check_same_classes(self.loader.class_to_idx, self.eval_loader.class_to_idx)
         if not self.loader.resumable and self.main:
-            _logger.info('This dataset can only be iterated: a run killed within an epoch repeats that epoch from its start.')
+            _logger.info('This dataset can only be iterated: a run killed within an epoch repeats it from its start.')
 
         context.device, context.dtype, context.verbose = self.device, model_dtype(args), self.main
         context.data_config = self.data_config
@@ -123,9 +131,10 @@ class Trainer:
 
         per_step = args.batch_size * self.world_size
         args.lr = resolve_learning_rate(args, per_step * self.accum)
-        self.raw_optimizer = build_optimizer(self.task.get_trainable_module(), args)
+        trainable: Any = self.task.get_trainable_module()
+        self.raw_optimizer = build_optimizer(trainable, args)
         self.optimizer = accelerator.prepare(self.raw_optimizer)
-        self.task.trainable_module = accelerator.prepare(self.task.get_trainable_module())
+        self.task.trainable_module = accelerator.prepare(trainable)
         self.updates_per_epoch = math.ceil(len(self.loader) / self.accum)
         self.metric = args.eval_metric if self.eval_loader is not None else 'loss'
         self.decreasing = self.metric == 'loss'
@@ -172,7 +181,8 @@ class Trainer:
         try:
             self.task.load_checkpoint_state(state['model']['state_dict'], state['model'].get('task_state'))
             if state['ema'] is not None and self.task.has_ema():
-                self.task.load_checkpoint_state(state['ema']['state_dict_ema'], state['ema'].get('task_state_ema'), ema=True)
+                self.task.load_checkpoint_state(
+                    state['ema']['state_dict_ema'], state['ema'].get('task_state_ema'), ema=True)
             if self.args.no_resume_opt:
                 self._schedule(state['progress']['epoch'], state['progress']['updates'])
             else:
@@ -182,15 +192,17 @@ class Trainer:
                 if self.scheduler is not None:
                     self.scheduler.load_state_dict(state['scheduler'])
         except (RuntimeError, KeyError) as e:
-            raise ValueError(f"The state at '{self.store.folder}' does not fit this model: {str(e).splitlines()[0]}") from e
+            reason = str(e).splitlines()[0]
+            raise ValueError(f"The state at '{self.store.folder}' does not fit this model: {reason}") from e
         progress = state['progress']
         self.epoch, self.batch, self.updates = (progress[k] for k in ('epoch', 'batch', 'updates'))
         per_batch = self.args.batch_size * self.world_size
         if per_batch != progress['samples_per_batch']:
             self.batch = self.batch * progress['samples_per_batch'] // per_batch
             self.batch -= self.batch % self.accum
-            _logger.info(f'Batches have {per_batch} samples over all processes now, not {progress["samples_per_batch"]}: '
-                         f'epoch {self.epoch} goes on from batch {self.batch}.')
+            _logger.info(
+                f'Batches have {per_batch} samples over all processes now, not {progress["samples_per_batch"]}: '
+                f'epoch {self.epoch} goes on from batch {self.batch}.')
         if not self.loader.resumable:
             self.batch = 0
         self.best, self.checkpoints = dict(state['best']), [list(c) for c in state['checkpoints']]
@@ -252,8 +264,6 @@ class Trainer:
                 tmp.write_text(yaml.safe_dump(vars(self.args), default_flow_style=False), encoding='utf-8')
         if self.epoch == self.batch == 0 and self.args.start_epoch is not None:
             self._override_start_epoch()
-        if self.epoch == self.batch == 0:
-            self.save_state()  # so that there is something to go back to from the first update on
         row: dict[str, Any] = {}
         while self.epoch < self.num_epochs:
             row = self._run_epoch(stop)
@@ -306,7 +316,7 @@ class Trainer:
         self.loader.set_epoch(epoch, self.batch)
         if self.mixup_fn is not None:
             self.mixup_fn.mixup_enabled = not args.mixup_off_epoch or epoch < args.mixup_off_epoch
-        module = self.task.get_trainable_module()
+        module: Any = self.task.get_trainable_module()
         tail = num_batches % self.accum
         self.optimizer.zero_grad()
         bar = progress_bar(
@@ -392,8 +402,8 @@ class Trainer:
         args = self.args
         if args.clip_grad is not None:
             self.accelerator.unscale_gradients(self.optimizer)
-            dispatch_clip_grad(
-                self.task.get_clip_parameters(exclude_head=args.clip_mode == 'agc'), value=args.clip_grad, mode=args.clip_mode)
+            parameters = self.task.get_clip_parameters(exclude_head=args.clip_mode == 'agc')
+            dispatch_clip_grad(parameters, value=args.clip_grad, mode=args.clip_mode)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.updates += 1
@@ -410,14 +420,14 @@ class Trainer:
         if indices is not None:
             names = f', samples {indices[:8]}{"..." if len(indices) > 8 else ""}'
             base = getattr(self.loader.dataset, 'dataset', None)
-            if hasattr(base, 'filename'):
+            if base is not None and hasattr(base, 'filename'):
                 names += f' (first: {base.filename(indices[0])})'
         lr = self.raw_optimizer.param_groups[0]['lr']
         raise NonFiniteLoss(
-            f'The loss of stage {self.stage.name} is not finite: epoch {self.epoch}, batch {batch}, process {self.rank}, '
-            f'learning rate {lr:.3g}{names}. Terms so far, summed: '
+            f'The loss of stage {self.stage.name} is not finite: epoch {self.epoch}, batch {batch}, '
+            f'process {self.rank}, learning rate {lr:.3g}{names}. Terms so far, summed: '
             + ', '.join(f'{k} {v.item():.4g}' for k, v in self.totals.items() if k != 'count')
-            + f". The last good state is kept at '{self.store.folder}'.")
+            + (f". The last good state is kept at '{self.store.folder}'." if self.store.exists() else '.'))
 
     def _mean_totals(self) -> dict[str, float]:
         keys = list(self.totals)
@@ -434,7 +444,8 @@ class Trainer:
         model = unwrap_model(self.task.get_eval_model(ema=ema))
         model.eval()
         return evaluate(
-            model, self.eval_loader, self.accelerator, create_evaluator=lambda device, **kw: self.task.create_evaluator(**kw),
+            model, self.eval_loader, self.accelerator,
+            create_evaluator=lambda device, **kwargs: self.task.create_evaluator(**kwargs),
             channels_last=self.args.channels_last, tta=self.args.tta, desc='validation' + (' (EMA)' if ema else ''))
 
     def _write_results(self, row: dict[str, Any], value: float | None, ema: bool) -> None:
@@ -451,8 +462,8 @@ class Trainer:
             **({'label_names': labels} if labels else {}))
         if value is None:
             return
-        better = self.best['value'] is None or (value < self.best['value'] if self.decreasing else value > self.best['value'])
-        if better:
+        best = self.best['value']
+        if best is None or (value < best if self.decreasing else value > best):
             self.best = {'value': value, 'epoch': row['epoch']}
             copy_pretrained(self.folder / 'last', self.folder / 'best')
         if self.args.checkpoint_hist > 0:
@@ -492,6 +503,6 @@ class Trainer:
             _logger.info(f"{self.stage.name}: epoch {row['epoch']} done: "
                          + ', '.join(f'{k} {v:.4g}' for k, v in numbers.items()))
             if self.loader.skipped:
-                _logger.warning(f'{self.loader.skipped} images could not be read so far; their neighbours took their place.')
+                _logger.warning(f'{self.loader.skipped} images could not be read so far; others took their place.')
             self.accelerator.log({f'{self.stage.name}/{k}': v for k, v in numbers.items()}, step=self.updates)
 

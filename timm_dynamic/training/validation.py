@@ -2,17 +2,15 @@
 import argparse
 import glob
 import logging
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from accelerate import Accelerator
 from timm.data import RealLabelsImagenet, resolve_data_config
 from timm.layers import apply_test_time_pool
-from timm.models import is_model, list_models, list_pretrained
+from timm.models import is_model, list_pretrained
 from timm.task import evaluation_sample_limit
 from timm.utils import check_batch_size_retry, decay_batch_step, reparameterize_model
 from torch import nn
@@ -80,7 +78,7 @@ def validate_model(args: argparse.Namespace, name: str, checkpoint: str, acceler
     args = argparse.Namespace(**{**vars(args), 'model': name})
     model = build_model(args, pretrained=args.pretrained or not checkpoint)
     if checkpoint:
-        filter_fn = checkpoint_filter_of(model.pretrained_cfg['architecture'])  # type: ignore[index,arg-type]
+        filter_fn = checkpoint_filter_of(model.pretrained_cfg['architecture'])
         load_weights(model, checkpoint, filter_fn, use_ema=args.use_ema)
     if args.reparam:
         model = reparameterize_model(model)
@@ -92,9 +90,9 @@ def validate_model(args: argparse.Namespace, name: str, checkpoint: str, acceler
     params = sum(p.numel() for p in model.parameters())
     model = model.eval().to(device=accelerator.device, dtype=model_dtype(args))
     if args.channels_last:
-        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        model = model.to(memory_format=torch.channels_last)
     if args.torchcompile:
-        model = torch.compile(model, backend=args.torchcompile, mode=args.torchcompile_mode)  # type: ignore[assignment]
+        model = torch.compile(model, backend=args.torchcompile, mode=args.torchcompile_mode)
 
     valid_labels = None
     if args.valid_labels:
@@ -116,13 +114,15 @@ def validate_model(args: argparse.Namespace, name: str, checkpoint: str, acceler
         top5, _ = predictions.gather()
         ranks = torch.arange(top5.shape[1], 0, -1, dtype=torch.float32, device=top5.device)
         for part in top5.split(1024):  # scores that rank the classes as the model did
-            real.add_result(torch.zeros(len(part), 1000, device=part.device).scatter_(1, part, ranks.expand(len(part), -1)))
+            scores = torch.zeros(len(part), 1000, device=part.device)
+            real.add_result(scores.scatter_(1, part, ranks.expand(len(part), -1)))
         metrics['top1'], metrics['top5'] = real.get_accuracy(k=1), real.get_accuracy(k=5)
     row = {
         'model': name, 'top1': round(metrics['top1'], 4), 'top1_err': round(100 - metrics['top1'], 4),
-        'top5': round(metrics['top5'], 4), 'top5_err': round(100 - metrics['top5'], 4), 'loss': round(metrics['loss'], 5),
-        'images': metrics['count'], 'param_count': round(params / 1e6, 2), 'img_size': data_config['input_size'][-1],
-        'crop_pct': data_config['crop_pct'], 'interpolation': data_config['interpolation'],
+        'top5': round(metrics['top5'], 4), 'top5_err': round(100 - metrics['top5'], 4),
+        'loss': round(metrics['loss'], 5), 'images': metrics['count'], 'param_count': round(params / 1e6, 2),
+        'img_size': data_config['input_size'][-1], 'crop_pct': data_config['crop_pct'],
+        'interpolation': data_config['interpolation'],
     }
     if checkpoint:
         row['checkpoint'] = checkpoint
@@ -139,7 +139,8 @@ def _with_retry(args: argparse.Namespace, name: str, checkpoint: str, accelerato
     batch_size = args.batch_size
     while True:
         try:
-            return validate_model(argparse.Namespace(**{**vars(args), 'batch_size': batch_size}), name, checkpoint, accelerator)
+            smaller = argparse.Namespace(**{**vars(args), 'batch_size': batch_size})
+            return validate_model(smaller, name, checkpoint, accelerator)
         except RuntimeError as e:
             if not args.retry or accelerator.num_processes > 1 or batch_size <= 1 or not check_batch_size_retry(str(e)):
                 raise
@@ -163,7 +164,8 @@ def _jobs(args: argparse.Namespace) -> Iterator[tuple[str, str]]:
         yield name, checkpoint
     elif name == 'all':
         # The pretrained ones whose images are of ordinary size, as timm does
-        yield from ((n, '') for n in list_pretrained('*', exclude_filters=['*_in21k', '*_in22k', '*in12k', '*_dino', '*fcmae']))
+        skip = ['*_in21k', '*_in22k', '*in12k', '*_dino', '*fcmae']
+        yield from ((n, '') for n in list_pretrained('*', exclude_filters=skip))
     elif name and not name.startswith(('local-dir:', 'hf-hub:')) and not is_model(name.split('.')[0]):
         if Path(name).is_file():
             yield from ((line, '') for line in Path(name).read_text(encoding='utf-8').split())

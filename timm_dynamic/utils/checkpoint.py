@@ -7,6 +7,8 @@ Here nothing in a file is ever executed, and every key is accounted for or named
 import argparse
 import logging
 import pickle
+import re
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,8 +27,8 @@ _EMA_KEYS = ('state_dict_ema', 'model_ema')
 _WEIGHT_KEYS = ('state_dict', 'model', 'net')
 _SUFFIXES = ('.safetensors', '.pth.tar', '.pth', '.pt', '.bin', '.tar', '.th')
 
-# What the authors' files hold beside tensors: numpy numbers, and timm's own the parsed arguments. Nothing else is let in.
-_NUMPY_CORE = np.core if np.__version__.startswith('1.') else np._core
+# What files hold beside tensors: numpy numbers (the authors'), parsed arguments (timm's). Nothing else is let in.
+_NUMPY_CORE: Any = np.core if np.__version__.startswith('1.') else np._core  # type: ignore[attr-defined]
 _SAFE_GLOBALS: list[Any] = [
     argparse.Namespace, np.ndarray, np.dtype,
     *(getattr(np.dtypes, name) for name in dir(np.dtypes) if name.endswith('DType') and name != 'ObjectDType'),
@@ -70,25 +72,27 @@ def read_checkpoint(path: str | Path) -> Any:
         path = _find_weights(path)
     if not path.is_file():
         raise CheckpointError(f"No checkpoint at '{path}'.")
-    size = path.stat().st_size
+    broken = f"Cannot read '{path}' ({path.stat().st_size:,} bytes): truncated, or no checkpoint. ({{}})"
     try:
         if path.suffix == '.safetensors':
             return safetensors.torch.load_file(path, device='cpu')
-        with torch.serialization.safe_globals(_SAFE_GLOBALS):
+        with torch.serialization.safe_globals(_SAFE_GLOBALS), warnings.catch_warnings():
+            warnings.filterwarnings('ignore', 'Detected pickle protocol')  # says that it may fail; we say if it does
             return torch.load(path, map_location='cpu', weights_only=True)
     except pickle.UnpicklingError as e:
-        if 'Unsupported global' in str(e) or 'Unsupported operand' in str(e) or 'Unsupported class' in str(e):
-            reason = str(e).split('Please use')[0].split('\n\t')[-1].strip()
+        asked = re.search(r'Unsupported (?:global|class)[^\n]*?([\w.]+\.\w+)', str(e))
+        if asked:
             raise CheckpointError(
-                f"'{path}' is a pickle that asks for code to be run; it was refused and nothing of it was executed. "
-                f'Expected tensors and plain values only. ({reason.splitlines()[0] if reason else e})') from None
-        raise CheckpointError(f"Cannot read '{path}' ({size:,} bytes): truncated, or no checkpoint. ({_first(e)})") from e
+                f"'{path}' is a pickle that asks for code to be run ({asked[1]}); it was refused and nothing of it was "
+                'executed. Expected tensors and plain values only.') from None
+        raise CheckpointError(broken.format(_first(e))) from e
     except (SafetensorError, RuntimeError, EOFError, ValueError, OSError, KeyError, AttributeError) as e:
-        raise CheckpointError(f"Cannot read '{path}' ({size:,} bytes): truncated, or no checkpoint. ({_first(e)})") from e
+        raise CheckpointError(broken.format(_first(e))) from e
 
 
 def _first(error: BaseException) -> str:
-    return str(error).strip().split('\n')[0][:200] or type(error).__name__
+    text = re.sub(r'.*WeightsUnpickler error: ', '', str(error), flags=re.DOTALL)  # under a page of torch's advice
+    return text.strip().split('\n')[0][:200] or type(error).__name__
 
 
 def read_state_dict(path: str | Path, use_ema: bool = True) -> dict[str, torch.Tensor]:
@@ -111,7 +115,8 @@ def read_state_dict(path: str | Path, use_ema: bool = True) -> dict[str, torch.T
                 checkpoint = checkpoint[key]
                 break
     if not isinstance(checkpoint, Mapping) or not any(isinstance(v, torch.Tensor) for v in checkpoint.values()):
-        held = ', '.join(map(str, list(checkpoint)[:5])) if isinstance(checkpoint, Mapping) else type(checkpoint).__name__
+        names = list(checkpoint)[:5] if isinstance(checkpoint, Mapping) else [type(checkpoint).__name__]
+        held = ', '.join(map(str, names))
         raise CheckpointError(f"'{path}' holds no weights: expected tensors by name, found {held or 'nothing'}.")
     return clean_state_dict(dict(checkpoint))
 
@@ -186,17 +191,15 @@ def load_weights(
 
     # The channels that the weights were made for, read off the weights themselves: a user's own file may differ
     # from what the pretrained_cfg says about the published ones.
-    channels = traits.get('in_chans', (cfg.get('input_size') or (3,))[0])
+    input_size = cfg.get('input_size') or (3, 224, 224)
+    channels = source_channels = traits.get('in_chans', input_size[0])
     for k in convs & state_dict.keys():
-        module_in = target[k].shape[1]
-        if state_dict[k].shape[1] != module_in:
-            cfg['input_size'] = (state_dict[k].shape[1] * channels // module_in, *(cfg.get('input_size') or (3, 224, 224))[1:])
-            break
-    else:
-        cfg['input_size'] = (channels, *(cfg.get('input_size') or (3, 224, 224))[1:])
+        if state_dict[k].shape[1] != target[k].shape[1]:
+            source_channels = state_dict[k].shape[1] * channels // target[k].shape[1]
     num_classes = getattr(model, 'num_classes', cfg.get('num_classes', 1000))
     cfg.update(
         state_dict=state_dict,
+        input_size=(source_channels, *input_size[1:]),
         label_offset=0,
         num_classes=-1 if drop_heads else num_classes,
     )

@@ -1,0 +1,131 @@
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import IterableDataset
+
+from timm_dynamic.data import create_dataset, create_train_loader
+from timm.data import FastCollateMixup
+
+ARGS = dict(input_size=(3, 32, 32), batch_size=8, re_prob=0.5, re_mode='pixel', device=torch.device('cpu'))
+
+
+def _loader(image_folder, workers=0, seed=42, **kwargs):
+    dataset = create_dataset('', root=str(image_folder), split='train')
+    mixup = FastCollateMixup(mixup_alpha=0.5, num_classes=3)
+    return create_train_loader(
+        dataset, num_workers=workers, seed=seed, **{**ARGS, 'collate_fn': mixup, **kwargs})
+
+
+def _epoch(loader, epoch, start=0):
+    loader.set_epoch(epoch, start)
+    return [(x.clone(), y.clone()) for x, y in loader]
+
+
+def _same(a, b):
+    return len(a) == len(b) and all(torch.equal(x, u) and torch.equal(y, v) for (x, y), (u, v) in zip(a, b))
+
+
+def test_batches_depend_on_seed_and_epoch_only(image_folder):
+    first = _epoch(_loader(image_folder), 1)
+    assert len(first) == 9
+    for workers in (1, 2):
+        loader = _loader(image_folder, workers)
+        _epoch(loader, 0)  # what came before does not matter
+        assert _same(_epoch(loader, 1), first)
+    assert not _same(_epoch(_loader(image_folder), 2), first)
+    assert not _same(_epoch(_loader(image_folder, seed=43), 1), first)
+
+
+def test_an_epoch_goes_on_where_it_was_left(image_folder):
+    whole = _epoch(_loader(image_folder), 3)
+    loader = _loader(image_folder, workers=2)
+    assert len(loader) == 9
+    assert _same(_epoch(loader, 3, start=5), whole[5:])
+    assert len(loader) == 9  # of the whole epoch
+    assert _same(_epoch(loader, 4), _epoch(_loader(image_folder), 4))
+
+
+def test_loader_that_prefetches_across_epochs(image_folder):
+    loader = _loader(image_folder, workers=1, use_multi_epochs_loader=True)
+    reference = _loader(image_folder)
+    assert _same(_epoch(loader, 2, start=7), _epoch(reference, 2)[7:])
+    for epoch in (3, 4):
+        assert _same(_epoch(loader, epoch), _epoch(reference, epoch))
+
+
+def test_without_prefetcher(image_folder):
+    def batches(workers):
+        return _epoch(_loader(image_folder, workers, use_prefetcher=False, collate_fn=None), 1)
+    assert _same(batches(0), batches(2))
+
+
+def test_every_image_once_an_epoch_over_all_processes(image_folder, monkeypatch):
+    import torch.distributed as dist
+    seen = []
+    for rank in range(3):
+        monkeypatch.setattr(dist, 'is_available', lambda: True)
+        monkeypatch.setattr(dist, 'get_world_size', lambda *a: 3)
+        monkeypatch.setattr(dist, 'get_rank', lambda *a, rank=rank: rank)
+        loader = _loader(image_folder, rank=rank, world_size=3, batch_size=4)
+        loader.set_epoch(1)
+        seen += [i for batch in range(len(loader)) for i in loader.indices(1, batch)]
+    assert sorted(seen) == list(range(72))
+
+
+def test_mixup_ends_when_told_in_workers_too(image_folder):
+    loader = _loader(image_folder, workers=1, mixup_off_epoch=1)
+    hard = [bool(((y.max(dim=1).values) > 0.9).all()) for epoch in (0, 1) for y in [torch.cat([y for _, y in _epoch(loader, epoch)])]]
+    assert hard == [False, True]
+
+
+def test_unreadable_images_are_skipped_and_counted(tmp_path, image_folder):
+    import shutil
+    shutil.copytree(image_folder, tmp_path / 'data')
+    for name in ('class0/003.png', 'class2/010.png'):
+        file = tmp_path / 'data' / 'train' / name
+        file.write_bytes(file.read_bytes()[:60])
+    loader = _loader(tmp_path / 'data', workers=2)
+    batches = _epoch(loader, 0)
+    assert sum(len(x) for x, _ in batches) == 72
+    assert loader.skipped == 2
+
+
+def test_iterable_datasets_begin_an_epoch_anew():
+    class Stream(IterableDataset):
+        transform = None
+        epoch = None
+
+        def __iter__(self):
+            for i in range(16):
+                yield self.transform(Image.new('RGB', (40, 40), (i, i, i))), i % 3
+
+        def __len__(self):
+            return 16
+
+        def set_epoch(self, epoch):
+            self.epoch = epoch
+
+    stream = Stream()
+    loader = create_train_loader(stream, num_workers=0, **ARGS)
+    assert not loader.resumable
+    assert len(_epoch(loader, 5, start=1)) == len(loader) == 2
+    assert stream.epoch == 5
+    assert loader.indices(5, 0) is None
+
+
+@pytest.mark.parametrize(('make', 'error', 'message'), [
+    (lambda p: None, FileNotFoundError, "no data at '.*nowhere'"),
+    (lambda p: (p / 'nowhere' / 'train').mkdir(parents=True), ValueError, "holds no images for the split 'train'"),
+    (lambda p: [(p / 'nowhere' / 'train' / 'cat').mkdir(parents=True),
+                Image.new('RGB', (8, 8)).save(p / 'nowhere' / 'train' / 'cat' / '0.png')],
+     ValueError, r"holds 1 class \('cat'\)"),
+])
+def test_bad_folders(tmp_path, make, error, message):
+    make(tmp_path)
+    with pytest.raises(error, match=message):
+        create_dataset('', root=str(tmp_path / 'nowhere'), split='train')
+
+
+def test_unknown_dataset():
+    with pytest.raises(ValueError, match='Did you mean cluttered_digits'):
+        create_dataset('clutered_digits')

@@ -1,0 +1,108 @@
+"""What the tests of the options of train.py and validate.py share: names, checks, tiny data and weights."""
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from PIL import Image
+
+from timm_dynamic.utils import save_pretrained
+
+DIFFERS = object()
+
+
+def timm_options(script: str) -> list[str]:
+    """Names of the options of timm's script; several spellings of one are separated by spaces."""
+    text = (Path(__file__).parent / 'timm_options.txt').read_text(encoding='utf-8')
+    return text.partition(f'[{script}]\n')[2].partition('\n\n')[0].split('\n')
+
+
+def spellings(table: Iterable[str]) -> list[Any]:
+    """Parameters (name, spelling) for a test that is run for every spelling of every option."""
+    return [pytest.param(name, flag, id=flag) for name in table for flag in name.split()]
+
+
+def named(parser: Any) -> set[str]:
+    """All that a parser accepts, refused options included."""
+    return {s for a in parser._actions for s in a.option_strings or [a.dest]} - {'-h', '--help'}
+
+
+def effect(start: str, probe: Callable, *value: str, gives: Any = DIFFERS, base: Iterable = (), drop: Iterable = ()):
+    """Make a check: what `probe` sees with the option is as it should be, and is not without it.
+
+    Args:
+        start: Method of the lab that takes options and gives what is probed.
+        probe: Looks at it.
+        *value: Of the option.
+        gives: What the probe sees, or a function that says whether it is right (default: anything else than without).
+        base: Options that are needed beside.
+        drop: Options of the lab's own to be left out.
+    """
+    def right(seen: Any) -> bool:
+        return bool(gives(seen) if callable(gives) else seen == gives)
+
+    def check(lab: Any, flag: str) -> None:
+        option = [flag] if flag.startswith('-') else []
+        seen = probe(getattr(lab, start)(*base, *option, *value, drop=drop))
+        without = probe(getattr(lab, start)(*base, drop=drop))
+        if gives is DIFFERS:
+            assert not (torch.equal(seen, without) if isinstance(seen, torch.Tensor) else seen == without)
+        else:
+            assert right(seen), seen
+            assert not right(without), f'so it is without {flag}, too: {without}'
+
+    return check
+
+
+def refused(*advice: str):
+    """Make a check: the option is an error that names what replaces it."""
+    def check(lab: Any, flag: str) -> None:
+        for given in ([flag], [flag, 'value'], [f'{flag}=value']):
+            with pytest.raises(SystemExit, match='2'):
+                lab.parser.parse_args(given)
+            message = lab.capsys.readouterr().err
+            assert f'{flag} is not supported.' in message
+            assert all(text in message for text in advice), message
+
+    return check
+
+
+def has(text: str) -> Callable[[Any], bool]:
+    return lambda seen: text in str(seen)
+
+
+def fresh_accelerate() -> None:
+    """Forget Accelerate's state, which is one per process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+def make_images(folder: Path, splits: dict[str, int], classes: int = 3) -> Path:
+    """Write coarse random images of 40 x 48 pixels, as FOLDER/SPLIT/class<c>/<i>.png."""
+    rng = np.random.default_rng(0)
+    for split, count in splits.items():
+        for c in range(classes):
+            (folder / split / f'class{c}').mkdir(parents=True)
+            for i in range(count):
+                pixels = Image.fromarray(rng.integers(0, 256, (6, 5, 3), dtype=np.uint8))
+                pixels.resize((40, 48)).save(folder / split / f'class{c}' / f'{i}.png')
+    return folder
+
+
+def make_weights(folder: Path, value: float = 0.25, **kwargs: Any) -> Path:
+    """Export a `test_resnet` for three classes that can be recognised by `marks`."""
+    model: Any = timm.create_model('test_resnet', num_classes=3, **kwargs)
+    with torch.no_grad():
+        model.conv1.weight.fill_(value)
+        model.fc.bias.fill_(value)
+    save_pretrained(model, folder)
+    return folder
+
+
+def marks(model: Any) -> tuple[float, float]:
+    """First convolution's and classifier's mark; (0.25, 0.25) of `make_weights`."""
+    return tuple(round(p.mean().item(), 6) for p in (model.conv1.weight, model.fc.bias))

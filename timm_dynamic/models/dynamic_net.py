@@ -1,0 +1,343 @@
+"""The step protocol: a classifier as a sequence of predictions of rising cost, where an image may stop after any.
+
+    state = model.init_state(x)
+    for t in range(model.num_steps):
+        logits, state = model.step(t, state)
+
+A state is a flat dict of batch-first tensors and all there is: modules keep nothing between steps. So rows can leave
+after any step, wait, and join the rows of other batches; and threads can share a model.
+"""
+import copy
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+_logger = logging.getLogger(__name__)
+
+State = dict[str, torch.Tensor]
+
+
+def num_rows(state: State) -> int:
+    """Number of images in a state."""
+    return len(next(iter(state.values())))
+
+
+def select_rows(state: State, rows: torch.Tensor) -> State:
+    """Take some images out of a state: by index, int64, or by a mask [n], bool."""
+    return {name: value[rows] for name, value in state.items()}
+
+
+def split_rows(state: State, mask: torch.Tensor) -> tuple[State, State]:
+    """Split a state into the images where a mask [n] holds, and the others."""
+    return select_rows(state, mask), select_rows(state, ~mask)
+
+
+def join_rows(states: Sequence[State]) -> State:
+    """Join states that stand before the same step."""
+    return {name: torch.cat([state[name] for state in states]) for name in states[0]}
+
+
+class ExitResult(NamedTuple):
+    """What early exit gives, in the order of the input."""
+    logits: torch.Tensor  # [B, num_classes]
+    steps_used: torch.Tensor  # [B] int64, in 1..T
+    confidence: torch.Tensor  # [B] at the last step used
+
+
+# Confidences of the steps so far [n, t] -> who stops after step t, bool [n].
+StopRule = Callable[[torch.Tensor], torch.Tensor]
+
+
+class DynamicNet(nn.Module):
+    """Base of the models that may stop early. A family implements `init_state` and `step`.
+
+    Args:
+        num_steps: Number of predictions T.
+        num_classes: Number of classes.
+        in_chans: Number of input channels.
+        img_size: Side of the images that costs are counted for.
+        exit_cfg: What the model knows about stopping: plain JSON, see the attribute. It is kept, not copied.
+
+    Attributes:
+        exit_cfg: Record of what the setters below set: 'exit' (the policy in use), 'budgets' (policies solved for
+            budgets), 'num_classes' (which both hold for), and 'origin' (numbers that came with an authors' checkpoint).
+            timm records constructor arguments and exports them. This dict is the recorded argument itself, so that
+            what is set later is exported, too.
+    """
+
+    def __init__(
+            self,
+            num_steps: int,
+            num_classes: int,
+            in_chans: int = 3,
+            img_size: int = 224,
+            exit_cfg: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.num_steps = num_steps
+        self.num_classes = num_classes
+        self.in_chans = in_chans
+        self.img_size = img_size
+        self._step_macs: tuple[int, ...] | None = None
+        self._stop_rule: StopRule | None = None
+        self.exit_cfg: dict[str, Any] = {} if exit_cfg is None else exit_cfg
+        self._model_args = {'exit_cfg': self.exit_cfg}
+        self._check_exit_cfg()
+
+    # The step protocol
+
+    def init_state(self, x: Any) -> State:
+        """Make the state before the first step.
+
+        Args:
+            x: Images [B, C, S, S]; families of several networks take a tuple with one tensor per network.
+
+        Raises:
+            ValueError: The images have a shape that the model cannot take.
+        """
+        raise NotImplementedError
+
+    def step(self, t: int, state: State) -> tuple[torch.Tensor, State]:
+        """Run one step.
+
+        Args:
+            t: Step, counted from 0.
+            state: State of n images before this step. It is not changed.
+
+        Returns:
+            Logits [n, num_classes], and the state before the next step.
+        """
+        raise NotImplementedError
+
+    def confidence(self, logits: torch.Tensor, state: State) -> torch.Tensor:
+        """How sure the model is after a step: the largest probability, if a family has nothing better.
+
+        Args:
+            logits: Logits of the step [n, num_classes].
+            state: State that the step gave back.
+
+        Returns:
+            Confidences [n], float32.
+        """
+        return logits.float().softmax(dim=-1).amax(dim=-1)
+
+    def example_input(self, batch_size: int = 1, device: torch.device | str | None = None) -> Any:
+        """Make an input of the model's real size, with arbitrary content."""
+        return torch.zeros(batch_size, self.in_chans, self.img_size, self.img_size, device=device)
+
+    @property
+    def step_macs(self) -> tuple[int, ...]:
+        """Multiply-adds of one image that stops after step 1..T, as torch's FlopCounterMode counts them."""
+        if self._step_macs is None:
+            self._step_macs = _count_step_macs(self)
+        return self._step_macs
+
+    # Running it
+
+    def forward_steps(self, x: Any) -> Iterator[torch.Tensor]:
+        """Predict step by step, each step run when its logits [B, num_classes] are asked for."""
+        state = self.init_state(x)
+        for t in range(self.num_steps):
+            logits, state = self.step(t, state)
+            yield logits
+
+    def forward_exit(self, x: Any, stop_rule: StopRule) -> ExitResult:
+        """Predict with early exit: the batch shrinks after each step to the images that go on.
+
+        Args:
+            x: See `init_state`.
+            stop_rule: Tells from the confidences of the steps so far [n, t] who stops, bool [n].
+        """
+        state = self.init_state(x)
+        logits, state = self.step(0, state)
+        confidence = self.confidence(logits, state)
+        steps_used = torch.ones(len(logits), dtype=torch.int64, device=logits.device)
+        rows, history = torch.arange(len(logits), device=logits.device), confidence[:, None]
+        for t in range(1, self.num_steps):
+            going = (~stop_rule(history)).nonzero().squeeze(1)  # the one point where a GPU is waited for
+            if not len(going):
+                break
+            if len(going) < len(rows):
+                rows, history, state = rows[going], history[going], select_rows(state, going)
+            step_logits, state = self.step(t, state)
+            step_confidence = self.confidence(step_logits, state)
+            history = torch.cat([history, step_confidence[:, None]], dim=1)
+            logits = logits.index_copy(0, rows, step_logits)
+            confidence = confidence.index_copy(0, rows, step_confidence)
+            steps_used[rows] = t + 1
+        return ExitResult(logits, steps_used, confidence)
+
+    def forward_all(self, x: Any) -> dict[str, torch.Tensor]:
+        """Run all steps and give all that a training recipe needs of them; families add arguments and entries.
+
+        Returns:
+            'logits' [T, B, num_classes].
+        """
+        return {'logits': torch.stack(list(self.forward_steps(x)))}
+
+    def forward_train(self, x: Any) -> torch.Tensor:
+        """Logits [B, num_classes] that depend on every parameter: the mean over the steps."""
+        return self.forward_all(x)['logits'].mean(dim=0)
+
+    def forward(self, x: Any, all_steps: bool = False, **kwargs: Any) -> Any:
+        """Predict.
+
+        Args:
+            x: See `init_state`.
+            all_steps: Give the dict of `forward_all`, which takes the further arguments. Training asks for it by this
+                way, because only calls of a model itself are seen by what it is wrapped in.
+            **kwargs: For `forward_all`.
+
+        Returns:
+            Logits [B, num_classes]. In eval mode those of the last step, or of the step at which an image stops if an
+            exit policy is set; in train mode the mean over the steps.
+        """
+        if all_steps:
+            return self.forward_all(x, **kwargs)
+        if kwargs:
+            raise TypeError(f"Only all_steps=True takes further arguments, got {', '.join(kwargs)}.")
+        if self.training:
+            return self.forward_train(x)
+        stop_rule = self._stop_rule
+        if stop_rule is not None:
+            return self.forward_exit(x, stop_rule).logits
+        for logits in self.forward_steps(x):  # noqa: B007
+            pass
+        return logits
+
+    # When to stop
+
+    def set_exit(self, policy: Any) -> None:
+        """Let `forward` exit early in eval mode.
+
+        Args:
+            policy: T thresholds, as a float tensor or a sequence, or an `ExitPolicy`.
+
+        Raises:
+            ValueError: The policy does not fit the model.
+        """
+        self._stop_rule = self._make_stop_rule(policy)
+        self.exit_cfg.update(exit=_to_json(policy), num_classes=self.num_classes)
+
+    def clear_exit(self) -> None:
+        """Let `forward` run all steps."""
+        self._stop_rule = None
+        self.exit_cfg.pop('exit', None)
+
+    def store_budgets(self, budgets: Iterable[Mapping[str, Any]]) -> None:
+        """Keep policies solved for budgets, in place of those kept so far.
+
+        Args:
+            budgets: For each its cost 'gmacs', its 'policy' (see `set_exit`), and whatever else is known of it, e.g.
+                'top1', as plain JSON.
+
+        Raises:
+            ValueError: A policy does not fit the model.
+        """
+        kept = []
+        for budget in budgets:
+            self._make_stop_rule(budget['policy'])
+            kept.append({**budget, 'gmacs': float(budget['gmacs']), 'policy': _to_json(budget['policy'])})
+        self.exit_cfg.update(budgets=sorted(kept, key=lambda b: b['gmacs']), num_classes=self.num_classes)
+
+    def set_budget(self, gmacs: float) -> dict[str, Any]:
+        """Exit early such that an image costs at most this much on average: the best policy kept for it is set.
+
+        Args:
+            gmacs: Budget in 10⁹ multiply-adds per image.
+
+        Returns:
+            What is known of the policy, see `store_budgets`: its cost is at most the budget.
+
+        Raises:
+            ValueError: No budgets were solved for this model, or none as low as this one; or the budget is out of
+                the model's range.
+        """
+        budgets = self.exit_cfg.get('budgets')
+        if not budgets:
+            raise ValueError(
+                'No budgets are kept in this model. Solve them with timm_dynamic.exits.solve_thresholds or validate.py '
+                'and keep them with model.store_budgets; or set thresholds of your own with model.set_exit.')
+        least, most = self.step_macs[0] / 1e9, self.step_macs[-1] / 1e9
+        if not least <= gmacs <= most:
+            raise ValueError(
+                f'A budget of {gmacs:g} GMACs is out of range: the first step costs {least:.4g}, all steps {most:.4g}.')
+        affordable = [b for b in budgets if b['gmacs'] <= gmacs * (1 + 1e-6)]
+        if not affordable:
+            raise ValueError(
+                f"A budget of {gmacs:g} GMACs is below the smallest one kept in this model, {budgets[0]['gmacs']:.4g}.")
+        chosen = affordable[-1]
+        self.set_exit(_from_json(chosen['policy']))
+        _logger.info(f"Budget {gmacs:g} GMACs: policy for {chosen['gmacs']:.4g} GMACs set.")
+        return chosen
+
+    def load_exit_cfg(self, exit_cfg: Mapping[str, Any]) -> None:
+        """Take over what is known about stopping, e.g. from a checkpoint."""
+        self.exit_cfg.clear()
+        self.exit_cfg.update(exit_cfg)
+        self._check_exit_cfg()
+
+    def _make_stop_rule(self, policy: Any) -> StopRule:
+        if callable(policy):
+            return policy
+        thresholds = torch.as_tensor(policy, dtype=torch.float32)
+        if thresholds.shape != (self.num_steps,):
+            raise ValueError(
+                f'Expected {self.num_steps} thresholds, one a step, got a tensor of shape {tuple(thresholds.shape)}.')
+        if thresholds[:-1].isnan().any():
+            raise ValueError(f'Thresholds must be numbers, got {thresholds.tolist()}.')
+        values = thresholds.tolist()
+        return lambda history: history[:, -1] >= values[history.shape[1] - 1]
+
+    def _check_exit_cfg(self) -> None:
+        """Set the policy that `exit_cfg` names; forget what was solved for other classes or steps."""
+        self._stop_rule = None
+        try:
+            if self.exit_cfg.get('num_classes', self.num_classes) != self.num_classes:
+                raise ValueError(f"they hold for {self.exit_cfg['num_classes']} classes, the model has {self.num_classes}")
+            for budget in self.exit_cfg.get('budgets', ()):
+                self._make_stop_rule(_from_json(budget['policy']))
+            if 'exit' in self.exit_cfg:
+                self._stop_rule = self._make_stop_rule(_from_json(self.exit_cfg['exit']))
+        except ValueError as e:
+            _logger.warning(f'The exit policy and budgets kept with the model are dropped: {e}')
+            for key in ('exit', 'budgets', 'num_classes'):
+                self.exit_cfg.pop(key, None)
+
+    def _classifier_changed(self) -> None:
+        self._step_macs = None
+        self._check_exit_cfg()
+
+
+def _to_json(policy: Any) -> Any:
+    if hasattr(policy, 'state_dict'):
+        return policy.state_dict()
+    return [float(v) for v in policy]
+
+
+def _from_json(policy: Any) -> Any:
+    return policy
+
+
+def _on_meta(model: nn.Module) -> nn.Module:
+    """Copy a model without its data, onto the meta device."""
+    memo: dict[int, Any] = {id(b): torch.empty_like(b, device='meta') for b in model.buffers()}
+    memo.update({id(p): nn.Parameter(torch.empty_like(p, device='meta'), False) for p in model.parameters()})
+    return copy.deepcopy(model, memo)
+
+
+@torch.no_grad()
+def _count_step_macs(model: DynamicNet) -> tuple[int, ...]:
+    meta = _on_meta(model).eval()
+    dtype = next(meta.parameters()).dtype
+    macs = []
+    with FlopCounterMode(display=False) as counter:
+        state = meta.init_state(meta.example_input(1, 'meta').to(dtype))
+        for t in range(meta.num_steps):
+            _, state = meta.step(t, state)
+            macs.append(counter.get_total_flops() // 2)
+    return tuple(macs)
