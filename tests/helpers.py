@@ -28,9 +28,9 @@ def run_python(*args, processes: int = 1, check: bool = True, **kwargs) -> subpr
     """Run a Python script in the repository's root, by torchrun if there are to be several processes."""
     command = [sys.executable]
     if processes > 1:
-        command += ['-m', 'torch.distributed.run', '--nproc-per-node', str(processes), '--master-port', '0']
+        command += ['-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', str(processes)]
     result = subprocess.run(
-        [*command, *map(str, args)], cwd=ROOT, capture_output=True, text=True, timeout=560, check=False, **kwargs)
+        [*command, *map(str, args)], cwd=ROOT, capture_output=True, text=True, timeout=200, check=False, **kwargs)
     if check and result.returncode:
         raise AssertionError(f'exit status {result.returncode}\n{result.stdout[-4000:]}\n{result.stderr[-4000:]}')
     return result

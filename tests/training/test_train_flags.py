@@ -1,26 +1,22 @@
 """Every option of timm's train.py, and of ours, has its effect on a run or is refused with advice.
 
-The table says for each option how its effect shows. `built` looks at what a run has made just before it trains, `ran`
+The table says for each option how its effect shows: `built` looks at what a run has made just before it trains, `ran`
 at a whole run, `accelerate` at what reaches Accelerate on a machine with a GPU.
 """
 import sys
 import types
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import timm
 import timm.layers
 import torch
-import yaml
 from accelerate import Accelerator
 from accelerate.utils import LoggerType
 from flag_tables import (
     effect,
     fresh_accelerate,
     has,
-    make_images,
     make_weights,
     marks,
     named,
@@ -28,55 +24,58 @@ from flag_tables import (
     spellings,
     timm_options,
 )
+from helpers import make_images
+from timm.layers import DropPath
 
 from timm_dynamic.data import dataset_factory
 from timm_dynamic.training import accelerator as accelerator_module
-from timm_dynamic.training import build, run_training, trainer
+from timm_dynamic.training import build, run_training
 from timm_dynamic.training import run as run_module
+from timm_dynamic.training import trainer as trainer_module
 from timm_dynamic.training.options import create_train_parser
 from timm_dynamic.training.report import read_rows
 from timm_dynamic.training.state import StateStore
 
-# timm leaves it to the garbage collector to close the images that it has read.
-pytestmark = pytest.mark.filterwarnings('ignore:unclosed file:ResourceWarning')
-
 BASE = {
     '--data-dir': '{data}', '--model': 'test_resnet', '--num-classes': '3', '--img-size': '32', '-b': '4', '-j': '0',
-    '--epochs': '2', '--warmup-epochs': '0', '--device': 'cpu', '--output': '{tmp}', '--experiment': 'run',
+    '--epochs': '2', '--warmup-epochs': '0', '--device': 'cpu', '--output': '{new}', '--experiment': 'run',
 }
 
 
 class _Built(Exception):
-    """Takes the place of training when only what was built is looked at."""
+    """Ends a run before it trains."""
 
 
 class Lab:
-    """Runs train.py in this process, on 12 images to train on (3 batches of 4) and 9 to validate on."""
+    """Runs train.py in this process, on 12 images to train on (3 batches of 4) and 9 to validate on.
+
+    What crosses the border to timm's datasets, to torch.compile, Weights & Biases and the disk is noted in `seen`.
+    """
 
     def __init__(self, tmp_path, data, weights, monkeypatch, capsys, caplog):
         self.tmp, self.monkeypatch, self.capsys, self.caplog = tmp_path, monkeypatch, capsys, caplog
+        self.paths = {'{data}': data, '{tmp}': tmp_path, '{weights}': weights, '{file}': weights / 'model.safetensors'}
         self.parser = create_train_parser()
-        self.number = 0
-        self.paths = {'{data}': data, '{weights}': weights, '{checkpoint}': weights / 'model.safetensors', '{tmp}': tmp_path}
+        self.runs = 0
         caplog.set_level('INFO', 'timm_dynamic')
         self._watch()
 
     def _watch(self):
-        """Note what crosses the border to timm's datasets, torch.compile, Weights & Biases and the disk."""
         patch = self.monkeypatch.setattr
         create_dataset, fit, save = dataset_factory.create_timm_dataset, run_module.Trainer.fit, StateStore.save
 
         def watched_create_dataset(name, **kwargs):
-            self.seen.opened[kwargs['split']] = {'name': name, **kwargs}
+            self.seen.opened[kwargs['split']] = kwargs
             remote = name.startswith(('wds/', 'hfds/', 'tfds/'))  # what they need is not installed
-            return create_dataset('' if remote else name, **{**kwargs, 'trust_remote_code': False} if remote else kwargs)
+            kwargs = {k: kwargs[k] for k in ('root', 'split')} if remote else kwargs
+            return create_dataset('' if remote else name, **kwargs)
 
-        def watched_fit(t, stop):
-            self.seen.trainer = t
+        def watched_fit(trainer, stop):
+            self.seen.trainer = trainer
             if not self.training:
                 raise _Built
-            self.prepare(t)
-            return fit(t, stop)
+            self.prepare(trainer)
+            return fit(trainer, stop)
 
         def watched_save(store, state, name):
             self.seen.saves.append(name)
@@ -88,22 +87,653 @@ class Lab:
 
         def init(**kwargs):
             self.seen.wandb.append(kwargs)
-            return SimpleNamespace(log=lambda values, **kw: self.seen.logged.append(values), finish=lambda: None)
+            return SimpleNamespace(log=lambda values, **_: self.seen.logged.append(values), finish=lambda: None)
 
         patch(dataset_factory, 'create_timm_dataset', watched_create_dataset)
         patch(run_module.Trainer, 'fit', watched_fit)
         patch(StateStore, 'save', watched_save)
         patch(torch, 'compile', watched_compile)
         wandb = types.ModuleType('wandb')
-        wandb.init, wandb.config = init, SimpleNamespace(update=lambda *args, **kw: None)
+        wandb.init, wandb.config = init, SimpleNamespace(update=lambda *args, **kwargs: None)
         self.monkeypatch.setitem(sys.modules, 'wandb', wandb)
         patch('accelerate.tracking._available_trackers', [LoggerType.TENSORBOARD, LoggerType.WANDB])
 
     def argv(self, *options, drop=()):
-        base = {k: v for k, v in BASE.items() if k not in drop}
-        if not {'--experiment', '--resume', *drop} & {'--experiment', *options} - {'--experiment'} | set(drop):
-            pass
-        argv = [word for item in base.items() for word in item] + [str(o) for o in options]
-        for name, path in self.paths.items():
+        self.runs += 1
+        argv = [word for item in BASE.items() if item[0] not in drop for word in item] + [*options]
+        for name, path in {**self.paths, '{new}': self.tmp / str(self.runs)}.items():
             argv = [word.replace(name, str(path)) for word in argv]
         return argv
+
+    def _run(self, *options, drop=()):
+        self.seen = SimpleNamespace(opened={}, saves=[], compiled=[], wandb=[], logged=[], trainer=None)
+        self.caplog.clear()
+        fresh_accelerate()
+        timm.layers.set_fast_norm(False)
+        return run_training(self.argv(*options, drop=drop))
+
+    def built(self, *options, drop=()):
+        """The trainer of a run, ready to train."""
+        self.training = False
+        with pytest.raises(_Built):
+            self._run(*options, drop=drop)
+        self.seen.trainer.seen = self.seen
+        return self.seen.trainer
+
+    def ran(self, *options, drop=(), prepare=lambda trainer: None):
+        """A whole run; `prepare` may change its trainer before it trains."""
+        self.training, self.prepare = True, prepare
+        out = self._run(*options, drop=drop)
+        last = self.seen.trainer.stage.name
+        return SimpleNamespace(
+            **vars(self.seen), folder=out['folder'], table=out['table'], result=out['results'][last], out=out,
+            rows=read_rows(out['folder'] / 'summary.csv'), log=self.caplog.text)
+
+    def accelerate(self, *options, drop=()):
+        """What reaches Accelerate where there is a GPU."""
+        kwargs = {}
+
+        class Recorder:
+            num_processes, device = 1, torch.device('cpu')
+
+            def __init__(self, **given):
+                kwargs.update(given)
+
+        with self.monkeypatch.context() as m:
+            m.setattr(accelerator_module, 'Accelerator', Recorder)
+            m.setattr(torch.accelerator, 'current_accelerator', lambda **_: torch.device('cuda'))
+            accelerator_module.create_accelerator(self.parser.parse_args(self.argv(*options, drop=drop)))
+        return kwargs
+
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory):
+    return make_images(tmp_path_factory.mktemp('data'), {'train': 4, 'val': 3, 'extra': 2})
+
+
+@pytest.fixture(scope='module')
+def weights(tmp_path_factory):
+    return make_weights(tmp_path_factory.mktemp('weights'))
+
+
+@pytest.fixture
+def lab(tmp_path, data, weights, monkeypatch, capsys, caplog):
+    yield Lab(tmp_path, data, weights, monkeypatch, capsys, caplog)
+    timm.layers.set_fast_norm(False)
+
+
+built, ran, accelerate = (partial(effect, start) for start in ('built', 'ran', 'accelerate'))
+
+
+# What to look at
+
+def batch(trainer, epoch=0):
+    trainer.loader.set_epoch(epoch)
+    return next(iter(trainer.loader))
+
+
+def images(trainer):
+    """All batches of the first epoch."""
+    trainer.loader.set_epoch(0)
+    return torch.cat([x for x, _ in trainer.loader])
+
+
+def targets(trainer):
+    trainer.loader.set_epoch(0)
+    return torch.cat([y for _, y in trainer.loader])
+
+
+def shapes(trainer, epoch=0):
+    """Of the batches of an epoch: number of images and size."""
+    trainer.loader.set_epoch(epoch)
+    return [(len(x), x.shape[-1]) for x, _ in trainer.loader]
+
+
+def targets_ndim(trainer):
+    return batch(trainer)[1].ndim
+
+
+def unmixed(trainer, epoch=0):
+    return bool((batch(trainer, epoch)[1] == 1).any(1).all())
+
+
+def loss(trainer):
+    torch.manual_seed(0)
+    return trainer.task(*batch(trainer))['loss'].item()
+
+
+def num_images(trainer):
+    return len(trainer.loader.dataset)
+
+
+def num_eval_images(trainer):
+    return len(trainer.eval_loader.dataset)
+
+
+def torch_loader(trainer):
+    loader = trainer.loader.loader
+    return getattr(loader, 'loader', loader)
+
+
+def mixup(trainer):
+    return torch_loader(trainer).collate_fn.collate_fn
+
+
+def erasing(trainer):
+    return trainer.loader.erasing and trainer.loader.erasing.random_erasing
+
+
+def eval_transform(trainer):
+    return trainer.eval_loader.dataset.transform
+
+
+def group(key):
+    return lambda trainer: trainer.raw_optimizer.param_groups[-1][key]
+
+
+def lr(trainer):
+    return trainer.raw_optimizer.param_groups[0]['lr']
+
+
+def lrs(trainer):
+    """Learning rates of the epochs, if nothing gets better."""
+    values = []
+    for epoch in range(trainer.num_epochs):
+        values.append(round(lr(trainer), 4))
+        trainer.scheduler.step(epoch + 1, 1.)
+    return values
+
+
+def opened(key, split='train'):
+    return lambda trainer: trainer.seen.opened[split][key]
+
+
+def modules(trainer, name):
+    return [m for m in trainer.model.modules() if type(m).__name__ == name]
+
+
+def dropped_paths(trainer):
+    return max([m.drop_prob for m in trainer.model.modules() if isinstance(m, DropPath)], default=0.)
+
+
+def ema(trainer):
+    return trainer.task.get_trainable_module(ema=True)
+
+
+def wandb(key):
+    return lambda trainer: trainer.seen.wandb[0].get(key)
+
+
+def augments(text, *value, base=()):
+    """Make a check: the transform of the training images has `text` in it, and the images differ."""
+    def check(lab, flag):
+        def probe(trainer):
+            dataset = trainer.loader.dataset.dataset
+            return [str(dataset.transform)]
+
+        effect('built', probe, *value, gives=has(text), base=base)(lab, flag)
+        effect('built', images, *value, base=base)(lab, flag)
+
+    return check
+
+
+# Checks that take more than a line
+
+def config(lab, flag):
+    (lab.tmp / 'c.yaml').write_text('momentum: 0.5\n')
+    effect('built', group('momentum'), '{tmp}/c.yaml', gives=0.5)(lab, flag)
+
+
+def class_map(lab, flag):
+    (lab.tmp / 'classes.txt').write_text('class2\nclass1\nclass0\n')
+    effect('built', lambda t: (t.loader.class_to_idx['class0'], t.eval_loader.class_to_idx['class0']),
+           '{tmp}/classes.txt', gives=(2, 2))(lab, flag)
+
+
+def interrupted(lab, *options):
+    """Start the run {tmp}/kept and stop it after its first epoch."""
+    class Killed(Exception):
+        pass
+
+    def prepare(trainer):
+        def log(row):
+            trainer.save_state()
+            raise Killed
+        trainer._log = log
+
+    with pytest.raises(Killed):
+        lab.ran('--output', '{tmp}/kept', *options, prepare=prepare)
+
+
+def resume(lab, flag):
+    interrupted(lab)
+    with pytest.raises(ValueError, match='--resume auto'):
+        lab.built('--output', '{tmp}/kept')
+    for value in ('auto', '{tmp}/kept/run'):
+        resumed = lab.built('--output', '{tmp}/kept', flag, value)
+        assert (resumed.epoch, resumed.updates) == (1, 3)
+    assert [row['epoch'] for row in lab.ran('--output', '{tmp}/kept', flag, 'auto').rows] == [0, 1]
+
+
+def no_resume_opt(lab, flag):
+    interrupted(lab)
+    effect('built', lambda t: (t.epoch, len(t.raw_optimizer.state)), gives=(1, 0),
+           base=['--output', '{tmp}/kept', '--resume', 'auto'])(lab, flag)
+
+
+def head_init_scale(lab, flag):
+    half, whole = (lab.built(*options).model.fc for options in ([flag, '0.5'], []))
+    assert torch.equal(half.weight, whole.weight * 0.5)
+    assert torch.equal(half.bias, whole.bias * 0.5)
+
+
+def device(lab, flag):
+    accelerate(lambda kwargs: kwargs['cpu'], 'cpu', gives=True, drop=[flag])(lab, flag)
+    with pytest.raises(ValueError, match=r'--device xpu: there is no such device here \(found: cpu\)'):
+        lab.built(flag, 'xpu')
+
+
+def amp(lab, flag):
+    accelerate(lambda kwargs: kwargs['mixed_precision'], gives='fp16', drop=['--device'])(lab, flag)
+    with pytest.raises(ValueError, match='--amp-dtype bfloat16'):
+        lab.built(flag)
+    seen = []
+    lab.ran(flag, '--amp-dtype', 'bfloat16', '--epochs', '1', prepare=lambda trainer: trainer.model.fc.register_forward_hook(
+        lambda module, args, output: seen.append(output.dtype)))
+    assert set(seen) == {torch.bfloat16}
+
+
+def amp_dtype(lab, flag):
+    accelerate(lambda kwargs: kwargs['mixed_precision'], 'bfloat16', gives='bf16', base=['--amp'], drop=['--device'])(lab, flag)
+
+
+def model_dtype(lab, flag):
+    def dtypes(trainer):
+        return next(trainer.model.parameters()).dtype, batch(trainer)[0].dtype
+    built(dtypes, 'bfloat16', gives=(torch.bfloat16, torch.bfloat16))(lab, flag)
+    assert len(lab.ran(flag, 'bfloat16').rows) == 2
+
+
+def broadcast_buffers(kwargs):
+    return kwargs['kwargs_handlers'][0].to_kwargs().get('broadcast_buffers', True)
+
+
+def synchronize_step(lab, flag):
+    def waits(trainer):
+        calls = []
+        lab.monkeypatch.setattr(torch.accelerator, 'synchronize', lambda *args: calls.append(args))
+        trainer.device = torch.device('cuda')
+        trainer._update(trainer.task.get_trainable_module())
+        return len(calls)
+    built(waits, gives=1)(lab, flag)
+
+
+def device_modules(lab, flag):
+    (lab.tmp / 'registers_a_model.py').write_text(
+        'import timm\n\n\n@timm.models.register_model\ndef {0}(pretrained=False, **kwargs):\n'
+        "    return timm.create_model('test_resnet', **kwargs)\n".format('model_of_a_device_module'))
+    lab.monkeypatch.syspath_prepend(lab.tmp)
+    assert lab.built('--model', 'model_of_a_device_module', flag, 'registers_a_model').model.num_classes == 3
+    assert 'registers_a_model' in sys.modules
+
+
+def clipped(lab, *options):
+    """Gradients that an update takes, from a gradient of ones: all but the classifier's, and the classifier's bias'."""
+    trainer = lab.built(*options)
+    taken = []
+    parameters = list(trainer.model.parameters())
+    for p in parameters:
+        p.grad = torch.ones_like(p)
+    lab.monkeypatch.setattr(trainer.optimizer, 'step', lambda: taken.extend(p.grad.flatten().clone() for p in parameters))
+    trainer._update(trainer.task.get_trainable_module())
+    return torch.cat(taken[:-2]), taken[-1]
+
+
+def clip_grad(lab, flag):
+    assert torch.cat(clipped(lab, flag, '0.5')).norm() < 0.5
+    assert torch.cat(clipped(lab)).norm() > 0.5
+
+
+def clip_mode(lab, flag):
+    body, bias = clipped(lab, '--clip-grad', '0.5', flag, 'value')
+    assert body.max() == bias.max() == 0.5 < body.norm()
+    body, bias = clipped(lab, '--clip-grad', '0.01', flag, 'agc')
+    assert body.max() < 1
+    assert bias.max() == 1  # adaptive clipping leaves the classifier alone
+    assert clipped(lab, '--clip-grad', '0.5')[0].norm() <= 0.5
+
+
+def sched_on_updates(lab, flag):
+    def after_an_update(trainer):
+        trainer.scheduler.step_update(1)
+        return lr(trainer)
+    built(after_an_update)(lab, flag)
+    per_update = []
+    run = lab.ran(flag, '--lr', '1', prepare=lambda trainer: lab.monkeypatch.setattr(
+        trainer.optimizer, 'step', lambda: per_update.append(lr(trainer))))
+    assert per_update == sorted(per_update, reverse=True)
+    assert len(set(per_update)) == run.trainer.updates == 6
+
+
+def aug_repeats(lab, flag):
+    with pytest.raises(ValueError, match='several processes'):
+        lab.built(flag, '3')
+    lab.monkeypatch.setattr(torch.distributed, 'get_world_size', lambda *args: 2)
+    lab.monkeypatch.setattr(torch.distributed, 'get_rank', lambda *args: 0)
+    trainer = lab.built()
+
+    def indices(*options):
+        args = lab.parser.parse_args(lab.argv('--dataset', 'cluttered_digits', '--train-num-samples', '512', *options))
+        loader, _ = build.build_train_loader(args, trainer.data_config, 10, torch.device('cpu'), 0, 2)
+        return [i for key in loader.batch_sampler for i in key.indices]
+
+    assert len(indices()) == len(set(indices())) == 256
+    assert len(set(indices(flag, '3'))) < 256
+
+
+def sync_bn(lab, flag):
+    def synced(args):
+        model = build.place_model(build.build_training_model(args), args, torch.device('cpu'), num_processes=2)
+        return any(isinstance(m, torch.nn.SyncBatchNorm) for m in model.modules())
+    options = (lab.parser.parse_args(lab.argv(*more)) for more in ([flag], []))
+    assert list(map(synced, options)) == [True, False]
+
+
+def dist_bn(lab, flag):
+    def reductions(*options):
+        seen = []
+        lab.monkeypatch.setattr(trainer_module, 'distribute_bn', lambda module, world_size, reduce: seen.append(reduce))
+        lab.ran(*options, prepare=lambda trainer: setattr(trainer, 'world_size', 2))
+        return seen
+    assert reductions() == [True, True]
+    assert reductions(flag, 'broadcast') == [False, False]
+    assert reductions(flag, '') == []
+
+
+def loss_scales(run_lab, *options):
+    """What the losses of batches of 2 and of 4 are multiplied by."""
+    scales = {}
+
+    def prepare(trainer):
+        task = trainer.task.forward
+        sizes, values = [], []
+
+        def forward(input, target):
+            result = task(input, target)
+            sizes.append(len(input))
+            values.append(result['loss'].item())
+            return result
+
+        trainer.task.forward = forward
+        run_lab.monkeypatch.setattr(trainer.accelerator, 'backward', lambda value, **_: scales.update(
+            {sizes[-1]: round(value.item() / values[-1], 3)}))
+
+    run_lab.ran('--train-img-sizes', '24', '32', '--train-batch-sizes', '2', '4', '--epochs', '1', *options, prepare=prepare)
+    return scales
+
+
+def variable_batch_loss_scale(lab, flag):
+    assert loss_scales(lab, flag, 'linear') == {2: 0.5, 4: 1.0}
+    assert loss_scales(lab, flag, 'sqrt') == {2: 0.707, 4: 1.0}
+    assert loss_scales(lab) == {2: 1.0, 4: 1.0}
+
+
+def kd_loss_type(lab, flag):
+    """timm has one type only."""
+    assert lab.built('--kd-model-name', 'local-dir:{weights}', flag, 'kl').task.loss_type == 'kl'
+    with pytest.raises(SystemExit):
+        lab.built(flag, 'mse')
+
+
+def recipe(lab, flag):
+    assert lab.built(flag, 'classification').identity['recipe'] == 'classification'
+    with pytest.raises(ValueError, match='needs a baseline: --focus-baseline MODEL'):
+        lab.built(flag, 'focusnet')
+    with pytest.raises(ValueError, match='choose from classification, focusnet'):
+        lab.built(flag, 'focus')
+
+
+# The tables
+
+DEMO = ['--dataset', 'cluttered_digits', '--num-classes', '10']
+REMOTE = ['--dataset', 'wds/somewhere']
+EFFICIENTNET = ['--model', 'test_efficientnet']
+LONG = ['--epochs', '8', '--lr', '1']
+CYCLES = [*LONG, '--lr-cycle-limit', '3']
+STEPS = [*LONG, '--sched', 'step', '--decay-epochs', '3']
+NOISE = [*LONG, '--lr-noise', '0']
+SIZES = ['--train-img-sizes', '24', '32']
+PROGRESSIVE = [*SIZES, '--train-size-schedule', 'progressive', '--train-batches-per-epoch', '20']
+MIXUP = ['--mixup', '1', '--smoothing', '0']
+ERASE = ['--reprob', '1']
+EMA = ['--model-ema']
+WANDB = ['--log-wandb']
+TEACHER = ['--kd-model-name', 'local-dir:{weights}']
+FEATURES = [*TEACHER, '--kd-distill-type', 'feature']
+DISTILLED = ['--model', 'deit_tiny_distilled_patch16_224', '--model-kwargs', 'embed_dim=48', 'depth=1', 'num_heads=3']
+FOCUS = ['--focus-baseline', 'local-dir:{weights}']
+NAFLEX = refused('python -m timm_dynamic', 'train.py --naflex-loader')
+
+TRAIN = {
+    '-c --config': config,
+    'data': built(num_images, '{data}', gives=12, base=['--num-classes', '10'], drop=['--data-dir']),
+    '--data-dir': built(num_images, '{data}', gives=12, base=['--num-classes', '10'], drop=['--data-dir']),
+    '--dataset': built(lambda t: type(t.loader.dataset.dataset).__name__, 'torch/image_folder', gives='ImageFolder'),
+    '--train-split': built(num_images, 'extra', gives=6),
+    '--val-split': built(num_eval_images, 'extra', gives=6),
+    '--train-num-samples': built(num_images, '20', gives=20, base=DEMO),
+    '--val-num-samples': built(num_eval_images, '20', gives=20, base=DEMO),
+    '--dataset-download': built(opened('download'), gives=True, base=REMOTE),
+    '--class-map': class_map,
+    '--input-img-mode': built(lambda t: len(t.loader.dataset[0][0]), 'L', gives=1),
+    '--input-key': built(opened('input_key'), 'jpg', gives='jpg', base=REMOTE),
+    '--target-key': built(opened('target_key'), 'cls', gives='cls', base=REMOTE),
+    '--dataset-trust-remote-code': built(opened('trust_remote_code'), gives=True, base=REMOTE),
+    '--model': built(lambda t: type(t.model).__name__, 'test_efficientnet', gives='EfficientNet'),
+    '--pretrained': built(lambda t: marks(t.model), gives=(0.25, 0.25), base=['--model', 'local-dir:{weights}']),
+    '--pretrained-path': built(lambda t: [m == 0.25 for m in marks(t.model)], '{file}', gives=[True, False]),
+    '--initial-checkpoint': built(lambda t: marks(t.model), '{file}', gives=(0.25, 0.25)),
+    '--resume': resume,
+    '--no-resume-opt': no_resume_opt,
+    '--num-classes': built(lambda t: t.model.num_classes, '5', gives=5),
+    '--gp': built(lambda t: t.model.global_pool.pool_type, 'max', gives='max'),
+    '--img-size': built(lambda t: batch(t)[0].shape[1:], '48', gives=(3, 48, 48)),
+    '--in-chans': built(lambda t: (batch(t)[0].shape[1], t.model.conv1[0].in_channels), '1', gives=(1, 1)),
+    '--input-size': built(lambda t: batch(t)[0].shape[1:], '1', '24', '40', gives=(1, 24, 40), drop=['--img-size']),
+    '--crop-pct': built(eval_transform, '0.5', gives=has('Resize(size=64')),
+    '--mean': built(lambda t: images(t).mean(), '-10', '-10', '-10', gives=lambda mean: mean > 10),
+    '--std': built(lambda t: images(t).std(), '10', '10', '10', gives=lambda std: std < 0.1),
+    '--interpolation': built(eval_transform, 'nearest', gives=has('interpolation=nearest')),
+    '-b --batch-size': built(lambda t: len(batch(t)[0]), '6', gives=6),
+    '-vb --validation-batch-size': built(lambda t: len(next(iter(t.eval_loader))[0]), '3', gives=3),
+    '--channels-last': built(
+        lambda t: t.model.conv1[0].weight.is_contiguous(memory_format=torch.channels_last), gives=True),
+    '--fuser': refused('--torchcompile'),
+    '--grad-accum-steps': ran(lambda r: (r.trainer.updates, r.trainer.args.lr), '3', gives=(2, 0.1 * 12 / 256)),
+    '--grad-checkpointing': built(lambda t: t.model.grad_checkpointing, gives=True),
+    '--fast-norm': built(lambda t: timm.layers.is_fast_norm(), gives=True),
+    '--model-kwargs': built(lambda t: type(t.model.act1).__name__, 'act_layer=gelu', gives='GELU'),
+    '--head-init-scale': head_init_scale,
+    '--head-init-bias': built(lambda t: t.model.fc.bias.tolist(), '0.5', gives=[0.5] * 3),
+    '--torchcompile-mode': built(
+        lambda t: t.seen.compiled, 'max-autotune', gives=[('inductor', 'max-autotune')], base=['--torchcompile']),
+    '--torchscript': refused('--torchcompile'),
+    '--torchcompile': built(lambda t: t.seen.compiled, 'aot_eager', gives=[('aot_eager', None)]),
+    '--device': device,
+    '--amp': amp,
+    '--amp-dtype': amp_dtype,
+    '--model-dtype': model_dtype,
+    '--no-ddp-bb': accelerate(broadcast_buffers, gives=False),
+    '--synchronize-step': synchronize_step,
+    '--device-modules': device_modules,
+    '--opt': built(lambda t: type(t.raw_optimizer).__name__, 'adamw', gives='AdamW'),
+    '--opt-eps': built(group('eps'), '0.1', gives=0.1, base=['--opt', 'adamw']),
+    '--opt-betas': built(group('betas'), '0.5', '0.6', gives=(0.5, 0.6), base=['--opt', 'adamw']),
+    '--momentum': built(group('momentum'), '0.5', gives=0.5),
+    '--weight-decay': built(group('weight_decay'), '0.5', gives=0.5),
+    '--clip-grad': clip_grad,
+    '--clip-mode': clip_mode,
+    '--layer-decay': built(lambda t: min(g.get('lr_scale', 1) for g in t.raw_optimizer.param_groups), '0.5'),
+    '--layer-decay-min-scale': built(
+        lambda t: min(g['lr_scale'] for g in t.raw_optimizer.param_groups), '0.3', gives=0.3,
+        base=['--layer-decay', '0.1']),
+    '--layer-decay-no-opt-scale': built(
+        lambda t: t.model.conv1[0].weight.requires_grad, '0.5', gives=False, base=['--layer-decay', '0.1']),
+    '--opt-kwargs': built(group('nesterov'), 'nesterov=False', gives=False),
+    '--sched': built(lrs, 'constant', gives=[1] * 8, base=LONG),
+    '--sched-on-updates': sched_on_updates,
+    '--lr': built(lr, '0.3', gives=0.3),
+    '--lr-base': built(lr, '1', gives=4 / 256),
+    '--lr-base-size': built(lr, '8', gives=0.05),
+    '--lr-base-scale': built(lr, 'sqrt', gives=0.1 * (4 / 256) ** 0.5),
+    '--lr-noise': built(lrs, '0.5', '1', base=LONG),
+    '--lr-noise-pct': built(lrs, '0.01', base=NOISE),
+    '--lr-noise-std': built(lrs, '0.01', base=NOISE),
+    '--lr-cycle-mul': built(lambda t: t.num_epochs, '2', gives=8 + 16 + 32, base=CYCLES),
+    '--lr-cycle-decay': built(lambda t: lrs(t)[8], '0.1', gives=0.1, base=CYCLES),
+    '--lr-cycle-limit': built(lambda t: lrs(t)[8::8], '3', gives=[0.5, 0.25], base=LONG),
+    '--lr-k-decay': built(lrs, '2', base=LONG),
+    '--warmup-lr': built(lambda t: lrs(t)[0], '0.2', gives=0.2, base=[*LONG, '--warmup-epochs', '2']),
+    '--min-lr': built(lambda t: t.scheduler._get_lr(8)[0], '0.2', gives=0.2, base=LONG),
+    '--epochs': ran(lambda r: len(r.rows), '1', gives=1),
+    '--epoch-repeats': built(opened('repeats'), '3', gives=3, base=REMOTE),
+    '--start-epoch': ran(lambda r: [row['epoch'] for row in r.rows], '1', gives=[1]),
+    '--decay-milestones': built(lrs, '2', '6', gives=[1, .1, .1, .1, .1, .01, .01, .01],
+                                base=[*LONG, '--sched', 'multistep']),
+    '--decay-epochs': built(lrs, '4', gives=[1, 1, 1, 1, .1, .1, .1, .1], base=STEPS),
+    '--warmup-epochs': built(lambda t: lrs(t)[:3], '2', gives=[0, 0.5, pytest.approx(0.8536, 1e-3)], base=LONG),
+    '--warmup-prefix': built(lambda t: t.num_epochs, gives=10, base=[*LONG, '--warmup-epochs', '2']),
+    '--cooldown-epochs': built(lambda t: lrs(t)[8:], '2', gives=[0, 0], base=LONG),
+    '--patience-epochs': built(lambda t: lrs(t)[-1], '2', gives=lambda last: last < 1,
+                               base=[*LONG, '--sched', 'plateau']),
+    '--decay-rate --dr': built(lrs, '0.5', gives=[1, 1, 1, .5, .5, .5, .25, .25], base=STEPS),
+    '--no-aug': built(lambda t: 'Random' in str(t.loader.dataset.dataset.transform), gives=False),
+    '--train-crop-mode': augments('RandomCropOrPad', 'rkrr'),
+    '--scale': augments('scale=(0.5, 0.6)', '0.5', '0.6'),
+    '--ratio': augments('ratio=(1.0, 3.0)', '1', '3'),
+    '--hflip': augments('RandomHorizontalFlip(p=0.9)', '0.9'),
+    '--vflip': augments('RandomVerticalFlip(p=0.9)', '0.9'),
+    '--color-jitter': augments('brightness=(0.9, 1.1)', '0.1'),
+    '--color-jitter-prob': augments('p=0.3', '0.3'),
+    '--grayscale-prob': augments('RandomGrayscale(p=0.7)', '0.7'),
+    '--gaussian-blur-prob': augments('GaussianBlur', '0.7'),
+    '--aa': augments('RandAugment', 'rand-m9-mstd0.5'),
+    '--aug-repeats': aug_repeats,
+    '--aug-splits': built(lambda t: len(batch(t)[0]), '2', gives=8),
+    '--jsd-loss': built(lambda t: getattr(t.task.criterion, 'num_splits', 0), gives=2, base=['--aug-splits', '2']),
+    '--bce-loss': built(lambda t: type(t.task.criterion).__name__, gives='BinaryCrossEntropy'),
+    '--bce-sum': built(loss, base=['--bce-loss']),
+    '--bce-target-thresh': built(loss, '0.5', base=['--bce-loss']),
+    '--bce-pos-weight': built(loss, '2', base=['--bce-loss']),
+    '--reprob': built(images, '1'),
+    '--remode': built(lambda t: bool((images(t) == 0).any()), 'const', gives=True, base=ERASE),
+    '--recount': built(images, '3', base=ERASE),
+    '--resplit': built(lambda t: len(batch(t)[0].flatten(1).eq(0).any(1).nonzero()), gives=2,
+                       base=[*ERASE, '--remode', 'const']),
+    '--mixup': built(targets_ndim, '0.5', gives=2),
+    '--cutmix': built(targets_ndim, '0.5', gives=2),
+    '--cutmix-minmax': built(targets_ndim, '0.2', '0.8', gives=2),
+    '--mixup-prob': built(unmixed, '0', gives=True, base=MIXUP),
+    '--mixup-switch-prob': built(images, '0', base=[*MIXUP, '--cutmix', '1']),
+    '--mixup-mode': built(targets, 'elem', base=MIXUP),
+    '--mixup-off-epoch': built(lambda t: (unmixed(t, 0), unmixed(t, 1)), '1', gives=(False, True), base=MIXUP),
+    '--smoothing': built(loss, '0.3'),
+    '--train-interpolation': augments('interpolation=bicubic)', 'bicubic'),
+    '--drop': built(loss, '0.5'),
+    '--drop-connect': built(dropped_paths, '0.3', gives=0.3),
+    '--drop-path': built(dropped_paths, '0.3', gives=0.3),
+    '--drop-block': built(lambda t: len(modules(t, 'DropBlock2d')) > 0, '0.3', gives=True),
+    '--bn-momentum': built(lambda t: t.model.bn1.momentum, '0.03', gives=0.03, base=EFFICIENTNET),
+    '--bn-eps': built(lambda t: t.model.bn1.eps, '0.03', gives=0.03, base=EFFICIENTNET),
+    '--sync-bn': sync_bn,
+    '--dist-bn': dist_bn,
+    '--split-bn': built(lambda t: len(modules(t, 'SplitBatchNorm2d')) > 0, gives=True, base=['--aug-splits', '2']),
+    '--model-ema': ran(lambda r: 'eval_ema_top1' in r.rows[-1], gives=True),
+    '--model-ema-force-cpu': ran(lambda r: (ema(r.trainer).device, 'eval_ema_top1' in r.rows[-1]),
+                                 gives=(torch.device('cpu'), False), base=EMA),
+    '--model-ema-decay': built(lambda t: ema(t).get_decay(100), '0.5', gives=0.5, base=EMA),
+    '--model-ema-warmup': built(lambda t: ema(t).get_decay(100), gives=lambda decay: 0 < decay < 0.99, base=EMA),
+    '--seed': built(lambda t: torch.cat([t.model.conv1[0].weight.flatten(), images(t).flatten()]), '7'),
+    '--worker-seeding': built(lambda t: torch_loader(t).worker_init_fn.keywords['worker_seeding'], 'part', gives='part'),
+    '--log-interval': ran(lambda r: r.log.count(' update '), '1', gives=6),
+    '--val-interval': ran(lambda r: [row['eval_top1'] is None for row in r.rows], '2', gives=[True, False]),
+    '--recovery-interval': ran(lambda r: [s for s in r.saves if s.endswith('-0000-0000002')], '2',
+                               gives=['classification-0000-0000002']),
+    '--checkpoint-hist': ran(lambda r: len(list((r.folder / 'checkpoints').iterdir())), '1', gives=1),
+    '-j --workers': built(lambda t: (torch_loader(t).num_workers, t.eval_loader.loader.num_workers), '1', gives=(1, 1)),
+    '--save-images': ran(lambda r: len(list(r.folder.glob('train-batch-*.jpg'))), gives=2),
+    '--pin-mem': built(lambda t: (torch_loader(t).pin_memory, t.eval_loader.loader.pin_memory), gives=(True, True)),
+    '--no-prefetcher': ran(lambda r: type(r.trainer.loader.loader).__name__, gives='DataLoader', base=['--mixup', '1']),
+    '--output': ran(lambda r: r.folder.parent.name, '{tmp}/elsewhere', gives='elsewhere'),
+    '--experiment': ran(lambda r: r.folder.name, 'mine', gives='mine', drop=['--experiment']),
+    '--eval-metric': ran(lambda r: r.result['best'] == min(row['eval_loss'] for row in r.rows), 'loss', gives=True),
+    '--tta': built(lambda t: t.evaluate()['count'], '3', gives=3, base=['-vb', '3']),
+    '--use-multi-epochs-loader': ran(lambda r: type(torch_loader(r.trainer)).__name__, gives='MultiEpochsDataLoader'),
+    '--log-wandb': ran(lambda r: any('classification/eval_top1' in values for values in r.logged), gives=True),
+    '--wandb-project': built(wandb('project'), 'digits', gives='digits', base=WANDB),
+    '--wandb-tags': built(wandb('tags'), 'a', 'b', gives=['a', 'b'], base=WANDB),
+    '--wandb-resume-id': built(lambda t: (wandb('id')(t), wandb('resume')(t)), 'x1', gives=('x1', 'must'), base=WANDB),
+    '--train-img-sizes': built(lambda t: {size for _, size in shapes(t)}, '24', '40', gives=lambda s: s <= {24, 40}),
+    '--train-batch-sizes': built(lambda t: set(shapes(t)), '2', '6', gives=lambda s: s <= {(2, 24), (6, 32)}, base=SIZES),
+    '--train-size-probs': built(lambda t: {size for _, size in shapes(t)}, '0', '1', gives={32}, base=SIZES),
+    '--train-size-schedule': built(
+        lambda t: [shapes(t, epoch).count((4, 24)) for epoch in (0, 1)], 'progressive', gives=lambda n: n[0] > 2 * n[1],
+        base=[*SIZES, '--train-batches-per-epoch', '20']),
+    '--train-size-schedule-spread': built(lambda t: shapes(t).count((4, 32)), '0', gives=0,
+                                          base=[*PROGRESSIVE, '--train-size-random-mix', '0']),
+    '--train-size-random-mix': built(lambda t: shapes(t).count((4, 32)), '0', gives=0,
+                                     base=[*PROGRESSIVE, '--train-size-schedule-spread', '0']),
+    '--train-batches-per-epoch --train-steps-per-epoch': built(lambda t: len(shapes(t)), '7', gives=7),
+    '--variable-batch-loss-scale': variable_batch_loss_scale,
+    '--naflex-loader': NAFLEX,
+    '--naflex-train-seq-lens': NAFLEX,
+    '--naflex-max-seq-len': NAFLEX,
+    '--naflex-patch-sizes': NAFLEX,
+    '--naflex-patch-size-probs': NAFLEX,
+    '--naflex-loss-scale': NAFLEX,
+    '--naflex-patchify-channels-first': NAFLEX,
+    '--kd-model-name': ran(lambda r: {'train_task_loss', 'train_kd_loss'} <= r.rows[-1].keys(), 'local-dir:{weights}',
+                           gives=True),
+    '--kd-distill-type': ran(lambda r: type(r.trainer.task).__name__, 'feature', gives='FeatureDistillationTask',
+                             base=TEACHER),
+    '--kd-loss-type': kd_loss_type,
+    '--distill-loss-weight': built(loss, '3', base=TEACHER),
+    '--task-loss-weight': built(loss, '0.3', base=TEACHER),
+    '--kd-temperature': built(loss, '1', base=TEACHER),
+    '--kd-student-feature-dim': built(lambda t: t.task.trainable_module.projection, '7', gives=has('in_features=7'),
+                                      base=FEATURES),
+    '--kd-teacher-feature-dim': built(lambda t: t.task.trainable_module.projection, '7', gives=has('out_features=7'),
+                                      base=FEATURES),
+    '--kd-token-distill-type': built(loss, 'hard', base=[*DISTILLED, *TEACHER, '--kd-distill-type', 'token']),
+}
+OURS = {
+    '--recipe': recipe,
+    '--stage': built(lambda t: t.stage.name, 'focus', gives='focus', base=[*FOCUS, '--focus-plain']),
+    '--stage-args': built(lambda t: t.num_epochs, 'classification.epochs=7', gives=7),
+    '--focus-baseline': built(lambda t: type(t.task).__name__, 'local-dir:{weights}', gives='FocusPickingTask'),
+    '--focus-plain': ran(lambda r: [row['model'] for row in r.table], base=FOCUS,
+                         gives=['baseline (frozen)', 'plain cross-entropy', 'focus net']),
+    '--focus-temperature': built(loss, '1', base=FOCUS),
+    '--focus-attention-weight': built(loss, '3', base=FOCUS),
+    '--focus-negentropy-weight': built(loss, '3', base=FOCUS),
+    '--test-split': ran(lambda r: {(row['split'], row['images']) for row in r.table}, 'extra', gives={('extra', 6)}),
+    '--checkpoint-interval': TRAIN['--recovery-interval'],
+    '--log-with': ran(lambda r: len(list(r.folder.rglob('events.out.tfevents.*'))), 'tensorboard', gives=1),
+}
+
+
+# timm gives up the schedule `plateau` and says so.
+@pytest.mark.filterwarnings('ignore:PlateauLRScheduler is deprecated:FutureWarning')
+@pytest.mark.parametrize(('name', 'flag'), spellings(TRAIN | OURS))
+def test_option(lab, name, flag):
+    (TRAIN | OURS)[name](lab, flag)
+
+
+def test_no_option_is_forgotten():
+    assert sorted(TRAIN) == sorted(timm_options('train.py'))
+    assert {flag for name in TRAIN | OURS for flag in name.split()} == named(create_train_parser())
+
+
+def test_prefetcher_or_not_images_are_the_same(lab):
+    with_it, without = (images(lab.built('--no-aug', *more)) for more in ([], ['--no-prefetcher']))
+    assert torch.allclose(with_it, without, atol=1e-5)

@@ -1,204 +1,383 @@
 """Cluttered digits, the embedded demo set.
 
-One real handwritten digit lies small on a large canvas, among pieces of other digits, arcs, bright spots and noise.
-A canvas shrunk to a third tells where the digit probably is, but for most samples hardly which digit it is; a patch
-in full resolution around it does. This is the setting that glance-and-focus networks were made for, in a size that
-trains on a CPU in minutes and needs no download.
+One handwritten digit lies small on a large canvas, among pieces of other digits, arcs, bright spots and noise. Shrunk
+to a third, the canvas shows where the digit probably is, but seldom which digit it is; a small patch in full resolution
+shows which. This is what glance-and-focus networks were made for, in a size that a CPU learns in minutes.
 
-Why a glance does not do: the originals are only 8 x 8 pixels, so size alone hides nothing. The ink is hatched instead,
-with stripes above and below the ground that cancel when averaged. How deep the hatch goes differs per sample, from
-plain ink (easy, already readable at a glance) to full cancellation (hard), and so do size, contrast and clutter.
+Size alone hides little, as the originals have only 8 x 8 pixels. So the ink is a fine checkerboard: every other cell is
+as far below the ground as its neighbours are above it, and a glance averages the two away. How deep the board is
+differs from sample to sample, from plain ink that any glance can read to ink that leaves nothing of itself but the
+bright spot it lies on. Size, contrast and clutter differ too.
 
-The digits are those that scikit-learn bundles: 1,797 images from the test half of the UCI set 'Optical Recognition of
-Handwritten Digits' (E. Alpaydin, C. Kaynak, 1998), which 13 people wrote. The bundle does not say who wrote what, so
-the split goes by index alone, every sixth image to val and every sixth to test. The same people wrote all three splits:
-the test accuracy is that for new digits of known writers.
+The digits are the 1,797 that scikit-learn bundles, the test part of UCI's "Optical Recognition of Handwritten Digits"
+(E. Alpaydin, C. Kaynak; CC BY 4.0), written by 13 people. The bundle does not tell who wrote which, so the splits go by
+index, with no regard to writers: one digit in six to val, one to test. The order of the labels nearly repeats about
+every 130 digits, as if writer followed on writer; if so, all of them are in all splits, and accuracy is that on new
+digits of known hands.
 """
+import math
+import numbers
+import operator
+from collections.abc import Callable, Sequence
 from functools import cache
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch.utils.data as data
-from PIL import Image, ImageFilter
+from PIL import Image, ImageDraw, ImageFilter
+
+from ..utils import atomic_write
 
 __all__ = ['ClutteredDigits', 'save_preview']
 
-_SYNONYMS = {
-    'train': ('train', 'training'),
-    'val': ('val', 'valid', 'validation', 'eval'),
-    'test': ('test',),
-}
-_NUM_SAMPLES = {'train': 6000, 'val': 1000, 'test': 2000}
-_STRIDE = 6  # of six digits in a row one goes to val, one to test, four to train
-_RESIDUES = {'train': (0, 3, 4, 5), 'val': (1,), 'test': (2,)}
 _NUM_CLASSES = 10
+_SPLITS = {  # index % 6 of the digits, default number of samples, names that timm accepts too
+    'train': ((0, 3, 4, 5), 6000, ('train', 'training')),
+    'val': ((1,), 1000, ('val', 'valid', 'validation', 'eval')),
+    'test': ((2,), 2000, ('test',)),
+}
+_MIN_DIGIT = 8  # pixels, as many as the originals have
+_MAX_CLUTTER = 4.
 
-_GLYPH = 32  # resolution that the digits are kept in
-_PIECE = 7  # side of a clutter piece, where a whole digit has _GLYPH // 2
-_SLOT = 10  # each piece moves in its own slot, so that no two ever touch
-_GROUND_STEP = 3  # pixels per sample of the smooth ground
-_MIN_DIGIT = 8  # nothing can be read in fewer pixels than the originals have
+# Ink. Strengths are shares of the sample's contrast, which is in grey levels.
+_GLYPH = 32  # side that the digits are kept at
+_CONTRAST = (70, 130)
+_TINT = .3  # how far a colour channel's contrast may be off
+_CELL = (1.8, 2.2)  # side of a checkerboard cell, in pixels: gone in a canvas shrunk to a third
+_SHALLOW, _DEEP, _SHALLOW_SHARE = (0., .35), (.7, 1.), .45  # depth 0 is plain ink, depth 1 averages out to nothing
 
-BASE=(50,110); AMP=22; COARSE_STEP=14; FINE=(0,8); CONTRAST=(90,140); ALPHA=(.7,1.); PALPHA=(.2,.6); SPOT=(.2,.4); DECOYS=2.; DSPOT=(.1,.3)
-EASY=.45; SHALLOW=(0.,.35); DEEP=(.6,1.); CHECK=True; LO=15; GAIN=5; PERIOD=(3.6,4.4); DENS=.4; LINES=3.; LALPHA=(.2,.5); PHATCH=False; TINTJ=.3; SPOTR=.75
+# Clutter. Numbers are those at clutter=1.
+_PIECE = 7  # side of a piece where a whole digit has _GLYPH // 2: less than half
+_SLOT = 10  # side of the square that a piece is free to lie in, alone
+_PIECE_SHARE, _PIECE_INK = .4, (.15, .5)  # of the slots
+_ARCS, _ARC_INK, _ARC_WIDTH = 2., (.2, .5), 2.6  # at most so many
+_DECOYS, _DECOY_SPOT = 2., (.1, .3)  # spots without a digit, at most so many
+
+# Ground, drawn at a third of the resolution.
+_GROUND_STEP, _COARSE_STEP = 3, 14  # pixels between the points of its fine and its coarse noise
+_GROUND, _COARSE, _FINE = (80, 120), 16, (0, 6)
+_SPOT, _SPOT_RADIUS = (.25, .4), 1.1  # under the digit; in digit sizes
 
 
 class _Digits(NamedTuple):
-    glyphs: np.ndarray  # [N, 32, 32] uint8
-    targets: np.ndarray  # [N]
-    by_class: list[np.ndarray]  # positions of each class in glyphs
-    pieces: np.ndarray  # [P, 7, 7] uint8
+    glyphs: np.ndarray  # [N, 32, 32] uint8, sorted by class
+    source: np.ndarray  # [N] index in scikit-learn's set
+    first: np.ndarray  # [11] where each class begins
+    pieces: np.ndarray  # [P, 7, 7] uint8, at half the resolution of the glyphs
 
 
-def _glyph(digit: np.ndarray) -> np.ndarray:
+def _draw_glyph(digit: np.ndarray) -> np.ndarray:
+    """Turn an 8 x 8 image with values 0..16 into [32, 32] uint8, smooth and with strokes of even strength."""
+    unit = _GLYPH // 8
     small = np.zeros((10, 10), np.uint8)
-    small[1:9, 1:9] = np.minimum(digit.astype(np.int64) * 16, 255)
-    pad = _GLYPH // 8
-    image = Image.fromarray(small).resize((_GLYPH + 2 * pad,) * 2, Image.Resampling.BICUBIC)
-    glow = image.filter(ImageFilter.BoxBlur(4))
-    ink = np.asarray(image).astype(np.int64) - np.asarray(glow) - LO
-    return np.clip(GAIN * ink[pad:-pad, pad:-pad], 0, 255).astype(np.uint8)
+    small[1:9, 1:9] = np.minimum(digit * 16, 255)
+    image = Image.fromarray(small).resize((10 * unit, 10 * unit), Image.Resampling.BICUBIC)
+    ink = np.asarray(image, np.int16) - np.asarray(image.filter(ImageFilter.BoxBlur(unit)), np.int16)
+    return np.clip(6 * ink[unit:-unit, unit:-unit], 0, 255).astype(np.uint8)
 
 
 @cache
-def _load_digits(split):
+def _load_digits(split: str) -> _Digits:
     try:
         from sklearn.datasets import load_digits
     except ImportError as e:
-        raise ImportError('pip install timm-dynamic[demo]') from e
+        raise ImportError(
+            'The cluttered_digits set is made from digits that scikit-learn brings along: '
+            'pip install timm-dynamic[demo]') from e
     images, targets = load_digits(return_X_y=True)
-    keep = np.isin(np.arange(len(targets)) % _STRIDE, _RESIDUES[split])
-    targets = targets[keep]
-    glyphs = np.stack([_glyph(i) for i in images[keep].reshape(-1, 8, 8)])
-    half = glyphs.reshape(-1, _GLYPH // 2, 2, _GLYPH // 2, 2).mean((2, 4))
-    far = _GLYPH // 2 - _PIECE
+    source = np.flatnonzero(np.isin(np.arange(len(targets)) % 6, _SPLITS[split][0]))
+    source = source[np.argsort(targets[source], kind='stable')]
+    glyphs = np.stack([_draw_glyph(image.reshape(8, 8)) for image in images[source]])
+
+    half = glyphs.reshape(-1, _GLYPH // 2, 2, _GLYPH // 2, 2).mean((2, 4)).astype(np.uint8)
+    end = _GLYPH // 2 - _PIECE
     pieces = np.concatenate([
-        half[:, r:r + _PIECE, c:c + _PIECE] for r in (0, far // 2, far) for c in (2, far // 2, far - 2)])
+        half[:, row:row + _PIECE, col:col + _PIECE] for row in (0, end // 2, end) for col in (2, end // 2, end - 2)])
     fill = pieces.mean((1, 2))
-    pieces = pieces[(fill > 50) & (fill < 150)]
-    return _Digits(glyphs, targets, [np.flatnonzero(targets == c) for c in range(_NUM_CLASSES)], pieces)
+    pieces = pieces[(fill > 50) & (fill < 150)]  # neither blank nor a blot
+    return _Digits(glyphs, source, np.searchsorted(targets[source], np.arange(_NUM_CLASSES + 1)), pieces)
+
+
+def _between(span: tuple[float, float], u: Any) -> Any:
+    return span[0] + u * (span[1] - span[0])
+
+
+def _resize(array: np.ndarray, size: int, mode: Image.Resampling = Image.Resampling.BICUBIC) -> np.ndarray:
+    return np.asarray(Image.fromarray(array).resize((size, size), mode))
+
+
+def _draw_ground(
+        rng: np.random.Generator,
+        img_size: int,
+        box: tuple[int, int, int, int],
+        digit_scale: tuple[int, int],
+        clutter: float,
+        tint: np.ndarray,
+) -> np.ndarray:
+    """Draw smooth noise with a bright spot under the digit and a few elsewhere, [img_size, img_size, 3] uint8."""
+    u = rng.random(6)
+    small = -(-img_size // _GROUND_STEP)
+    grid = img_size // _COARSE_STEP + 2
+    coarse = _between(_GROUND, u[:3]) + _COARSE * (2 * rng.random((grid, grid, 3)) - 1)
+    fine = _between(_FINE, u[3]) * (2 * rng.random((small, small)) - 1)
+
+    row, col, size, _ = box
+    spots = rng.random((4, 1 + int(u[4] * (_DECOYS * clutter + 1))))
+    center = spots[:2] * img_size
+    center[:, 0] = row + size / 2, col + size / 2
+    diameter = _between(digit_scale, spots[2])
+    diameter[0] = size
+    strength = _between(_DECOY_SPOT, spots[3])
+    strength[0] = _between(_SPOT, u[5])
+    at = (np.arange(small) + .5) * (img_size / small)
+    distance = (at - center[..., None]) ** 2 / (_SPOT_RADIUS * diameter[:, None]) ** 2
+    light = np.maximum(1 - distance[0, :, :, None] - distance[1, :, None], 0) ** 2 * strength[:, None, None]
+
+    ground = _resize(coarse.astype(np.uint8), small) + (fine + tint.mean() * light.max(0))[..., None]
+    return _resize(np.clip(ground, 0, 255).astype(np.uint8), img_size, Image.Resampling.BILINEAR)
+
+
+def _draw_pieces(
+        rng: np.random.Generator,
+        img_size: int,
+        box: tuple[int, int, int, int],
+        digit_scale: tuple[int, int],
+        clutter: float,
+        pieces: np.ndarray,
+) -> np.ndarray:
+    """Strew pieces of digits around the digit's box, [img_size, img_size] int16, ink 0..127.
+
+    A piece is less than half as high and wide as the digit it was cut from, and never touches another piece or the box:
+    no piece, nor several together, can pass for a digit or change one.
+    """
+    u = rng.random(3)
+    pitch = _between(digit_scale, u[0]) / (_GLYPH // 2)  # pixels of the canvas to a pixel of a piece
+    slots = math.ceil(img_size / (pitch * _SLOT)) + 1
+    origin = u[1:] * _SLOT
+    which, ink, keep, *shift = rng.random((5, slots, slots))
+    top, left = (np.arange(slots) * _SLOT)[:, None], np.arange(slots) * _SLOT
+    top = top + (shift[0] * (_SLOT - _PIECE)).astype(np.int64)
+    left = left + (shift[1] * (_SLOT - _PIECE)).astype(np.int64)
+
+    # Bilinear interpolation spreads ink by no more than one pixel of the piece.
+    row, col, size, _ = box
+    y, x = (top - origin[0]) * pitch, (left - origin[1]) * pitch
+    reach = (_PIECE + 1) * pitch
+    apart = (y + reach < row) | (y - pitch > row + size) | (x + reach < col) | (x - pitch > col + size)
+    chosen = np.nonzero((keep < _PIECE_SHARE * clutter) & apart)
+
+    sheet = np.zeros((slots * _SLOT, slots * _SLOT), np.uint8)
+    drawn = pieces[(which[chosen] * len(pieces)).astype(np.int64)]
+    strength = (128 * _between(_PIECE_INK, ink[chosen])).astype(np.uint16)
+    side = np.arange(_PIECE)
+    sheet[top[chosen][:, None, None] + side[:, None], left[chosen][:, None, None] + side] = (
+        drawn * strength[:, None, None] >> 8)
+    view = (origin[1], origin[0], origin[1] + img_size / pitch, origin[0] + img_size / pitch)
+    image = Image.fromarray(sheet).resize((img_size, img_size), Image.Resampling.BILINEAR, box=view)
+    return np.array(image, np.int16)
+
+
+def _draw_arcs(rng: np.random.Generator, img_size: int, clutter: float) -> np.ndarray | int:
+    """Draw thin arcs, each from border to border or nearly so, [img_size, img_size] int16, ink 0..127."""
+    u = rng.random(2)
+    number = int(u[0] * (_ARCS * clutter + 1))
+    if not number:
+        return 0
+    # Circles through a point of the canvas, their centres so far off that none closes.
+    arcs = rng.random((5, number))
+    along = 2 * arcs[0] - 1
+    toward = np.stack([along, np.where(arcs[1] < .5, -1, 1) * (1 - np.abs(along))]) * (img_size * (1 + arcs[2]))
+    radius = np.sqrt((toward ** 2).sum(0))[:, None]
+    center = (arcs[3:] * img_size + toward)[..., None]
+    # Near a circle the distance from it is about (r'^2 - r^2) / 2r: two terms, one for rows and one for columns.
+    at = ((np.arange(img_size) - center) ** 2 / (2 * radius)).astype(np.float32)
+    distance = np.abs((at[0] - radius.astype(np.float32) / 2)[:, :, None] + at[1][:, None])
+    return (np.clip(_ARC_WIDTH / 2 - distance.min(0), 0, 1) * (127 * _between(_ARC_INK, u[1]))).astype(np.int16)
+
+
+def _draw_digit(rng: np.random.Generator, size: int, glyph: np.ndarray) -> np.ndarray:
+    """Draw the digit in checkerboard ink, [size, size] int16, -127..127."""
+    u = rng.random(5)
+    depth = _between(_SHALLOW, u[1]) if u[0] < _SHALLOW_SHARE else _between(_DEEP, u[1])
+    step = int(128 / _between(_CELL, u[2]))  # fixed point: 128 to a cell
+    cell = (np.arange(size) * step + (u[3:, None] * 256).astype(np.int64)) >> 7 & 1
+    ink = np.array([128, 128 - int(256 * depth)], np.int16)[cell[0][:, None] ^ cell[1]]
+    return (_resize(glyph, size) >> 1) * ink >> 7
 
 
 class ClutteredDigits(data.Dataset):
-    def __init__(self, split='train', img_size=96, digit_scale=(16, 28), clutter=1.0, num_samples=None, seed=0, transform=None, target_transform=None):
-        self.split=split; self.img_size=img_size; self.digit_scale=digit_scale; self.clutter=clutter; self.seed=seed; self.transform=transform
-        self.num_samples=num_samples or _NUM_SAMPLES[split]
-        self._id=list(_SYNONYMS).index(split)
-        self.target_transform=target_transform
+    """One real digit on a large cluttered canvas; see the top of this file.
 
-    def __len__(self): return self.num_samples
+    Sample `index` is a function of (split, seed, index) and of the settings below, whatever the number of samples, of
+    workers, and whatever was drawn before. The classes take turns in shuffled order, and so do the digits of a class.
 
-    def _source(self, index):
-        digits = _load_digits(self.split)
-        group, k = divmod(index, _NUM_CLASSES)
-        target = int(np.random.Generator(np.random.PCG64((self.seed, self._id, group, 1))).permutation(_NUM_CLASSES)[k])
-        own = digits.by_class[target]
-        return own[(group + self.seed) % len(own)], target
+    Digits are not symmetric: train without flips.
+    """
+    num_classes = _NUM_CLASSES
 
-    def _start(self, index):
-        rng = np.random.Generator(np.random.PCG64((self.seed, self._id, index)))
-        lo, hi = self.digit_scale
+    def __init__(
+            self,
+            split: str = 'train',
+            img_size: int = 96,
+            digit_scale: Sequence[int] = (16, 28),
+            clutter: float = 1.,
+            num_samples: int | None = None,
+            seed: int = 0,
+            transform: Callable | None = None,
+            target_transform: Callable | None = None,
+    ) -> None:
+        """
+        Args:
+            split: 'train', 'val' or 'test', or one of timm's synonyms. No digit is in two splits.
+            img_size: Side of the canvas in pixels.
+            digit_scale: Smallest and largest side of the digit in pixels. A larger canvas has more to search, not
+                larger digits.
+            clutter: Amount of clutter, 0 (the digit alone) to 4.
+            num_samples: 6000, 1000 and 2000 unless given. Each digit of the split is used in ten times as many samples
+                as the largest class has digits: 1280, 360 and 340.
+            seed: Seed of everything drawn.
+            transform: Applied to the PIL image.
+            target_transform: Applied to the target.
+        """
+        names = {name: key for key, (_, _, synonyms) in _SPLITS.items() for name in synonyms}
+        if split not in names:
+            raise ValueError(f'There is no split {split!r}: expected one of {", ".join(names)}.')
+        self.split = names[split]
+        self.img_size = _check_int('img_size', img_size, 1)
+        self.digit_scale = _check_digit_scale(digit_scale, self.img_size)
+        if not isinstance(clutter, numbers.Real) or not 0 <= clutter <= _MAX_CLUTTER:
+            raise ValueError(f'clutter={clutter!r}: expected a number from 0 to {_MAX_CLUTTER:g}.')
+        self.clutter = float(clutter)
+        default = _SPLITS[self.split][1]
+        self.num_samples = default if num_samples is None else _check_int('num_samples', num_samples, 1)
+        self.seed = _check_int('seed', seed, 0)
+        self.transform = transform
+        self.target_transform = target_transform
+        self.class_to_idx = {str(i): i for i in range(_NUM_CLASSES)}
+
+        first = _load_digits(self.split).first
+        turns = self._generator().random((-(-self.num_samples // _NUM_CLASSES), _NUM_CLASSES))
+        self.targets = turns.argsort(1, kind='stable').reshape(-1)[:self.num_samples]
+        turn = np.arange(self.num_samples) // _NUM_CLASSES
+        self._glyph = first[self.targets] + (turn + self.seed) % np.diff(first)[self.targets]
+
+    def _generator(self, *index: int) -> np.random.Generator:
+        return np.random.Generator(np.random.PCG64((self.seed, list(_SPLITS).index(self.split), *index)))
+
+    def _index(self, index: int) -> int:
+        position = operator.index(index)
+        if not -self.num_samples <= position < self.num_samples:
+            raise IndexError(f'Sample {index} of {self.num_samples}.')
+        return position % self.num_samples
+
+    def _place(self, index: int) -> tuple[np.random.Generator, tuple[int, int, int, int]]:
+        rng = self._generator(index)
         u = rng.random(3)
-        size = int(lo + u[0] * (hi - lo + 1))
+        size = int(_between((self.digit_scale[0], self.digit_scale[1] + 1), u[0]))
         row, col = (int(v * (self.img_size - size + 1)) for v in u[1:])
         return rng, (row, col, size, size)
 
-    def _render(self, index):
+    def _draw(self, index: int) -> Image.Image:
         digits = _load_digits(self.split)
-        source, target = self._source(index)
-        rng, (row, col, size, _) = self._start(index)
-        S = self.img_size
-        def between(ab): return ab[0] + rng.random() * (ab[1] - ab[0])
-        contrast = between(CONTRAST)
-        tint = np.rint(contrast * (1 + TINTJ * (rng.random(3) - .5) * 2)).astype(np.int16)
+        rng, box = self._place(index)
+        u = rng.random(4)
+        tint = _between(_CONTRAST, u[0]) * (1 + _TINT * (2 * u[1:] - 1))
+        ground = _draw_ground(rng, self.img_size, box, self.digit_scale, self.clutter, tint)
+        ink = _draw_pieces(rng, self.img_size, box, self.digit_scale, self.clutter, digits.pieces)
+        ink = np.maximum(ink, _draw_arcs(rng, self.img_size, self.clutter))
+        row, col, size, _ = box
+        ink[row:row + size, col:col + size] = _draw_digit(rng, size, digits.glyphs[self._glyph[index]])
 
-        # ground
-        n = S // _GROUND_STEP + 1
-        g = max(2, S // COARSE_STEP + 1)
-        base = BASE[0] + rng.random(3) * (BASE[1] - BASE[0])
-        coarse = (base + (rng.random((g, g, 3)) - .5) * 2 * AMP).astype(np.uint8)
-        coarse = np.asarray(Image.fromarray(coarse).resize((n, n), Image.Resampling.BICUBIC))
-        fine = (rng.random((n, n)) - .5) * 2 * between(FINE)
-        yx = (np.arange(n) + .5) * (S / n)
-        k = 1 + int(rng.random() * (DECOYS * self.clutter + 1))
-        cy, cx = rng.random((2, k)) * S
-        rad = (self.digit_scale[0] + rng.random(k) * (self.digit_scale[1]-self.digit_scale[0])) * SPOTR
-        st = DSPOT[0] + rng.random(k) * (DSPOT[1] - DSPOT[0])
-        cy[0], cx[0], rad[0] = row + size / 2, col + size / 2, size * SPOTR; st[0] = between(SPOT)
-        d2 = ((yx - cy[:, None]) ** 2)[:, :, None] + ((yx - cx[:, None]) ** 2)[:, None]
-        spots = (np.maximum(1 - d2 / (2*rad * rad)[:, None, None], 0) ** 2 * st[:, None, None]).max(0)
-        ground = coarse + fine[..., None] + spots[..., None] * tint
-        ground = np.clip(ground, 0, 255).astype(np.uint8)
-        ground = np.asarray(Image.fromarray(ground).resize((S, S), Image.Resampling.BICUBIC))
+        # Channels side by side: numpy is slow on a last axis of three.
+        ink = np.repeat(ink, 3, axis=1) * np.tile(tint.astype(np.int16), self.img_size) >> 7
+        canvas = np.clip(ground.reshape(self.img_size, -1) + ink, 0, 255).astype(np.uint8)
+        return Image.fromarray(canvas.reshape(self.img_size, self.img_size, 3))
 
-        # pieces
-        pitch = self.digit_scale[0] + rng.random() * (self.digit_scale[1] - self.digit_scale[0])
-        pitch = pitch / (_GLYPH // 2)
-        k = int(S / (pitch * _SLOT)) + 2
-        oy, ox = rng.random(2) * _SLOT
-        which = (rng.random((k, k)) * len(digits.pieces)).astype(np.int64)
-        jit = (rng.random((2, k, k)) * (_SLOT - _PIECE)).astype(np.int64)
-        strength = (rng.random((k, k)) < DENS * self.clutter) * (PALPHA[0] + rng.random((k, k)) * (PALPHA[1] - PALPHA[0]))
-        grid = np.arange(k) * _SLOT
-        top = (grid[:, None] + jit[0] - oy) * pitch
-        left = (grid + jit[1] - ox) * pitch
-        near = (1 + _PIECE) * pitch
-        strength[(top > row - near) & (top < row + size + pitch) & (left > col - near) & (left < col + size + pitch)] = 0
-        sheet = np.zeros((k, _SLOT, k, _SLOT), np.uint8)
-        ar = np.arange(k)
-        ap = np.arange(_PIECE)
-        sheet[ar[:, None, None, None], jit[0][:, :, None, None] + ap[:, None], ar[None, :, None, None], jit[1][:, :, None, None] + ap] = \
-            digits.pieces[which] * strength[:, :, None, None]
-        sheet = Image.fromarray(sheet.reshape(k * _SLOT, k * _SLOT))
-        side = S / pitch
-        ink = np.array(sheet.resize((S, S), Image.Resampling.BILINEAR, box=(ox, oy, ox + side, oy + side))).astype(np.int16)
-        # digit
-        glyph = Image.fromarray(digits.glyphs[source]).resize((size, size), Image.Resampling.BICUBIC)
-        alpha = int(256 * between(ALPHA))
-        glyph = (np.asarray(glyph).astype(np.int32) * alpha >> 8).astype(np.int16)
-        if PHATCH:
-            ink[row:row + size, col:col + size] = glyph
-        # hatch
-        depth = between(SHALLOW if rng.random() < EASY else DEEP)
-        step = int(256 / (between(PERIOD) * 1.41421356))
-        slant = step if rng.random() < .5 else -step
-        phase = (np.arange(S) * step + (np.arange(S) * slant)[:, None] + int(rng.random() * 256)) & 255
-        wave = np.clip((np.abs(np.arange(256) - 128) - 64) * 8, -128, 128)  # +-128
-        if CHECK:
-            step = int(256 / between(PERIOD))
-            sq = np.where(np.arange(256) < 128, 1, -1)
-            sx = sq[(np.arange(S) * step + int(rng.random() * 256)) & 255]
-            sy = sq[(np.arange(S) * step + int(rng.random() * 256)) & 255]
-            phase = (sx * sy[:, None] + 1) // 2
-            wave = np.array([-128, 128])
-        gain = 128 - depth * (128 - wave)  # 128..128 for depth 0; wave for depth 1
-        gain = gain.astype(np.int16)
-        if PHATCH:
-            ink = (ink * gain[phase]) >> 7
-        else:
-            ink[row:row+size,col:col+size] = glyph * gain[phase][row:row+size,col:col+size] >> 7
-        # arcs
-        k = int(rng.random() * (LINES * self.clutter + 1))
-        if k:
-            a, u, sgn, p0, p1, r = rng.random((6, k))
-            a = 2 * a - 1
-            v = np.stack([a, np.where(sgn < .5, 1, -1) * (1 - np.abs(a))])
-            v = v * S * (1 + r)
-            c = np.stack([p0, p1]) * S + v
-            rr = (v * v).sum(0)
-            yx = np.arange(S)
-            d = np.abs(((yx - c[0][:, None]) ** 2)[:, :, None] + ((yx - c[1][:, None]) ** 2)[:, None] - rr[:, None, None]) / (2 * np.sqrt(rr))[:, None, None]
-            lines = np.clip(1.3 - d, 0, 1).max(0) * (255 * between(LALPHA))
-            lines[row:row + size, col:col + size] = 0
-            lines=lines.astype(np.int16)
-            ink = np.where(lines > np.abs(ink), lines, ink)
-        out = ground + (ink[..., None] * tint.astype(np.int32) >> 8)
-        return Image.fromarray(np.clip(out, 0, 255).astype(np.uint8)), target
+    def __getitem__(self, index: int) -> tuple[Any, Any]:
+        index = self._index(index)
+        image: Any = self._draw(index)
+        target: Any = int(self.targets[index])
+        if self.transform is not None:
+            image = self.transform(image)
+        if self.target_transform is not None:
+            target = self.target_transform(target)
+        return image, target
 
-    def __getitem__(self, index):
-        im, t = self._render(index)
-        if self.transform: im = self.transform(im)
-        return im, t
+    def __len__(self) -> int:
+        return self.num_samples
 
-    def box(self, index):
-        return self._start(index)[1]
+    def box(self, index: int) -> tuple[int, int, int, int]:
+        """Return row, column, height and width of the digit on the canvas. There is no clutter in this box."""
+        return self._place(self._index(index))[1]
+
+    def filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
+        """Return a name for a sample, such as 'train/000123_digit7', as timm's datasets have for their files."""
+        index = self._index(index)
+        name = f'{index:06d}_digit{self.targets[index]}'
+        return name if basename else f'{self.split}/{name}'
+
+    def filenames(self, basename: bool = False, absolute: bool = False) -> list[str]:
+        return [self.filename(i, basename, absolute) for i in range(len(self))]
+
+
+def _check_int(name: str, value: Any, least: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < least:
+        raise ValueError(f'{name}={value!r}: expected a whole number of at least {least}.')
+    return int(value)
+
+
+def _check_digit_scale(digit_scale: Any, img_size: int) -> tuple[int, int]:
+    try:
+        low, high = (_check_int('digit_scale', v, _MIN_DIGIT) for v in digit_scale)
+    except (TypeError, ValueError):
+        low, high = 1, 0
+    if low > high:
+        raise ValueError(
+            f'digit_scale={digit_scale!r}: expected the smallest and the largest side of the digit, '
+            f'two whole numbers of at least {_MIN_DIGIT} pixels.')
+    if img_size < high:
+        raise ValueError(
+            f'img_size={img_size} is too small for digit_scale={low, high}: expected at least {high} pixels.')
+    return low, high
+
+
+def save_preview(
+        path: str | Path,
+        dataset: ClutteredDigits | None = None,
+        rows: int = 2,
+        cols: int = 6,
+        patch_size: int = 32,
+) -> None:
+    """Save a picture of the first samples: the canvas at double size, below it what a glance and what a patch shows.
+
+    Args:
+        path: Picture file to write.
+        dataset: Samples to show. The test split unless given.
+        rows: Rows of samples.
+        cols: Samples in a row.
+        patch_size: Side of the square that is framed on the canvas and shown below it, on the right. On the left is the
+            whole canvas, shrunk to a third.
+    """
+    dataset = ClutteredDigits('test') if dataset is None else dataset
+    side, gap = dataset.img_size, 8
+    patch_size = min(patch_size, side)
+    nearest = Image.Resampling.NEAREST
+    page = Image.new('RGB', (cols * (2 * side + gap) + gap, rows * (3 * side + 2 * gap) + gap), 'white')
+    for i in range(rows * cols):
+        image = dataset._draw(dataset._index(i))
+        row, col, height, width = dataset.box(i)
+        top = min(max(row + (height - patch_size) // 2, 0), side - patch_size)
+        left = min(max(col + (width - patch_size) // 2, 0), side - patch_size)
+        patch = image.crop((left, top, left + patch_size, top + patch_size)).resize((side, side), nearest)
+        glance = image.resize((side // 3, side // 3), Image.Resampling.BICUBIC).resize((side, side), nearest)
+        canvas = image.resize((2 * side, 2 * side), nearest)
+        frame = (2 * left, 2 * top, 2 * (left + patch_size) - 1, 2 * (top + patch_size) - 1)
+        ImageDraw.Draw(canvas).rectangle(frame, outline='white')
+
+        x, y = gap + i % cols * (2 * side + gap), gap + i // cols * (3 * side + 2 * gap)
+        page.paste(canvas, (x, y))
+        page.paste(glance, (x, y + 2 * side + 2))
+        page.paste(patch, (x + side, y + 2 * side + 2))
+    with atomic_write(path) as tmp:
+        page.save(tmp, optimize=True)

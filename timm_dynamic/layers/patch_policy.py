@@ -1,6 +1,13 @@
 """Patch policy: where to look next."""
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import nn
+
+
+def _without_autocast(device_type: str) -> AbstractContextManager:
+    # The meta device, on which costs are counted, knows no autocast.
+    return torch.autocast(device_type, enabled=False) if torch.amp.is_autocast_available(device_type) else nullcontext()
 
 
 class PatchPolicy(nn.Module):
@@ -62,10 +69,10 @@ class PatchPolicy(nn.Module):
             hidden: Hidden state [B, H]; None at the first focus step.
 
         Returns:
-            Mean of the action, row and column in [0, 1] [B, 2]; and the new hidden state [B, H].
+            Mean of the action, row and column in [0, 1] [B, 2], float32; and the new hidden state [B, H].
         """
         dtype = self.actor.weight.dtype
-        with torch.autocast(feature_map.device.type, enabled=False):
+        with _without_autocast(feature_map.device.type):
             x = feature_map.flatten(1) if self.flatten else feature_map
             hidden = self.gru(self.state_encoder(x.to(dtype)), hidden)
-            return self.actor(hidden).sigmoid(), hidden
+            return self.actor(hidden).float().sigmoid(), hidden

@@ -1,9 +1,12 @@
 """Building and loading, for the models of this package: timm's builder behind a stricter door for weights."""
+import json
 import logging
 import os
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,7 @@ from timm.models import PretrainedCfg, get_model_traits, model_entrypoint, resol
 from torch import nn
 
 from ..utils import CheckpointError, load_weights, read_state_dict
+from .dynamic_net import DynamicNet
 
 _logger = logging.getLogger(__name__)
 
@@ -44,6 +48,8 @@ def build_dynamic_model(
         variant: str,
         pretrained: bool,
         filter_fn: FilterFn | None = None,
+        read_fn: Callable[[str | Path], Any] = read_state_dict,
+        exit_cfg_fn: Callable[[Any], dict[str, Any]] | None = None,
         pretrained_cfg: str | dict[str, Any] | PretrainedCfg | None = None,
         pretrained_cfg_overlay: dict[str, Any] | None = None,
         cache_dir: str | Path | None = None,
@@ -57,6 +63,8 @@ def build_dynamic_model(
         pretrained: Load weights. Their source is, as in timm, `state_dict`, `file` or `hf_hub_id` of the cfg;
             `file` may be a file (the authors' too), a folder, or a mapping from part to file.
         filter_fn: Maps foreign keys onto the model's, see `load_weights`.
+        read_fn: Reads a file. A family whose authors' files are more than one state dict has its own.
+        exit_cfg_fn: Takes from what was read what it says about stopping, see `DynamicNet.load_exit_cfg`.
         pretrained_cfg: As in timm.
         pretrained_cfg_overlay: As in timm.
         cache_dir: As in timm.
@@ -73,9 +81,14 @@ def build_dynamic_model(
     features_only = kwargs.pop('features_only', False) if pretrained else False
     model = create_fn(pretrained=False, pretrained_cfg=cfg.to_dict(), **kwargs)
     if pretrained:
+        folder = None
         if state_dict is None:
-            state_dict = _fetch(cfg, variant, file, cache_dir)
+            state_dict, folder = _fetch(cfg, variant, file, cache_dir, read_fn)
         load_weights(model, state_dict, filter_fn, adapt=True, label=f"'{file}'" if file else None)
+        if isinstance(model, DynamicNet) and not model.exit_cfg:  # an argument comes first
+            model.load_exit_cfg(exit_cfg_fn(state_dict) if exit_cfg_fn else {})
+            if folder is not None and not model.exit_cfg:
+                model.load_exit_cfg(_exported_exit_cfg(folder, variant))
     if features_only:  # timm takes the classifier off while it loads, so it gets the whole model's weights
         input_size = (get_model_traits(model)['in_chans'], *cfg.input_size[1:])
         cfg = replace(cfg, state_dict=model.state_dict(), input_size=input_size)
@@ -89,17 +102,29 @@ def _fetch(
         variant: str,
         file: str | Path | Mapping[str, str | Path] | None,
         cache_dir: str | Path | None,
-) -> Any:
+        read_fn: Callable[[str | Path], Any],
+) -> tuple[Any, Path | None]:
+    """What was read, and the exported folder that it lay in."""
     if isinstance(file, Mapping):
-        return {part: read_state_dict(path) for part, path in file.items()}
+        return {part: read_fn(path) for part, path in file.items()}, None
     if file:
-        return read_state_dict(file)
+        return read_fn(file), Path(file) if Path(file).is_dir() else None
     name = f'{variant}.{cfg.tag}' if cfg.tag else variant
     if not cfg.hf_hub_id:
         raise CheckpointError(
             f'There are no weights of {name}. Use pretrained=False for initial values, or give a file: '
             f"create_model('{variant}', pretrained=True, pretrained_cfg_overlay=dict(file='...')).")
-    return _fetch_from_hub(cfg, variant, name, cache_dir)
+    path = _fetch_from_hub(cfg, variant, name, cache_dir)
+    return read_fn(path), path.parent
+
+
+def _exported_exit_cfg(folder: Path, variant: str) -> dict[str, Any]:
+    """timm gives a model the arguments in config.json only where it is named by a folder or repository."""
+    try:
+        config = json.loads((folder / 'config.json').read_text())
+    except OSError:
+        return {}
+    return config.get('model_args', {}).get('exit_cfg', {}) if config.get('architecture') == variant else {}
 
 
 def _fetch_from_hub(
@@ -107,15 +132,18 @@ def _fetch_from_hub(
         variant: str,
         name: str,
         cache_dir: str | Path | None,
-) -> dict[str, torch.Tensor]:
+) -> Path:
+    """Download weights and config.json, of one revision. The path of the weights."""
     assert cfg.hf_hub_id
     repo, _, revision = cfg.hf_hub_id.partition('@')
     overlay = f"create_model('{variant}', pretrained=True, pretrained_cfg_overlay=dict(file='FILE'))"
     origin = f' The authors link their file at {cfg.origin_url}; load it with {overlay}.' if cfg.origin_url else \
         f' A file of your own loads with {overlay}.'
+    download = partial(hf_hub_download, repo, revision=revision or None, cache_dir=cache_dir)
     try:
-        path = hf_hub_download(
-            repo, cfg.hf_hub_filename or 'model.safetensors', revision=revision or None, cache_dir=cache_dir)
+        path = Path(download(cfg.hf_hub_filename or 'model.safetensors'))
+        with suppress(EntryNotFoundError):
+            download('config.json', revision=path.parent.name)  # of the very snapshot that the weights are from
     except LocalEntryNotFoundError as e:  # first: it is an EntryNotFoundError, too
         raise CheckpointError(
             f"The weights of {name} ('{repo}') are not in the local cache, and the Hugging Face Hub cannot be reached. "
@@ -127,4 +155,4 @@ def _fetch_from_hub(
         raise CheckpointError(f"'{repo}' on the Hugging Face Hub holds no model.safetensors.{origin}") from e
     except (HfHubHTTPError, OSError, ValueError) as e:
         raise CheckpointError(f"'{repo}' could not be fetched from the Hugging Face Hub: {e}.{origin}") from e
-    return read_state_dict(path)
+    return path

@@ -52,6 +52,13 @@ class ExitResult(NamedTuple):
 StopRule = Callable[[torch.Tensor], torch.Tensor]
 
 
+class _Thresholds(NamedTuple):
+    values: tuple[float, ...]
+
+    def __call__(self, history: torch.Tensor) -> torch.Tensor:
+        return history[:, -1] >= self.values[history.shape[1] - 1]
+
+
 class DynamicNet(nn.Module):
     """Base of the models that may stop early. A family implements `init_state` and `step`.
 
@@ -125,9 +132,9 @@ class DynamicNet(nn.Module):
         """
         return logits.float().softmax(dim=-1).amax(dim=-1)
 
-    def example_input(self, batch_size: int = 1, device: torch.device | str | None = None) -> Any:
-        """Make an input of the model's real size, with arbitrary content."""
-        return torch.zeros(batch_size, self.in_chans, self.img_size, self.img_size, device=device)
+    def example_input(self, batch_size: int = 1, **dd: Any) -> Any:
+        """Make an input of the model's real size, without content, of a device and dtype."""
+        return torch.zeros(batch_size, self.in_chans, self.img_size, self.img_size, **dd)
 
     @property
     def step_macs(self) -> tuple[int, ...]:
@@ -220,7 +227,7 @@ class DynamicNet(nn.Module):
         Raises:
             ValueError: The policy does not fit the model.
         """
-        self._stop_rule = self._make_stop_rule(policy)
+        self._stop_rule = self.make_stop_rule(policy)
         self.exit_cfg.update(exit=_to_json(policy), num_classes=self.num_classes)
 
     def clear_exit(self) -> None:
@@ -240,7 +247,7 @@ class DynamicNet(nn.Module):
         """
         kept = []
         for budget in budgets:
-            self._make_stop_rule(budget['policy'])
+            self.make_stop_rule(budget['policy'])
             kept.append({**budget, 'gmacs': float(budget['gmacs']), 'policy': _to_json(budget['policy'])})
         self.exit_cfg.update(budgets=sorted(kept, key=lambda b: b['gmacs']), num_classes=self.num_classes)
 
@@ -281,17 +288,21 @@ class DynamicNet(nn.Module):
         self.exit_cfg.update(exit_cfg)
         self._check_exit_cfg()
 
-    def _make_stop_rule(self, policy: Any) -> StopRule:
+    def make_stop_rule(self, policy: Any) -> StopRule:
+        """Make of a policy, see `set_exit`, what `forward_exit` takes.
+
+        Raises:
+            ValueError: The policy does not fit the model.
+        """
         if callable(policy):
             return policy
         thresholds = torch.as_tensor(policy, dtype=torch.float32)
         if thresholds.shape != (self.num_steps,):
             raise ValueError(
-                f'Expected {self.num_steps} thresholds, one a step, got a tensor of shape {tuple(thresholds.shape)}.')
+                f'Expected {self.num_steps} thresholds, one a step, got a tensor of shape {list(thresholds.shape)}.')
         if thresholds[:-1].isnan().any():
             raise ValueError(f'Thresholds must be numbers, got {thresholds.tolist()}.')
-        values = thresholds.tolist()
-        return lambda history: history[:, -1] >= values[history.shape[1] - 1]
+        return _Thresholds(tuple(thresholds.tolist()))
 
     def _check_exit_cfg(self) -> None:
         """Set the policy that `exit_cfg` names; forget what was solved for other classes or steps."""
@@ -300,9 +311,9 @@ class DynamicNet(nn.Module):
             if self.exit_cfg.get('num_classes', self.num_classes) != self.num_classes:
                 raise ValueError(f"they hold for {self.exit_cfg['num_classes']} classes, the model has {self.num_classes}")
             for budget in self.exit_cfg.get('budgets', ()):
-                self._make_stop_rule(_from_json(budget['policy']))
+                self.make_stop_rule(_from_json(budget['policy']))
             if 'exit' in self.exit_cfg:
-                self._stop_rule = self._make_stop_rule(_from_json(self.exit_cfg['exit']))
+                self._stop_rule = self.make_stop_rule(_from_json(self.exit_cfg['exit']))
         except ValueError as e:
             _logger.warning(f'The exit policy and budgets kept with the model are dropped: {e}')
             for key in ('exit', 'budgets', 'num_classes'):
@@ -323,7 +334,7 @@ def _from_json(policy: Any) -> Any:
     return policy
 
 
-def _on_meta(model: nn.Module) -> nn.Module:
+def on_meta(model: Any) -> Any:
     """Copy a model without its data, onto the meta device."""
     memo: dict[int, Any] = {id(b): torch.empty_like(b, device='meta') for b in model.buffers()}
     memo.update({id(p): nn.Parameter(torch.empty_like(p, device='meta'), False) for p in model.parameters()})
@@ -332,11 +343,10 @@ def _on_meta(model: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def _count_step_macs(model: DynamicNet) -> tuple[int, ...]:
-    meta = _on_meta(model).eval()
-    dtype = next(meta.parameters()).dtype
+    meta = on_meta(model).eval()
     macs = []
     with FlopCounterMode(display=False) as counter:
-        state = meta.init_state(meta.example_input(1, 'meta').to(dtype))
+        state = meta.init_state(meta.example_input(device='meta', dtype=next(meta.parameters()).dtype))
         for t in range(meta.num_steps):
             _, state = meta.step(t, state)
             macs.append(counter.get_total_flops() // 2)

@@ -20,6 +20,7 @@ from timm.task import (
 from torch import nn
 
 from ..loss import FocusPickingLoss
+from ..utils import seeded
 from .focus_picking import FocusPickingTask
 
 
@@ -88,9 +89,10 @@ def create_classification_task(model: nn.Module, args: argparse.Namespace, conte
         return ClassificationTask(model, **common)
     common.update(distill_loss_weight=args.distill_loss_weight, task_loss_weight=args.task_loss_weight)
     if args.kd_distill_type == 'feature':
-        return FeatureDistillationTask(
-            model, args.kd_model_name, student_feature_dim=args.kd_student_feature_dim,
-            teacher_feature_dim=args.kd_teacher_feature_dim, **common)
+        with seeded(args.seed, 'task'):  # it has a projection with initial values
+            return FeatureDistillationTask(
+                model, args.kd_model_name, student_feature_dim=args.kd_student_feature_dim,
+                teacher_feature_dim=args.kd_teacher_feature_dim, **common)
     common['temperature'] = args.kd_temperature
     if args.kd_distill_type == 'token':
         return TokenDistillationTask(model, args.kd_model_name, distill_type=args.kd_token_distill_type, **common)

@@ -169,14 +169,17 @@ def build_train_loader(
         raise ValueError('--aug-repeats spreads repeated samples over several processes; there is one.')
     if args.jsd_loss and args.aug_splits < 2:
         raise ValueError('--jsd-loss compares views of an image: it needs --aug-splits of at least 2.')
+    if args.aug_splits and args.no_prefetcher:
+        raise ValueError('--aug-splits does not go with --no-prefetcher.')
 
     prefetch = not args.no_prefetcher
     collate_fn = mixup_fn = None
     if mixes(args):
         if args.aug_splits:
             raise ValueError('--mixup and --cutmix do not go with --aug-splits.')
-        if args.batch_size % 2:
-            raise ValueError(f'--mixup and --cutmix mix pairs: --batch-size must be even, got {args.batch_size}.')
+        odd = [n for n in args.train_batch_sizes or [args.batch_size] if n % 2]
+        if odd:
+            raise ValueError(f'--mixup and --cutmix mix pairs: --batch-size must be even, got {odd[0]}.')
         mixup_args: dict[str, Any] = dict(
             mixup_alpha=args.mixup, cutmix_alpha=args.cutmix, cutmix_minmax=args.cutmix_minmax, prob=args.mixup_prob,
             switch_prob=args.mixup_switch_prob, mode=args.mixup_mode, label_smoothing=args.smoothing,
@@ -298,7 +301,7 @@ def build_eval_loader(
 
 def check_same_classes(train: dict[str, int] | None, val: dict[str, int] | None) -> None:
     """Raise a ValueError if a class has one index in training and another in validation."""
-    for name in (train or {}).keys() & (val or {}).keys():
+    for name in sorted((train or {}).keys() & (val or {}).keys()):
         if train[name] != val[name]:  # type: ignore[index]
             missing = sorted((train or {}).keys() ^ (val or {}).keys())
             raise ValueError(
@@ -317,9 +320,14 @@ def resolve_learning_rate(args: argparse.Namespace, global_batch_size: int) -> f
 
 def build_optimizer(module: nn.Module, args: argparse.Namespace) -> torch.optim.Optimizer:
     """Create timm's optimizer over what the module trains."""
-    return create_optimizer_v2(module, **optimizer_kwargs(cfg=args), **args.opt_kwargs)
+    return create_optimizer_v2(module, **{**optimizer_kwargs(cfg=args), **args.opt_kwargs})
 
 
 def training_data_config(args: argparse.Namespace, model: nn.Module) -> dict[str, Any]:
     """Preprocessing of images, by options and model."""
-    return resolve_data_config(vars(args), model=model)
+    config = resolve_data_config(vars(args), model=model)
+    channels = config['input_size'][0]
+    for key in ('mean', 'std'):
+        if len(config[key]) != channels:  # a model for grey images has those of colour ones: their average, as in timm
+            config[key] = (sum(config[key]) / len(config[key]),) * channels
+    return config

@@ -23,6 +23,7 @@ def evaluate(
         tta: int = 0,
         desc: str = '',
         log_freq: int = 1,
+        dtype: torch.dtype | None = None,
         on_batch: Callable[[torch.Tensor, torch.Tensor], Any] | None = None,
 ) -> dict[str, float]:
     """Evaluate a model on a loader, exact to the sample in several processes, uneven splits included.
@@ -36,6 +37,7 @@ def evaluate(
         tta: Average this many neighbouring outputs.
         desc: For the progress bar.
         log_freq: Batches between updates of the progress bar.
+        dtype: Of images (default: as the loader gives them).
         on_batch: Called with logits and targets of every batch.
 
     Returns:
@@ -44,7 +46,7 @@ def evaluate(
     limit = evaluation_sample_limit(loader)
     evaluator = create_evaluator(device=accelerator.device, max_samples=limit)
     for input, target in progress_bar(loader, accelerator, desc=desc, leave=False, miniters=log_freq):
-        input, target = input.to(accelerator.device), target.to(accelerator.device)
+        input, target = input.to(accelerator.device, dtype), target.to(accelerator.device)
         if channels_last:
             input = input.contiguous(memory_format=torch.channels_last)
         with accelerator.autocast():

@@ -34,7 +34,9 @@ REFUSED_VALIDATE = {
     '--naflex-loader': (
         "NaFlex models read token dictionaries. Use timm's own script: "
         'python -m timm_dynamic /path/to/timm/validate.py --naflex-loader ...'),
-    '--naflex-max-seq-len': "It belongs to --naflex-loader. Use timm's own script.",
+    '--naflex-max-seq-len': (
+        "It belongs to --naflex-loader. Use timm's own script: "
+        'python -m timm_dynamic /path/to/timm/validate.py --naflex-loader ...'),
 }
 
 
@@ -191,7 +193,7 @@ def create_train_parser() -> argparse.ArgumentParser:
     g.add_argument('--epoch-repeats', type=float, default=0., metavar='N', help='repeats of an iterable dataset per epoch')
     g.add_argument('--start-epoch', type=int, metavar='N', help='number of the first epoch, whatever was resumed')
     g.add_argument('--decay-milestones', type=int, nargs='+', default=[90, 180, 270], metavar='N')
-    g.add_argument('--decay-epochs', type=float, default=90, metavar='N', help='(%(default)s)')
+    g.add_argument('--decay-epochs', type=float, metavar='N', help='(90; for wsd and rsqrt a fifth of the schedule)')
     g.add_argument('--warmup-epochs', type=int, default=5, metavar='N', help='(%(default)s)')
     g.add_argument('--warmup-prefix', action='store_true', help='the schedule begins after the warm-up')
     g.add_argument('--cooldown-epochs', type=int, default=0, metavar='N')
@@ -373,11 +375,35 @@ def read_config(parser: argparse.ArgumentParser, path: str) -> dict[str, Any]:
     aliases = {s.lstrip('-').replace('-', '_'): a.dest for a in parser._actions for s in a.option_strings}
     refused = {name.lstrip('-').replace('-', '_') for name in REFUSED_TRAIN}
     # timm's args.yaml holds every option, so a refused one at its default (off) is no request.
-    values = {aliases.get(k, k): v for k, v in values.items() if k not in refused or v not in (None, False, '', [], ())}
+    off = {k for k in refused if k.startswith('naflex') and not values.get('naflex_loader')}
+    off |= {k for k in refused if values.get(k) in (None, False, '', [], ())}
+    values = {aliases.get(k, k): v for k, v in values.items() if k not in off}
     for key in values:
         if key in refused:
             parser.error(f"--config: {key}: {REFUSED_TRAIN['--' + key.replace('_', '-')]}")
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
             parser.error(f"--config: '{path}' sets '{key}', which is no option" + (f' (did you mean {near[0]}?).' if near else '.'))
-    return values
+    return {k: typed_value(parser, k, v) for k, v in values.items()}
+
+
+def typed_value(parser: argparse.ArgumentParser, name: str, value: Any) -> Any:
+    """Give a value that was read as YAML the type of its option (1e-3 is text to YAML, one tag no list).
+
+    Raises:
+        SystemExit: It is no value for this option, as `parser.error` does.
+    """
+    action = next(a for a in parser._actions if a.dest == name)
+    if value is None:
+        return None
+    many = isinstance(value, list) or action.nargs in ('+', 3)
+    values = value if isinstance(value, list) else [value]
+    for v in values:
+        if action.choices is not None and v not in action.choices:
+            parser.error(f"{name}: '{v}' is none of {', '.join(map(repr, action.choices))}.")
+    if action.type in (int, float):
+        try:
+            values = [action.type(str(v)) for v in values]
+        except ValueError:
+            parser.error(f"{name}: expected {action.type.__name__}, got '{value}'.")
+    return values if many else values[0]

@@ -31,6 +31,8 @@ from .trainer import NonFiniteLoss, Trainer, check_identity
 
 _logger = logging.getLogger(__name__)
 
+_OUTPUT = 'output/train'
+
 # What a user can mend: shown as one line, not as a traceback.
 _USER_ERRORS = (ValueError, FileNotFoundError, CheckpointError, NonFiniteLoss, StateError)
 
@@ -84,7 +86,7 @@ class TrainOptions:
 
 def _experiment_folder(args: argparse.Namespace, accelerator: Accelerator) -> tuple[Path, str | None]:
     """Folder of the run, and the timm checkpoint to resume from if that is what --resume names."""
-    output = Path(args.output or 'output/train')
+    output = Path(args.output or _OUTPUT)
     choice: list[Any] = [None, None]
     if accelerator.is_main_process:
         try:
@@ -167,9 +169,9 @@ def run_training(argv: Sequence[str] | None = None) -> dict[str, Any]:
     stages = _select_stages(recipe, base, options)
 
     # Accelerate needs the accumulation steps before stages are resolved; a recipe's own would come too late.
-    accelerator = create_accelerator(base)
+    accelerator = create_accelerator(base, project_dir=base.output or _OUTPUT)
     folder, timm_checkpoint = _experiment_folder(base, accelerator)
-    accelerator.project_configuration.set_directories(str(folder))
+    accelerator.project_configuration.project_dir = accelerator.project_configuration.logging_dir = str(folder)
     main = accelerator.is_main_process
     if not main:
         logging.getLogger('timm_dynamic').setLevel(logging.WARNING)

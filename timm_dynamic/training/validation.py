@@ -16,7 +16,7 @@ from timm.utils import check_batch_size_retry, decay_batch_step, reparameterize_
 from torch import nn
 
 from ..models._builder import checkpoint_filter_of
-from ..utils import CheckpointError, load_weights
+from ..utils import CheckpointError, load_weights, seeded
 from .accelerator import create_accelerator
 from .build import build_eval_loader, build_model, model_dtype, uses_demo_data
 from .evaluate import evaluate
@@ -76,7 +76,8 @@ def validate_model(args: argparse.Namespace, name: str, checkpoint: str, acceler
         A row of the table, with timm's column names.
     """
     args = argparse.Namespace(**{**vars(args), 'model': name})
-    model = build_model(args, pretrained=args.pretrained or not checkpoint)
+    with seeded(args.seed, 'model'):  # a classifier that the weights do not fit has initial values
+        model = build_model(args, pretrained=args.pretrained or not checkpoint)
     if checkpoint:
         filter_fn = checkpoint_filter_of(model.pretrained_cfg['architecture'])
         load_weights(model, checkpoint, filter_fn, use_ema=args.use_ema)
@@ -106,7 +107,8 @@ def validate_model(args: argparse.Namespace, name: str, checkpoint: str, acceler
     predictions = _Predictions(evaluation_sample_limit(loader), accelerator)
     metrics = evaluate(
         _restricted(model, valid_labels), loader, accelerator, channels_last=args.channels_last, desc=name,
-        log_freq=args.log_freq, on_batch=predictions.add if args.real_labels or args.metrics_avg else None)
+        log_freq=args.log_freq, dtype=model_dtype(args),
+        on_batch=predictions.add if args.real_labels or args.metrics_avg else None)
 
     if args.real_labels:
         dataset = loader.dataset

@@ -3,12 +3,10 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import timm
 import torch
 from accelerate.state import AcceleratorState, GradientState
-from PIL import Image
 
 from timm_dynamic.utils import save_pretrained
 
@@ -17,8 +15,8 @@ DIFFERS = object()
 
 def timm_options(script: str) -> list[str]:
     """Names of the options of timm's script; several spellings of one are separated by spaces."""
-    text = (Path(__file__).parent / 'timm_options.txt').read_text(encoding='utf-8')
-    return text.partition(f'[{script}]\n')[2].partition('\n\n')[0].split('\n')
+    text = (Path(__file__).parent / 'training' / 'timm_options.txt').read_text(encoding='utf-8')
+    return text.partition(f'[{script}]\n')[2].partition('\n\n')[0].splitlines()
 
 
 def spellings(table: Iterable[str]) -> list[Any]:
@@ -81,23 +79,11 @@ def fresh_accelerate() -> None:
     GradientState._reset_state()
 
 
-def make_images(folder: Path, splits: dict[str, int], classes: int = 3) -> Path:
-    """Write coarse random images of 40 x 48 pixels, as FOLDER/SPLIT/class<c>/<i>.png."""
-    rng = np.random.default_rng(0)
-    for split, count in splits.items():
-        for c in range(classes):
-            (folder / split / f'class{c}').mkdir(parents=True)
-            for i in range(count):
-                pixels = Image.fromarray(rng.integers(0, 256, (6, 5, 3), dtype=np.uint8))
-                pixels.resize((40, 48)).save(folder / split / f'class{c}' / f'{i}.png')
-    return folder
-
-
 def make_weights(folder: Path, value: float = 0.25, **kwargs: Any) -> Path:
     """Export a `test_resnet` for three classes that can be recognised by `marks`."""
     model: Any = timm.create_model('test_resnet', num_classes=3, **kwargs)
     with torch.no_grad():
-        model.conv1.weight.fill_(value)
+        model.conv1[0].weight.fill_(value)
         model.fc.bias.fill_(value)
     save_pretrained(model, folder)
     return folder
@@ -105,4 +91,4 @@ def make_weights(folder: Path, value: float = 0.25, **kwargs: Any) -> Path:
 
 def marks(model: Any) -> tuple[float, float]:
     """First convolution's and classifier's mark; (0.25, 0.25) of `make_weights`."""
-    return tuple(round(p.mean().item(), 6) for p in (model.conv1.weight, model.fc.bias))
+    return tuple(round(p.mean().item(), 6) for p in (model.conv1[0].weight, model.fc.bias))

@@ -1,0 +1,191 @@
+import copy
+import json
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from timm_dynamic.models.dynamic_net import DynamicNet, join_rows, num_rows, select_rows, split_rows
+
+
+class Refiner(DynamicNet):
+    """Three steps, of 12, 20 and 20 multiply-adds for 4 inputs and 3 classes."""
+
+    def __init__(self, num_classes=3, **kwargs):
+        super().__init__(3, num_classes, in_chans=4, img_size=1, **kwargs)
+        self.mix = nn.Linear(4, 2)
+        self.head = nn.Linear(4, num_classes)
+
+    def init_state(self, x):
+        return {'x': x.flatten(1)}
+
+    def step(self, t, state):
+        x = state['x'] if t == 0 else torch.cat([self.mix(state['x']), state['x'][:, 2:]], dim=1).tanh()
+        return self.head(x), {'x': x}
+
+
+class Recorded(DynamicNet):
+    """Gives out recorded logits [T, B, C], and counts the rows of each step."""
+
+    def __init__(self, logits):
+        super().__init__(len(logits), logits.shape[2])
+        self.logits, self.rows = logits, []
+
+    def init_state(self, x):
+        return {'row': x}
+
+    def step(self, t, state):
+        self.rows.append(len(state['row']))
+        return self.logits[t, state['row']], state
+
+
+@pytest.fixture
+def model():
+    return Refiner().eval()
+
+
+def test_rows_of_a_state():
+    state = {'a': torch.arange(6).view(3, 2), 'b': torch.tensor([True, False, True])}
+    assert num_rows(state) == 3
+    assert select_rows(state, torch.tensor([2, 0]))['a'].tolist() == [[4, 5], [0, 1]]
+    left, right = split_rows(state, torch.tensor([False, True, False]))
+    assert (left['a'].tolist(), right['b'].tolist()) == ([[2, 3]], [True, True])
+    assert join_rows([left, right])['a'].tolist() == [[2, 3], [0, 1], [4, 5]]
+
+
+def test_forward_is_the_last_step_and_the_mean_in_training(model):
+    x = torch.randn(5, 4, 1, 1)
+    steps = list(model.forward_steps(x))
+    assert torch.equal(model(x), steps[-1])
+    assert torch.equal(model(x, all_steps=True)['logits'], torch.stack(steps))
+    model.train()
+    torch.testing.assert_close(model(x), torch.stack(steps).mean(dim=0))
+    model(x).sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+    with pytest.raises(TypeError, match='all_steps=True takes further arguments, got actions'):
+        model(x, actions=None)
+
+
+def test_steps_are_run_when_asked_for():
+    model = Recorded(torch.randn(3, 2, 4))
+    steps = model.forward_steps(torch.arange(2))
+    next(steps)
+    assert model.rows == [2]
+
+
+def test_costs_are_counted(model):
+    assert model.step_macs == (12, 32, 52)
+    model.train()
+    assert model.step_macs is model.step_macs
+    assert model.training
+    assert all(not p.is_meta for p in model.parameters())
+
+
+def test_exit_by_hand():
+    # confidences of two classes with logits (z, 0): 1 / (1 + exp(-z)); thresholds sit between them
+    z = torch.tensor([[3., 0., 0., 1.], [0., 3., 0., 1.], [0., 0., 0., 0.]])
+    model = Recorded(torch.stack([z, torch.zeros_like(z)], dim=-1)).eval()
+    result = model.forward_exit(torch.arange(4), model.make_stop_rule([0.9, 0.7, 2.0]))
+    assert result.steps_used.tolist() == [1, 2, 3, 2]
+    assert model.rows == [4, 3, 1]  # no step is run for an image that has left
+    torch.testing.assert_close(result.confidence, torch.tensor([3., 3., 0., 1.]).sigmoid())
+    torch.testing.assert_close(result.logits[:, 0], torch.tensor([3., 3., 0., 1.]))
+
+
+@pytest.mark.parametrize('batch', [0, 1, 7])
+@pytest.mark.parametrize('thresholds', [[0., 0., 0.], [2., 2., 2.], [0.42, 0.45, torch.nan]])
+def test_exit_is_simulated_exit(model, batch, thresholds):
+    x = torch.randn(batch, 4, 1, 1)
+    logits = model(x, all_steps=True)['logits']
+    confidence = logits.softmax(-1).amax(-1)
+    reached = confidence >= torch.tensor(thresholds)[:, None]
+    reached[-1] = True
+    step = reached.int().argmax(dim=0)
+    model.set_exit(thresholds)
+    result = model.forward_exit(x, model.make_stop_rule(thresholds))
+    assert torch.equal(result.steps_used, step + 1)
+    torch.testing.assert_close(result.logits, logits[step, range(batch)], rtol=0, atol=1e-6)
+    torch.testing.assert_close(result.confidence, confidence[step, range(batch)], rtol=0, atol=1e-6)
+    assert torch.equal(model(x), result.logits)
+    model.clear_exit()
+    torch.testing.assert_close(model(x), logits[-1])
+
+
+def test_a_rule_sees_the_history_of_those_that_go_on(model):
+    seen = []
+
+    def rule(history):
+        seen.append(tuple(history.shape))
+        return history[:, 0] > history[:, 0].median()
+
+    model.forward_exit(torch.randn(9, 4, 1, 1), rule)
+    assert seen == [(9, 1), (5, 2)]
+
+
+def test_exit_keeps_the_graph(model):
+    x = torch.randn(6, 4, 1, 1)
+    model.forward_exit(x, model.make_stop_rule([0.4, 0.4, 0.])).logits.sum().backward()
+    assert model.head.weight.grad is not None
+
+
+@pytest.mark.parametrize(('thresholds', 'message'), [
+    ([0.5, 0.5], r'Expected 3 thresholds, one a step, got a tensor of shape \[2\]'),
+    ([0.5, float('nan'), 0.], 'must be numbers'),
+])
+def test_bad_thresholds(model, thresholds, message):
+    with pytest.raises(ValueError, match=message):
+        model.set_exit(thresholds)
+    assert model.exit_cfg == {}
+
+
+BUDGETS = [
+    {'gmacs': 40e-9, 'policy': [0.7, 0.8, 0.], 'top1': 70.},
+    {'gmacs': 20e-9, 'policy': torch.tensor([0.4, 0.5, 0.]), 'top1': 60.},
+]
+
+
+def test_budgets(model):
+    with pytest.raises(ValueError, match=r'No budgets are kept.*model\.store_budgets'):
+        model.set_budget(30e-9)
+    model.store_budgets(BUDGETS)
+    assert [b['gmacs'] for b in model.exit_cfg['budgets']] == [20e-9, 40e-9]
+    assert model.set_budget(gmacs=39e-9)['top1'] == 60.
+    torch.testing.assert_close(torch.tensor(model.exit_cfg['exit']), torch.tensor([0.4, 0.5, 0.]))
+    assert model.set_budget(gmacs=40e-9)['top1'] == 70.
+    with pytest.raises(ValueError, match='the first step costs 1.2e-08, all steps 5.2e-08'):
+        model.set_budget(gmacs=1e-9)
+    with pytest.raises(ValueError, match='the first step costs 1.2e-08, all steps 5.2e-08'):
+        model.set_budget(gmacs=1.)
+    with pytest.raises(ValueError, match='below the smallest one kept in this model, 2e-08'):
+        model.set_budget(gmacs=13e-9)
+
+
+def test_exit_cfg_is_plain_json_and_brings_everything_back(model):
+    model.store_budgets(BUDGETS)
+    model.set_budget(gmacs=40e-9)
+    kept = json.loads(json.dumps(model._model_args['exit_cfg']))
+    again = Refiner(exit_cfg=kept).eval()
+    again.load_state_dict(model.state_dict())
+    x = torch.randn(8, 4, 1, 1)
+    assert torch.equal(again(x), model(x))
+    assert again.set_budget(gmacs=20e-9)['top1'] == 60.
+    assert again._model_args['exit_cfg']['exit'] == pytest.approx([0.4, 0.5, 0.])  # the recorded argument follows
+
+
+def test_other_classes_drop_budgets_with_a_notice(model, caplog):
+    model.store_budgets(BUDGETS)
+    other = Refiner(num_classes=5, exit_cfg={**copy.deepcopy(model.exit_cfg), 'origin': {'flops': [1, 2, 3]}})
+    assert 'dropped: they hold for 3 classes, the model has 5' in caplog.text
+    assert other.exit_cfg == {'origin': {'flops': [1, 2, 3]}}
+    assert other._model_args == {'exit_cfg': other.exit_cfg}
+
+
+def test_copies_and_pickles(model):
+    model.set_exit([0.4, 0.4, 0.])
+    x = torch.randn(8, 4, 1, 1)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(twin(x), model(x))
+        twin.clear_exit()
+        assert twin._model_args['exit_cfg'] == {'num_classes': 3}
+    assert 'exit' in model.exit_cfg

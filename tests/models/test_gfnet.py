@@ -1,0 +1,481 @@
+import copy
+import json
+import threading
+from functools import partial
+
+import numpy as np
+import pytest
+import timm
+import torch
+from timm.models import group_parameters
+from torch.utils.flop_counter import FlopCounterMode
+
+import timm_dynamic  # noqa: F401
+from timm_dynamic.layers import crop_patches, get_glance
+from timm_dynamic.models.gfnet import checkpoint_filter_fn, training_state_from_checkpoint
+from timm_dynamic.utils import CheckpointError, load_weights, save_pretrained
+
+# name: patch, steps, image, feature width, map channels, first head of its own, step classifier's last width, parameters (M)
+VARIANTS = {
+    'gfnet_resnet50_96': (96, 5, 224, 2048, 2048, False, 1024, 103.63),
+    'gfnet_resnet50_128': (128, 5, 224, 2048, 2048, False, 1024, 132.99),
+    'gfnet_densenet121_96': (96, 5, 224, 1024, 1024, False, 1024, 48.59),
+    'gfnet_densenet169_96': (96, 5, 224, 1664, 1664, False, 1024, 73.30),
+    'gfnet_densenet201_96': (96, 5, 224, 1920, 1920, False, 1024, 89.93),
+    'gfnet_regnety_006_96': (96, 5, 224, 608, 608, True, 1024, 18.03),
+    'gfnet_regnety_008_96': (96, 5, 224, 768, 768, True, 1024, 18.88),
+    'gfnet_regnety_016_96': (96, 5, 224, 888, 888, True, 1024, 29.38),
+    'gfnet_mobilenetv3_large_100_96': (96, 3, 224, 1280, 960, True, 3 * 1280, 16.59),
+    'gfnet_mobilenetv3_large_100_128': (128, 3, 224, 1280, 960, True, 3 * 1280, 16.64),
+    'gfnet_mobilenetv3_large_125_128': (128, 3, 224, 1280, 1200, True, 3 * 1280, 20.79),
+    'gfnet_efficientnet_b2_128': (128, 4, 260, 1408, 1408, True, 4 * 1408, 30.00),
+    'gfnet_efficientnet_b3_128': (128, 4, 300, 1536, 1536, True, 4 * 1536, 37.33),
+    'gfnet_efficientnet_b3_144': (144, 4, 300, 1536, 1536, True, 4 * 1536, 37.41),
+}
+# The same heads with a backbone, a twentieth of the time
+SMALL = dict(backbone='test_resnet', patch_size=64, num_classes=7, classifier_hidden=24, policy_hidden=16)
+create_small = partial(timm.create_model, 'gfnet', **SMALL)
+
+
+@pytest.fixture(scope='module')
+def tiny():
+    torch.manual_seed(0)
+    return timm.create_model('test_gfnet').eval()
+
+
+@pytest.mark.parametrize(('name', 'spec'), VARIANTS.items())
+def test_variants_are_those_of_the_paper(name, spec):
+    patch, steps, side, width, channels, own_head, last_width, millions = spec
+    model = timm.create_model(name, device='meta')
+    assert (model.patch_size, model.num_steps, model.img_size, model.num_classes) == (patch, steps, side, 1000)
+    assert model.num_features == steps * channels
+    assert model.head_hidden_size == last_width
+    first = model.classifier.heads[model.classifier.head_name(0)]
+    assert (first.in_features == width) == own_head
+    cells = -(-patch // 32)
+    assert model.policy.state_encoder[0].weight.shape[1] in (channels * cells ** 2, channels)
+    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, abs=0.006)
+
+    cfg = timm.get_pretrained_cfg(f'{name}.paper_in1k')
+    assert cfg.input_size == (3, side, side)
+    assert cfg.pool_size == (cells, cells)
+    assert cfg.hf_hub_id == f'timm-dynamic/{name}.paper_in1k'
+    assert tuple(cfg.classifier) == model.pretrained_cfg['classifier']  # the static entry says what the model has
+    assert tuple(cfg.first_conv) == model.pretrained_cfg['first_conv']
+    weights = model.state_dict()
+    assert all(f'{layer}.weight' in weights for layer in (*cfg.classifier, *cfg.first_conv))
+    bicubic = 'densenet' not in name and 'regnet' not in name
+    assert model.glance_mode == ('bicubic' if bicubic else 'bilinear')
+
+
+def test_the_tiny_model(tiny):
+    assert sum(p.numel() for p in tiny.parameters()) < 1e6
+    assert tiny.pretrained_cfg['input_size'] == (3, 96, 96)
+    assert tiny.num_classes == 10
+    assert tiny.step_macs[-1] < 20e6
+
+
+@pytest.mark.parametrize('classifier', ['recurrent', 'concat'])
+@pytest.mark.parametrize('first_head', [False, True])
+def test_as_timm_expects(classifier, first_head):
+    model = create_small(step_classifier=classifier, first_head=first_head, num_classes=42)
+    x = torch.randn(2, 3, 96, 96)
+    out = model(x)
+    assert out.shape == (2, 42)
+    out.mean().backward()
+    assert [n for n, p in model.named_parameters() if p.grad is None] == []
+    assert model.policy.actor.weight.grad.abs().sum() > 0  # through the differentiable crop
+
+    model.eval()
+    with torch.inference_mode():
+        features = model.forward_features(x)
+        assert features.shape == (2, model.num_features, 2, 2)
+        pre_logits = model.forward_head(features, pre_logits=True)
+        assert pre_logits.shape == (2, model.head_hidden_size)
+        torch.testing.assert_close(model.forward_head(features), model(x))
+        model.reset_classifier(0)
+        torch.testing.assert_close(model(x), pre_logits)
+        model.reset_classifier(0, '')
+        assert model(x).shape == features.shape
+        model.reset_classifier(5, 'avg')
+        assert model(x).shape == (2, 5)
+    assert all(head.out_features == 5 for head in model.get_classifier())
+    assert create_small(step_classifier=classifier, num_classes=0, global_pool='').eval()(x).ndim == 4
+    assert create_small(step_classifier=classifier, num_classes=0)(x).shape == (2, model.head_hidden_size)
+    with pytest.raises(ValueError, match="global_pool must be 'avg', or '' without classes, got 'max' with 7 classes"):
+        create_small(global_pool='max')
+    with pytest.raises(RuntimeError, match='features_only is not implemented for GFNet'):
+        create_small(features_only=True)
+
+
+def test_group_matcher_covers_both_encoders_alike():
+    model = create_small()
+    for coarse in (False, True):
+        groups = group_parameters(model, model.group_matcher(coarse=coarse), reverse=True)
+        assert groups.keys() == dict(model.named_parameters()).keys()
+        for name, group in groups.items():
+            if name.startswith('global_encoder.'):
+                assert groups[name.replace('global', 'local')] == group
+        last = max(groups.values())
+        assert {n.split('.')[0] for n, g in groups.items() if g == last} == {'policy', 'classifier'}
+    swin = timm.create_model(
+        'gfnet', backbone='swin_tiny_patch4_window7_224', patch_size=64, policy='conv', device='meta')
+    names = swin.no_weight_decay()
+    assert names
+    assert names <= dict(swin.named_parameters()).keys()
+
+
+def test_grad_checkpointing_changes_no_gradient():
+    model = create_small().eval()  # eval: batch statistics would be taken twice
+    x = torch.randn(2, 3, 96, 96)
+    gradients = []
+    for enable in (False, True):
+        model.set_grad_checkpointing(enable)
+        model.zero_grad()
+        model(x, all_steps=True, differentiable=True)['logits'].square().mean().backward()
+        gradients.append(model.local_encoder.layer2[0].conv1.weight.grad.clone())
+    torch.testing.assert_close(*gradients)
+
+
+def test_input_channels_sizes_and_layouts():
+    model = create_small(in_chans=1, img_size=80).eval()
+    assert model.img_size == 80
+    for side in (64, 80, 131):  # the size of a patch, that of the arguments, and an odd one
+        assert model(torch.randn(2, 1, side, side)).shape == (2, 7)
+    x = torch.randn(2, 1, 96, 96)
+    with torch.inference_mode():
+        torch.testing.assert_close(
+            model.to(memory_format=torch.channels_last)(x.contiguous(memory_format=torch.channels_last)), model(x),
+            rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(('arguments', 'message'), [
+    (dict(img_size=(96, 80)), 'square images, got img_size 96x80'),
+    (dict(img_size=48), 'patch_size must be between 1 and img_size 48, got 64'),
+    (dict(num_steps=1), 'num_steps must be at least 2'),
+    (dict(step_classifier='mean'), "step_classifier must be 'recurrent' or 'concat', got 'mean'"),
+    (dict(policy='mlp'), "policy must be 'linear' or 'conv', got 'mlp'"),
+    (dict(glance_mode='nearest'), "glance_mode must be 'bicubic' or 'bilinear', got 'nearest'"),
+    (dict(backbone='resnet51'), r"Unknown backbone 'resnet51'. Did you mean \w*resnet\w* or"),
+    (dict(backbone='test_vit'), "The backbone 'test_vit' has no spatial feature map"),
+    (dict(backbone='swin_tiny_patch4_window7_224', patch_size=50, img_size=96, backbone_args=dict(img_size=64)),
+     r"The backbone 'swin_tiny_patch4_window7_224' does not take patches of 50 pixels: Input height \(50\)"),
+])
+def test_bad_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        create_small(**arguments)
+
+
+@pytest.mark.parametrize(('shape', 'message'), [
+    ((2, 3, 96, 80), 'square images, got 96x80'),
+    ((2, 3, 24, 24), 'Images of 24 pixels are smaller than the patches of 32'),
+    ((2, 1, 96, 96), r'Expected images \[batch, 3, height, width\], got \[2, 1, 96, 96\]'),
+    ((3, 96, 96), r'Expected images \[batch, 3, height, width\], got \[3, 96, 96\]'),
+])
+def test_bad_images(tiny, shape, message):
+    for call in (tiny, tiny.forward_features, lambda x: next(tiny.forward_steps(x))):
+        with pytest.raises(ValueError, match=message):
+            call(torch.zeros(shape))
+
+
+@pytest.mark.parametrize(('backbone', 'classifier', 'policy'), [
+    ('convnext_atto', 'recurrent', 'conv'),
+    ('mobilenetv4_conv_small', 'concat', 'conv'),
+    ('regnety_002', 'recurrent', 'linear'),
+    ('efficientnet_b0', 'concat', 'conv'),
+    ('densenet121', 'recurrent', 'conv'),
+    ('swin_tiny_patch4_window7_224', 'concat', 'conv'),  # NHWC, and of a fixed size
+])
+def test_any_backbone(backbone, classifier, policy):
+    model = timm.create_model(
+        'gfnet', backbone=backbone, patch_size=64, num_steps=2, num_classes=5, img_size=80, step_classifier=classifier,
+        policy=policy, policy_hidden=32)
+    x = torch.randn(2, 3, 80, 80)
+    out = model(x)
+    out.sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+    model.eval()
+    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+        logits = model(x)
+    assert counter.get_total_flops() == 2 * 2 * model.step_macs[-1]
+    with torch.inference_mode():
+        torch.testing.assert_close(model.forward_head(model.forward_features(x)), logits)
+    weights = model.state_dict()
+    assert all(f'{n}.weight' in weights for k in ('first_conv', 'classifier') for n in model.pretrained_cfg[k])
+
+
+def test_backbone_arguments_are_exported(tmp_path):
+    model = create_small(backbone_args=dict(output_stride=16), num_steps=3).eval()
+    assert model.policy.state_encoder[0].in_features == 96 * 4 * 4
+    save_pretrained(model, tmp_path / 'm')
+    again = timm.create_model(f'local-dir:{tmp_path / "m"}', pretrained=True).eval()
+    x = torch.randn(2, 3, 96, 96)
+    assert torch.equal(again(x), model(x))
+
+
+def test_a_step_sees_glance_and_patches(tiny):
+    x = torch.randn(3, 3, 96, 96)
+    seen = []
+    hooks = [e.register_forward_pre_hook(lambda m, a: seen.append(a[0])) for e in
+             (tiny.global_encoder.conv1, tiny.local_encoder.conv1)]
+    with torch.inference_mode():
+        state = tiny.init_state(x)
+        _, first = tiny.step(0, state)
+        _, second = tiny.step(1, first)
+    for hook in hooks:
+        hook.remove()
+    assert list(state) == ['image']
+    assert torch.equal(seen[0], get_glance(x, 32))
+    assert torch.equal(seen[1], crop_patches(x, second['coords'], 32))
+    assert all(len(v) == 3 for s in (first, second) for v in s.values())
+    assert not first['map'].requires_grad
+
+
+@pytest.mark.parametrize('batch', [0, 1])
+def test_small_batches(tiny, batch):
+    x = torch.randn(batch, 3, 96, 96)
+    with torch.inference_mode():
+        assert tiny(x).shape == (batch, 10)
+        assert tiny(x, all_steps=True)['logits'].shape == (4, batch, 10)
+
+
+def test_autocast_keeps_positions(tiny):
+    x = torch.randn(4, 3, 96, 96)
+    with torch.inference_mode():
+        plain = tiny(x, all_steps=True)
+        with torch.autocast('cpu', dtype=torch.bfloat16):
+            low = tiny(x, all_steps=True)
+    assert low['logits'].dtype == torch.bfloat16
+    assert low['action_means'].dtype == torch.float32
+    torch.testing.assert_close(low['action_means'], plain['action_means'], rtol=0, atol=0.02)
+    torch.testing.assert_close(low['logits'].float(), plain['logits'], rtol=0, atol=0.1)
+    assert copy.deepcopy(tiny).to(torch.bfloat16)(x.bfloat16()).dtype == torch.bfloat16
+
+
+def test_threads_share_a_model(tiny):
+    x = torch.randn(16, 3, 96, 96)
+    with torch.inference_mode():
+        expected = tiny(x)
+    results = {}
+
+    def work(rows):
+        with torch.inference_mode():
+            results[rows] = torch.cat([tiny(x[i:i + 1]) for i in range(rows, 16, 2)])
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for rows in range(2):
+        torch.testing.assert_close(results[rows], expected[rows::2], rtol=0, atol=1e-5)
+
+
+class TestAllSteps:
+    """What training recipes ask a model for, in one call."""
+
+    def test_given_actions(self, tiny):
+        x, actions = torch.randn(2, 3, 96, 96), torch.rand(3, 2, 2)
+        out = tiny(x, all_steps=True, actions=actions)
+        assert out.keys() == {'logits', 'features', 'actions', 'coords'}
+        assert torch.equal(out['actions'], actions)
+        assert torch.equal(out['coords'], (actions * 64).floor().long())
+        assert out['features'].shape == (4, 2, 96)
+        out['logits'].sum().backward()
+        assert {n.split('.')[0] for n, p in tiny.named_parameters() if p.grad is not None} == {
+            'global_encoder', 'local_encoder', 'classifier'}
+        tiny.zero_grad()
+
+    def test_sampled_actions_and_what_the_policy_learns_from(self, tiny):
+        x, noise = torch.randn(2, 3, 96, 96), 2 * torch.randn(3, 2, 2)
+        out = tiny(x, all_steps=True, noise=noise)
+        torch.testing.assert_close(out['actions'], (out['action_means'] + noise).clamp(0, 1))
+        assert not out['actions'].requires_grad
+        assert not out['maps'].requires_grad
+        # states and hidden states are those that the policy had
+        hidden = None
+        for t in range(3):
+            mean, hidden = tiny.policy(out['maps'][t], hidden)
+            torch.testing.assert_close(mean, out['action_means'][t])
+            torch.testing.assert_close(hidden, out['policy_hidden'][t])
+        (out['action_means'].sum() + out['policy_hidden'].sum()).backward()
+        assert {n.split('.')[0] for n, p in tiny.named_parameters() if p.grad is not None} == {'policy'}
+        tiny.zero_grad()
+        # the same actions given give the same logits
+        torch.testing.assert_close(tiny(x, all_steps=True, actions=out['actions'])['logits'], out['logits'])
+
+    def test_it_is_what_the_steps_do(self, tiny):
+        x = torch.randn(2, 3, 96, 96)
+        with torch.inference_mode():
+            torch.testing.assert_close(tiny(x, all_steps=True)['logits'], torch.stack(list(tiny.forward_steps(x))))
+
+    def test_policy_gets_no_gradient_from_whole_pixels_but_from_between(self, tiny):
+        x = torch.randn(2, 3, 96, 96)
+        tiny(x, all_steps=True)['logits'].sum().backward()
+        assert tiny.policy.actor.weight.grad is None
+        tiny(x, all_steps=True, differentiable=True)['logits'].sum().backward()
+        assert tiny.policy.actor.weight.grad.abs().sum() > 0
+        tiny.zero_grad()
+
+    def test_first_head_comes_with_what_the_rnn_would_have_said(self):
+        model = create_small(first_head=True).eval()
+        x = torch.randn(2, 3, 96, 96)
+        out = model(x, all_steps=True)
+        plain = create_small().eval()
+        plain.load_state_dict({k: v for k, v in model.state_dict().items() if 'heads.first' not in k})
+        torch.testing.assert_close(out['rnn_logits'], next(plain.forward_steps(x)))
+        torch.testing.assert_close(out['logits'][0], model.classifier.heads['first'](out['features'][0]))
+
+
+def authors_checkpoint(model, name, steps=5, prefix='module.', **other):
+    """What the authors' code would save of a model over a ResNet or MobileNet."""
+    weights, parts = model.state_dict(), {}
+    for part, encoder in (('model_prime_state_dict', 'global_encoder'), ('model_state_dict', 'local_encoder')):
+        parts[part] = {prefix + k.removeprefix(f'{encoder}.'): v for k, v in weights.items() if k.startswith(encoder)}
+        head = 'fc' if 'resnet' in name else 'classifier'
+        width = model(torch.zeros(1, 3, 96, 96), all_steps=True)['features'].shape[2]
+        parts[part].update({f'{prefix}{head}.weight': torch.randn(7, width), f'{prefix}{head}.bias': torch.randn(7)})
+    if 'rnn' in model.classifier.heads:
+        parts['fc'] = {f'rnn.{k}_l0': v for k, v in model.classifier.rnn.state_dict().items()}
+        parts['fc'].update({f'fc.{k}': v for k, v in model.classifier.heads['rnn'].state_dict().items()})
+    else:
+        parts['fc'] = {}
+        for t in range(2, 6):
+            parts['fc'][f'fc_{t}.weight'], parts['fc'][f'fc_{t}.bias'] = torch.randn(7, t * width), torch.randn(7)
+    parts['policy'] = {
+        **{k.replace('gru.', 'gru.').replace('actor.', 'actor.0.') + ('_l0' if k.startswith('gru') else ''): v
+           for k, v in model.policy.state_dict().items()},
+        'critic.0.weight': torch.randn(1, 16), 'critic.0.bias': torch.randn(1)}
+    flops = np.cumsum(np.full(steps, 0.5e9))
+    return {
+        'model_name': name, 'patch_size': 64, **parts, 'flops': list(flops),
+        'anytime_classification': [torch.tensor(60.), 70.], 'dynamic_threshold': torch.rand(39, steps),
+        'budgeted_batch_classification': [list(np.linspace(flops[0], flops[-1], 39)), [60.] * 39], **other}
+
+
+@pytest.fixture(scope='module')
+def authors():
+    torch.manual_seed(1)
+    model = create_small().eval()
+    return model, authors_checkpoint(model, 'test_resnet')
+
+
+class TestAuthorsCheckpoint:
+    def test_loads_from_a_file_with_all_it_holds(self, authors, tmp_path):
+        source, checkpoint = authors
+        torch.save(checkpoint, tmp_path / 'authors.pth.tar')
+        model = create_small(pretrained=True, pretrained_cfg_overlay=dict(file=tmp_path / 'authors.pth.tar')).eval()
+        x = torch.randn(2, 3, 96, 96)
+        assert torch.equal(model(x), source(x))
+        assert 'file' not in model.pretrained_cfg
+        origin = model.exit_cfg['origin']
+        assert origin['model_name'] == 'test_resnet'
+        assert origin['flops'] == [0.5e9, 1e9, 1.5e9, 2e9, 2.5e9]
+        assert origin['anytime_classification'] == [60., 70.]
+        assert origin['dynamic_threshold'] == checkpoint['dynamic_threshold'].tolist()
+        assert origin['budgeted_batch_classification'][1] == [60.] * 39
+        assert (len(model.exit_cfg['budgets']), model.exit_cfg['budgets'][0]['gmacs']) == (39, 0.5)
+
+        # and comes back from an exported folder, in both ways of naming it
+        save_pretrained(model, tmp_path / 'm')
+        assert json.loads((tmp_path / 'm/config.json').read_text())['model_args']['exit_cfg'] == model.exit_cfg
+        for again in (
+                timm.create_model(f'local-dir:{tmp_path / "m"}', pretrained=True),
+                create_small(pretrained=True, pretrained_cfg_overlay=dict(file=tmp_path / 'm'))):
+            assert torch.equal(again.eval()(x), model(x))
+            assert again.exit_cfg == model.exit_cfg
+
+    @pytest.mark.parametrize('prefix', ['', 'module.'])
+    def test_prefix_or_not(self, authors, prefix):
+        model, _ = authors
+        create_small(pretrained=True, pretrained_cfg_overlay=dict(
+            state_dict=authors_checkpoint(model, 'test_resnet', prefix=prefix)))
+
+    def test_heads_of_steps_that_are_not_taken_are_dropped(self):
+        model = timm.create_model(
+            'gfnet', backbone='mobilenetv3_small_050', patch_size=64, num_steps=3, num_classes=7, policy='conv',
+            policy_hidden=16, step_classifier='concat').eval()
+        checkpoint = authors_checkpoint(model, 'mobilenetv3_small_050', steps=3)
+        out = checkpoint_filter_fn(checkpoint, model)
+        assert out.keys() == model.state_dict().keys()
+        assert torch.equal(
+            out['classifier.heads.1.weight'], checkpoint['model_prime_state_dict']['module.classifier.weight'])
+        assert torch.equal(out['classifier.heads.3.bias'], checkpoint['fc']['fc_3.bias'])
+
+    def test_what_only_training_needs(self, authors):
+        model, checkpoint = authors
+        state = training_state_from_checkpoint(checkpoint)
+        assert state.keys() == {'global_aux', 'local_aux', 'critic'}
+        assert torch.equal(state['critic']['weight'], checkpoint['policy']['critic.0.weight'])
+        assert torch.equal(state['local_aux']['bias'], checkpoint['model_state_dict']['module.fc.bias'])
+        with pytest.raises(CheckpointError, match="a checkpoint of GFNet's authors"):
+            training_state_from_checkpoint(model.state_dict())
+
+    def test_other_classes_and_channels(self, authors, caplog):
+        _, checkpoint = authors
+        model = create_small(
+            pretrained=True, num_classes=3, in_chans=1, pretrained_cfg_overlay=dict(state_dict=checkpoint))
+        assert model(torch.randn(2, 1, 96, 96)).shape == (2, 3)
+        for encoder, part in (('global', 'model_prime_state_dict'), ('local', 'model_state_dict')):
+            torch.testing.assert_close(
+                model.get_parameter(f'{encoder}_encoder.conv1.0.weight'),
+                checkpoint[part]['module.conv1.0.weight'].sum(dim=1, keepdim=True))
+        assert 'dropped: they hold for 7 classes, the model has 3' in caplog.text
+        assert list(model.exit_cfg) == ['origin']
+        none = create_small(pretrained=True, num_classes=0, pretrained_cfg_overlay=dict(state_dict=checkpoint))
+        assert none(torch.randn(2, 3, 96, 96)).shape == (2, 24)
+
+    def test_thresholds_for_other_steps_are_dropped(self, authors, caplog):
+        model = create_small(num_steps=3, pretrained=True, pretrained_cfg_overlay=dict(state_dict=authors[1]))
+        assert 'dropped: Expected 3 thresholds' in caplog.text
+        assert list(model.exit_cfg) == ['origin']
+
+    @pytest.mark.parametrize(('change', 'arguments', 'message'), [
+        ({}, dict(patch_size=96), 'made for patches of 64 pixels, the model for 96'),
+        ({'model_name': 'regnety_1.6g'}, {}, 'made for regnety_016, the model for test_resnet'),
+        ({'policy': None}, {}, "holds no policy: a file of the authors' first training stage"),
+        ({}, dict(backbone='test_efficientnet'), r"\d+ keys are missing \(first: 'global_encoder.conv_stem.weight'\)"),
+        ({}, dict(step_classifier='concat'), "missing .*'classifier.heads.2.weight'"),
+        ({}, dict(policy='conv'), "'policy.state_encoder.3.weight'"),
+    ])
+    def test_another_variant(self, authors, change, arguments, message):
+        with pytest.raises(CheckpointError, match=message):
+            create_small(**arguments, pretrained=True, pretrained_cfg_overlay=dict(state_dict={**authors[1], **change}))
+
+    def test_our_own_weights_load_as_they_are(self, tiny, tmp_path):
+        twin = timm.create_model('test_gfnet')
+        load_weights(twin, tiny.state_dict(), checkpoint_filter_fn)
+        x = torch.randn(2, 3, 96, 96)
+        assert torch.equal(twin.eval()(x), tiny(x))
+
+
+def test_no_weights_yet():
+    with pytest.raises(CheckpointError, match='no weights of test_gfnet.untrained'):
+        timm.create_model('test_gfnet', pretrained=True)
+    with pytest.raises(CheckpointError, match=r'github.com/blackfeather-wang/GFNet-Pytorch'):
+        timm.create_model('gfnet_mobilenetv3_large_100_96', pretrained=True, device='meta')
+
+
+def test_hub_weights_bring_their_exit_policies(tiny, tmp_path, monkeypatch):
+    model = copy.deepcopy(tiny)
+    model.store_budgets([{'gmacs': 8e-3, 'policy': [0.5] * 4}])
+    snapshot = tmp_path / 'snapshots/abc123'
+    save_pretrained(model, snapshot)
+    asked = []
+
+    def download(repo, filename, revision=None, cache_dir=None):
+        asked.append((repo, filename, revision))
+        return str(snapshot / filename)
+
+    monkeypatch.setattr('timm_dynamic.models._builder.hf_hub_download', download)
+    again = timm.create_model('test_gfnet', pretrained=True, pretrained_cfg_overlay=dict(hf_hub_id='a/b@main'))
+    assert asked == [('a/b', 'model.safetensors', 'main'), ('a/b', 'config.json', 'abc123')]
+    assert again.exit_cfg == model.exit_cfg
+    again.eval().set_budget(gmacs=0.01)
+
+
+def test_compiles_without_graph_breaks(tiny):
+    compiled = torch.compile(tiny, backend='eager', fullgraph=True)
+    x = torch.randn(2, 3, 96, 96)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), tiny(x), rtol=0, atol=1e-5)

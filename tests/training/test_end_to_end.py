@@ -1,0 +1,374 @@
+"""train.py and validate.py as products: run, killed, resumed, compared."""
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import yaml
+from helpers import ROOT, make_images, run_python
+
+from timm_dynamic.training import run_training, run_validation, train_main
+from timm_dynamic.training.state import StateStore
+from timm_dynamic.utils import save_pretrained
+
+HERE = Path(__file__).parent
+
+
+def _args(image_folder, out, *more):
+    return [
+        '--model', 'test_focusnet', '--num-classes', '3', '--img-size', '32', '--data-dir', str(image_folder), '--device', 'cpu',
+        '--batch-size', '8', '--epochs', '1', '-j', '0', '--output', str(out), '--experiment', 'run', *map(str, more)]
+
+
+@pytest.fixture(scope='module')
+def baseline(tmp_path_factory):
+    torch.manual_seed(1)
+    folder = tmp_path_factory.mktemp('baseline')
+    save_pretrained(timm.create_model('test_focusnet', num_classes=3), folder)
+    return folder
+
+
+def _weights(run: Path) -> bytes:
+    return (run / 'last' / 'model.safetensors').read_bytes()
+
+
+def test_what_a_run_leaves(image_folder, tmp_path):
+    result = run_training(_args(image_folder, tmp_path, '--epochs', 2, '--model-ema', '--checkpoint-hist', 1))
+    run = tmp_path / 'run'
+    assert result['folder'] == run
+    assert {p.name for p in run.iterdir()} == {
+        'args.yaml', 'best', 'checkpoints', 'curve.png', 'last', 'results.csv', 'results.json', 'state', 'summary.csv'}
+    rows = list(csv.DictReader((run / 'summary.csv').open()))
+    assert [r['epoch'] for r in rows] == ['0', '1']
+    assert {'train_loss', 'eval_top1', 'eval_ema_top1', 'lr'} <= rows[0].keys()
+    assert yaml.safe_load((run / 'args.yaml').read_text())['model'] == 'test_focusnet'
+    assert len(list((run / 'checkpoints').iterdir())) == 1
+    assert (run / 'curve.png').read_bytes().startswith(b'\x89PNG')
+
+    model = timm.create_model(f'local-dir:{run / "best"}', pretrained=True)
+    assert model.num_classes == 3
+    assert json.loads((run / 'best' / 'config.json').read_text())['label_names'] == ['class0', 'class1', 'class2']
+    # what is exported is what was validated: the moving average
+    top1 = run_validation(['--model', f'local-dir:{run / "last"}', '--data-dir', str(image_folder), '-j', '0', '--device', 'cpu'])
+    assert top1[0]['top1'] == pytest.approx(float(rows[-1]['eval_ema_top1']), abs=1e-3)
+    assert top1[0]['images'] == 33
+
+
+def test_focusnet_with_a_baseline_of_its_own(image_folder, tmp_path):
+    result = run_training(_args(image_folder, tmp_path, '--focus-baseline', 'scratch', '--focus-plain'))
+    run = tmp_path / 'run'
+    assert [r['model'] for r in result['table']] == ['baseline (frozen)', 'plain cross-entropy', 'focus net']
+    assert all(r['images'] == 33 for r in result['table'])
+    assert list(result['results']) == ['baseline', 'plain', 'focus']
+    for folder in ('best', 'baseline/best', 'plain/best'):
+        timm.create_model(f'local-dir:{run / folder}', pretrained=True)
+    rows = list(csv.DictReader((run / 'summary.csv').open()))
+    assert {'train_classification', 'train_attention', 'train_negentropy'} <= rows[0].keys()
+    # plain and focus net begin with the same weights and see the same data; the baseline does not
+    seeds = [yaml.safe_load((run / f / 'args.yaml').read_text())['seed'] for f in ('baseline', 'plain', '.')]
+    assert seeds == [43, 42, 42]
+
+
+def test_stages_one_by_one(image_folder, tmp_path):
+    args = _args(image_folder, tmp_path, '--focus-baseline', 'scratch')
+    run_training([*args, '--stage', 'baseline'])
+    assert not (tmp_path / 'run' / 'best').exists()
+    result = run_training([*args, '--stage', 'focus', '--resume', 'auto'])
+    assert list(result['results']) == ['baseline', 'focus']
+    with pytest.raises(ValueError, match="no stage 'policy': choose from baseline, focus"):
+        run_training([*args, '--stage', 'policy'])
+
+
+def test_an_experiment_is_not_overwritten(image_folder, tmp_path, capsys):
+    assert train_main(_args(image_folder, tmp_path)) == 0
+    before = _weights(tmp_path / 'run')
+    assert train_main(_args(image_folder, tmp_path, '--seed', 1)) == 1
+    assert 'holds a run already: continue it with --resume auto' in capsys.readouterr().err
+    assert _weights(tmp_path / 'run') == before
+
+
+@pytest.mark.parametrize('how', ['auto', 'folder', 'state'])
+def test_more_epochs_after_the_end(image_folder, tmp_path, how):
+    options = ['--sched', 'constant', '--warmup-epochs', '0']
+    run_training(_args(image_folder, tmp_path / 'long', '--epochs', 2, *options))
+    run_training(_args(image_folder, tmp_path / 'short', '--epochs', 1, *options))
+    run = tmp_path / 'short' / 'run'
+    state = StateStore(run / 'state').load()
+    # a finished stage stays finished; taken back to "not finished", it goes on
+    state['run']['results'].clear()
+    StateStore(run / 'state').save(state, 'reopened')
+    path = {'auto': 'auto', 'folder': run, 'state': run / 'state' / 'reopened'}[how]
+    run_training(_args(image_folder, tmp_path / 'short', '--epochs', 2, *options, '--resume', path))
+    assert _weights(run) == _weights(tmp_path / 'long' / 'run')
+
+
+def test_resume_auto_finds_the_newest_run_of_the_model(image_folder, tmp_path):
+    args = [a for a in _args(image_folder, tmp_path) if a not in ('--experiment', 'run')]
+    first = run_training([*args, '--resume', 'auto'])['folder']  # nothing there yet
+    other = [a if a != 'test_focusnet' else 'test_resnet' for a in args]
+    time.sleep(1.1)  # folders are named by the second
+    assert run_training(other)['folder'] != first
+    assert run_training([*args, '--resume', 'auto'])['folder'] == first
+
+
+KILLS = [  # at least three inside the writer and three in mid-epoch
+    'update:2', 'tensors:1', 'values:2', 'rename:2', 'update:5', 'export:1', 'tensors:2', 'update:7', 'rename:1', 'values:2']
+
+
+def test_killed_ten_times_ends_bit_identical(image_folder, baseline, tmp_path):
+    args = [*_args(
+        image_folder, tmp_path, '--focus-baseline', baseline, '--epochs', 4, '-j', 2, '--hflip', 0.5, '--mixup', 0.4,
+        '--reprob', 0.5, '--model-ema', '--model-ema-decay', 0.9, '--grad-accum-steps', 2, '--checkpoint-interval', 3,
+        '--drop', 0.1, '--batch-size', 6)]
+
+    def run(kill, name):
+        given = [name if a == 'run' else a for a in args]
+        return run_python(HERE / 'kill_driver.py', kill, *given, '--resume', 'auto', check=False).returncode
+
+    assert run('never', 'reference') == 0
+    assert [run(kill, 'killed') for kill in KILLS] == [-signal.SIGKILL] * len(KILLS)
+    assert run('never', 'killed') == 0
+    reference, killed = tmp_path / 'reference', tmp_path / 'killed'
+    for file in ('last/model.safetensors', 'best/model.safetensors', 'last/config.json', 'results.csv'):
+        assert (reference / file).read_bytes() == (killed / file).read_bytes(), file
+    for name in ('optimizer', 'model', 'ema', 'best', 'totals'):
+        a, b = (StateStore(run / 'state').load()[name] for run in (reference, killed))
+        assert str(a) == str(b)
+    rows = [[{k: v for k, v in row.items() if k != 'seconds'} for row in csv.DictReader((run / 'summary.csv').open())]
+            for run in (reference, killed)]
+    assert rows[0] == rows[1]
+    left = [p for p in killed.rglob('*') if p.name.startswith('.partial')]
+    assert left == []
+
+
+@pytest.mark.parametrize('signum', [signal.SIGINT, signal.SIGTERM])
+def test_stop_saves_and_resumes_bit_identical(image_folder, tmp_path, signum):
+    args = _args(image_folder, tmp_path, '--epochs', 3, '-j', 1, '--log-interval', 1)
+    reference = [str(tmp_path / 'reference') if a == str(tmp_path) else a for a in args]
+    run_training(reference)
+    process = subprocess.Popen(
+        [sys.executable, 'train.py', *args], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if 'epoch 1 update 3' in line:
+            process.send_signal(signum)
+            break
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 128 + signum
+    assert f'Stopped by {signum.name}; the state is saved. Continue with --resume auto.' in errors
+    progress = StateStore(tmp_path / 'run' / 'state').load()['progress']
+    assert progress['epoch'] >= 1
+    assert progress['batch'] > 0 or progress['epoch'] == 2
+    run_training([*args, '--resume', 'auto'])
+    assert _weights(tmp_path / 'run') == _weights(tmp_path / 'reference' / 'run')
+
+
+def test_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(image_folder, tmp_path, capsys):
+    args = _args(image_folder, tmp_path, '--checkpoint-interval', 1, '--lr', 1e30, '--warmup-epochs', 0, '--opt', 'sgd')
+    assert train_main(args) == 1
+    error = capsys.readouterr().err
+    assert 'loss of stage classification is not finite: epoch 0, batch ' in error
+    assert 'learning rate 1e+30' in error
+    assert 'class' in error.partition('samples')[2]  # the file of a sample
+    assert 'last good state is kept' in error
+    state = StateStore(tmp_path / 'run' / 'state').load()
+    assert all(v.isfinite().all() for v in state['totals'].values())
+
+
+def test_two_processes(tmp_path, baseline):
+    """Equal weights after three updates on different data; validation to the sample, on an odd number of images."""
+    images = make_images(tmp_path / 'images', {'train': 17, 'val': 7})
+    args = _args(images, tmp_path, '--focus-baseline', baseline, '--batch-size', 4, '--model-ema', '--grad-accum-steps', 2)
+    run_python(HERE / 'ddp_driver.py', tmp_path / 'report.json', *args, processes=2)
+    assert json.loads((tmp_path / 'report.json').read_text()) == {
+        'weights_equal': True, 'averages_equal': True, 'data_differ': True, 'updates': 3}
+
+    command = ['--model', f'local-dir:{tmp_path / "run" / "last"}', '--data-dir', str(images), '-b', '4', '-j', '0', '--device', 'cpu',
+               '--metrics-avg', 'macro']
+    one = run_validation(command)
+    run_python('validate.py', *command, '--results-file', tmp_path / 'two.json', '--results-format', 'json', processes=2)
+    two = json.loads((tmp_path / 'two.json').read_text())
+    assert one[0]['images'] == two[0]['images'] == 21
+    for key in ('top1', 'top5', 'precision', 'recall', 'f1_score'):
+        assert one[0][key] == two[0][key]
+    rows = list(csv.DictReader((tmp_path / 'run' / 'summary.csv').open()))
+    assert float(rows[-1]['eval_ema_top1']) == pytest.approx(one[0]['top1'], abs=1e-3)
+
+
+def test_resume_in_two_processes_is_exact(tmp_path):
+    images = make_images(tmp_path / 'images', {'train': 17, 'val': 7})
+    args = _args(images, tmp_path, '--batch-size', 4, '--epochs', 2, '--reprob', 0.5, '-j', 1, '--checkpoint-interval', 2)
+    reference = [str(tmp_path / 'reference') if a == str(tmp_path) else a for a in args]
+    run_python('train.py', *reference, processes=2)
+    assert run_python(HERE / 'kill_driver.py', 'update:4', *args, processes=2, check=False).returncode != 0
+    run_python('train.py', *args, '--resume', 'auto', processes=2)
+    assert _weights(tmp_path / 'run') == _weights(tmp_path / 'reference' / 'run')
+
+
+def test_resume_from_a_checkpoint_of_timm(image_folder, tmp_path):
+    from timm.utils import CheckpointSaver
+    model = timm.create_model('test_focusnet', num_classes=3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    model(torch.randn(2, 3, 32, 32)).sum().backward()
+    optimizer.step()
+    import argparse
+    saver = CheckpointSaver(model, optimizer, args=argparse.Namespace(model='test_focusnet'), checkpoint_dir=str(tmp_path),
+                            recovery_dir=str(tmp_path))
+    saver.save_checkpoint(epoch=3, metric=50.)
+    file = next(tmp_path.glob('*.pth.tar'))
+    run_training(_args(image_folder, tmp_path, '--epochs', 5, '--resume', file, '--no-resume-opt'))
+    rows = list(csv.DictReader((tmp_path / 'run' / 'summary.csv').open()))
+    assert [r['epoch'] for r in rows] == ['4']
+
+
+def _broken(tmp_path, image_folder):
+    file = tmp_path / 'broken.pth.tar'
+    torch.save({'state_dict': timm.create_model('test_focusnet', num_classes=3).state_dict()}, file)
+    with open(file, 'rb+') as f:
+        f.truncate(1000)
+    return ['--resume', file]
+
+
+def _foreign(tmp_path, image_folder):
+    file = tmp_path / 'foreign.pth.tar'
+    torch.save({'state_dict': timm.create_model('test_efficientnet', num_classes=3).state_dict(), 'epoch': 1}, file)
+    return ['--resume', file]
+
+
+def _other_run(tmp_path, image_folder):
+    other = [a if a != 'test_focusnet' else 'test_resnet' for a in _args(image_folder, tmp_path / 'other')]
+    run_training(other)
+    return ['--resume', tmp_path / 'other' / 'run']
+
+
+def _file_in_the_way(tmp_path, image_folder):
+    (tmp_path / 'file').write_text('')
+    return ['--output', tmp_path / 'file']
+
+
+@pytest.mark.parametrize(('more', 'messages'), [
+    (['--model', 'resnet81'], ["no model 'resnet81'", 'Did you mean']),
+    (['--focus-baseline', 'resnet81'], ["no baseline 'resnet81'"]),
+    (['--recipe', 'focusnet'], ['needs a baseline: --focus-baseline MODEL']),
+    (['--recipe', 'nothing'], ["no recipe 'nothing': choose from classification, focusnet"]),
+    (['--num-classes', '2'], ['training data has 3 classes (class0, class1, class2), the model 2: use --num-classes 3']),
+    (['--data-dir', '/nowhere'], ["no data at '/nowhere'"]),
+    (['--batch-size', '100'], ['fewer images (72) than a batch (100 x 1 processes)']),
+    (['--amp'], ['float16 needs a GPU', '--amp-dtype bfloat16']),
+    (['--eval-metric', 'f1'], ['no such metric. Choose from loss, top1, top5']),
+    (['--resume', '/nowhere'], ["nothing at '/nowhere'"]),
+    (_broken, ['broken.pth.tar', 'truncated, or no checkpoint']),
+    (_foreign, ["missing (first: 'conv1.weight')", "unexpected (first: 'conv_stem.weight')"]),
+    (_other_run, ["cannot be continued here: it has model 'test_resnet' (here: 'test_focusnet')"]),
+    (_file_in_the_way, ['cannot be written', 'Choose another with --output']),
+])
+def test_bad_input_is_one_clear_line(image_folder, tmp_path, capsys, more, messages):
+    more = more(tmp_path, image_folder) if callable(more) else more
+    assert train_main(_args(image_folder, tmp_path, *more)) == 1
+    error = capsys.readouterr().err.strip()
+    assert '\n' not in error.splitlines()[-1]
+    for message in messages:
+        assert message in error
+
+
+def test_baseline_with_other_classes(image_folder, tmp_path, capsys):
+    save_pretrained(timm.create_model('test_focusnet', num_classes=7), tmp_path / 'b')
+    assert train_main(_args(image_folder, tmp_path, '--focus-baseline', tmp_path / 'b')) == 1
+    assert 'has 7 classes, the focus net has 3' in capsys.readouterr().err
+
+
+def test_a_pickle_with_code_is_refused(image_folder, tmp_path, capsys):
+    class Evil:
+        def __reduce__(self):
+            return open, (str(tmp_path / 'executed'), 'w')
+
+    file = tmp_path / 'evil.pth.tar'
+    torch.save({'state_dict': {}, 'x': Evil()}, file)
+    for flag in ('--resume', '--initial-checkpoint', '--pretrained-path', '--focus-baseline'):
+        assert train_main(_args(image_folder, tmp_path, flag, file)) == 1
+        assert 'code to be run' in capsys.readouterr().err
+    assert not (tmp_path / 'executed').exists()
+
+
+def test_folders_that_differ_between_splits(tmp_path, capsys):
+    images = make_images(tmp_path / 'images', {'train': 4, 'val': 4})
+    (images / 'val' / 'class0').rename(images / 'val' / 'zebra')
+    assert train_main(_args(images, tmp_path, '--batch-size', 2)) == 1
+    assert "has index 1 in training and 0 in validation" in capsys.readouterr().err
+
+
+def test_disk_full_keeps_the_last_state(image_folder, tmp_path, monkeypatch, capsys):
+    import timm_dynamic.training.state as module
+    save_file, count = module.safetensors.torch.save_file, [0]
+
+    def failing(tensors, path, *args, **kwargs):
+        if Path(path).name == 'tensors.safetensors':
+            count[0] += 1
+            if count[0] == 3:
+                raise OSError(28, 'No space left on device')
+        save_file(tensors, path, *args, **kwargs)
+
+    monkeypatch.setattr(module.safetensors.torch, 'save_file', failing)
+    args = _args(image_folder, tmp_path, '--checkpoint-interval', 2)
+    assert train_main(args) == 1
+    assert 'No space left on device' in (error := capsys.readouterr().err)
+    assert 'is intact: free some space and continue with --resume auto' in error
+    monkeypatch.undo()
+    assert StateStore(tmp_path / 'run' / 'state').load()['progress']['batch'] == 4
+    assert train_main([*args, '--resume', 'auto']) == 0
+
+
+def test_processes_that_do_not_see_each_other(image_folder, tmp_path, monkeypatch, capsys):
+    import timm_dynamic.training.accelerator as module
+
+    class Alone(module.Accelerator):
+        def __init__(self, **kwargs):
+            with pytest.MonkeyPatch.context() as patch:
+                patch.delenv('WORLD_SIZE')
+                super().__init__(**kwargs)
+
+    monkeypatch.setenv('WORLD_SIZE', '2')
+    monkeypatch.setattr(module, 'Accelerator', Alone)
+    assert train_main(_args(image_folder, tmp_path)) == 1
+    assert '2 processes were launched, but Accelerate sees 1' in capsys.readouterr().err
+
+
+def test_compare_and_results_file(image_folder, baseline, tmp_path):
+    file = tmp_path / 'results.csv'
+    rows = run_validation([
+        '--model', 'test_focusnet', '--num-classes', '3', '--img-size', '32', '--checkpoint', str(baseline / 'model.safetensors'),
+        '--data-dir', str(image_folder), '-j', '0', '--device', 'cpu', '--compare', f'local-dir:{baseline}', '--results-file', str(file)])
+    assert [r['model'] for r in rows] == ['test_focusnet', f'local-dir:{baseline}']
+    assert [r['images'] for r in rows] == [33, 33]
+    assert [r['model'] for r in csv.DictReader(file.open())] == [r['model'] for r in rows]
+
+
+def test_trackers(image_folder, tmp_path):
+    run_training(_args(image_folder, tmp_path, '--log-with', 'tensorboard'))
+    assert list((tmp_path / 'run').rglob('events.out.tfevents*'))
+
+
+def test_any_script_runs_with_the_plugin(tmp_path, image_folder):
+    script = tmp_path / 'standin.py'
+    script.write_text('''
+import sys
+import timm
+import sibling
+print(sys.argv, __name__, len(timm.create_model(sys.argv[2]).state_dict()), sibling.VALUE)
+sys.exit(7)
+''')
+    (tmp_path / 'sibling.py').write_text('VALUE = 5')
+    result = run_python('-m', 'timm_dynamic', script, '--model', 'focusnet_resnet18', check=False)
+    assert result.returncode == 7
+    assert result.stdout.strip() == f"{[str(script), '--model', 'focusnet_resnet18']} __main__ 122 5"
+    plain = run_python('-m', 'timm_dynamic', tmp_path / 'nope.py', check=False)
+    assert plain.returncode == 1
+    assert 'there is no script' in plain.stderr
+    assert 'SCRIPT ARGS' in run_python('-m', 'timm_dynamic', '--help').stdout
+    assert os.environ['HF_HUB_OFFLINE'] == '1'

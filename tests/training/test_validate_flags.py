@@ -1,0 +1,368 @@
+"""Every option of timm's validate.py, and of ours, has its effect on an evaluation or is refused with advice.
+
+`opened` looks at the model and the loader just before the evaluation, `evaluated` also at its results, `accelerate` at
+what reaches Accelerate on a machine with a GPU.
+"""
+import json
+from functools import partial
+from types import SimpleNamespace
+
+import pytest
+import timm
+import timm.layers
+import torch
+from flag_tables import effect, fresh_accelerate, has, make_weights, marks, named, refused, spellings, timm_options
+from helpers import make_images
+
+from timm_dynamic.data import dataset_factory
+from timm_dynamic.training import accelerator as accelerator_module
+from timm_dynamic.training import build, run_validation
+from timm_dynamic.training import evaluate as evaluate_module
+from timm_dynamic.training import validation as validation_module
+from timm_dynamic.training.options import create_validate_parser
+
+BASE = {
+    '--data-dir': '{data}', '--model': 'local-dir:{weights}', '--img-size': '32', '-b': '4', '-j': '0', '--device': 'cpu',
+}
+
+
+class _Opened(Exception):
+    """Ends a validation before it evaluates."""
+
+
+class Lab:
+    """Runs validate.py in this process, on 9 images of 3 classes."""
+
+    def __init__(self, tmp_path, paths, monkeypatch, capsys):
+        self.tmp, self.monkeypatch, self.capsys = tmp_path, monkeypatch, capsys
+        self.paths = {**paths, '{tmp}': tmp_path}
+        self.parser = create_validate_parser()
+        self._watch()
+
+    def _watch(self):
+        patch = self.monkeypatch.setattr
+        create_dataset, create_loader = dataset_factory.create_timm_dataset, build.create_loader
+        build_model, evaluate, tqdm = validation_module.build_model, validation_module.evaluate, evaluate_module.tqdm
+
+        def watched_create_dataset(name, **kwargs):
+            self.seen.opened = kwargs
+            remote = name.startswith('wds/')  # what it needs is not installed
+            kwargs = {k: kwargs[k] for k in ('root', 'split')} if remote else kwargs
+            return create_dataset('' if remote else name, **kwargs)
+
+        def watched_create_loader(*args, **kwargs):
+            self.seen.loader_kwargs = kwargs
+            return create_loader(*args, **{**kwargs, 'tf_preprocessing': False})  # it needs tensorflow
+
+        def watched_build_model(args, **kwargs):
+            self.seen.pretrained = kwargs['pretrained']
+            return build_model(args, **kwargs)
+
+        def watched_evaluate(model, loader, accelerator, **kwargs):
+            self.seen.model, self.seen.loader, self.seen.accelerator = model, loader, accelerator
+            if self.stop:
+                raise _Opened
+            return evaluate(model, loader, accelerator, **kwargs)
+
+        def watched_tqdm(*args, **kwargs):
+            self.seen.bar = kwargs
+            return tqdm(*args, **kwargs)
+
+        def watched_compile(model, backend='inductor', mode=None):
+            self.seen.compiled.append((backend, mode))
+            return model
+
+        patch(dataset_factory, 'create_timm_dataset', watched_create_dataset)
+        patch(build, 'create_loader', watched_create_loader)
+        patch(validation_module, 'build_model', watched_build_model)
+        patch(validation_module, 'evaluate', watched_evaluate)
+        patch(evaluate_module, 'tqdm', watched_tqdm)
+        patch(torch, 'compile', watched_compile)
+
+    def argv(self, *options, drop=()):
+        argv = [word for item in BASE.items() if item[0] not in drop for word in item] + [*options]
+        for name, path in self.paths.items():
+            argv = [word.replace(name, str(path)) for word in argv]
+        return argv
+
+    def _run(self, *options, drop=()):
+        self.seen = SimpleNamespace(compiled=[])
+        fresh_accelerate()
+        timm.layers.set_fast_norm(False)
+        return run_validation(self.argv(*options, drop=drop))
+
+    def opened(self, *options, drop=()):
+        """Model and loader of a validation that has not begun to evaluate."""
+        self.stop = True
+        with pytest.raises(_Opened):
+            self._run(*options, drop=drop)
+        return self.seen
+
+    def evaluated(self, *options, drop=()):
+        """A whole validation."""
+        self.stop = False
+        rows = self._run(*options, drop=drop)
+        return SimpleNamespace(rows=rows, **{**rows[0], **vars(self.seen)})
+
+    def accelerate(self, *options, drop=()):
+        """What reaches Accelerate where there is a GPU."""
+        kwargs = {}
+
+        class Recorder:
+            num_processes, device = 1, torch.device('cpu')
+
+            def __init__(self, **given):
+                kwargs.update(given)
+
+        with self.monkeypatch.context() as m:
+            m.setattr(accelerator_module, 'Accelerator', Recorder)
+            m.setattr(torch.accelerator, 'current_accelerator', lambda **_: torch.device('cuda'))
+            accelerator_module.create_accelerator(self.parser.parse_args(self.argv(*options, drop=drop)))
+        return kwargs
+
+
+@pytest.fixture(scope='module')
+def paths(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('validate')
+    weights, other = make_weights(folder / 'weights'), make_weights(folder / 'other', value=0.5)
+    return {
+        '{data}': make_images(folder / 'data', {'val': 3, 'extra': 2}),
+        '{weights}': weights, '{file}': weights / 'model.safetensors', '{other}': other,
+    }
+
+
+@pytest.fixture
+def lab(tmp_path, paths, monkeypatch, capsys):
+    yield Lab(tmp_path, paths, monkeypatch, capsys)
+    timm.layers.set_fast_norm(False)
+
+
+opened, evaluated, accelerate = (partial(effect, start) for start in ('opened', 'evaluated', 'accelerate'))
+
+
+# What to look at
+
+def num_images(seen):
+    return len(seen.loader.dataset)
+
+
+def batch(seen):
+    return next(iter(seen.loader))[0]
+
+
+def logits_dtype(seen):
+    with seen.accelerator.autocast():
+        return seen.model(batch(seen)).dtype
+
+
+def transform(seen):
+    return seen.loader.dataset.transform
+
+
+def torch_loader(seen):
+    return getattr(seen.loader, 'loader', seen.loader)
+
+
+def dataset_kwarg(key):
+    return lambda seen: seen.opened[key]
+
+
+# Checks that take more than a line
+
+def class_map(lab, flag):
+    (lab.tmp / 'classes.txt').write_text('class2\nclass1\nclass0\n')
+    opened(lambda seen: seen.loader.class_to_idx['class0'], '{tmp}/classes.txt', gives=2)(lab, flag)
+
+
+def pretrained(lab, flag):
+    """Only beside --checkpoint does it make a difference, as in timm; without, it is implied."""
+    opened(lambda seen: seen.pretrained, gives=True, base=['--checkpoint', '{file}'])(lab, flag)
+    assert lab.opened().pretrained
+
+
+def use_train_size(lab, flag):
+    folder = make_weights(lab.tmp / 'bigger')
+    config = json.loads((folder / 'config.json').read_text())
+    config['pretrained_cfg'].update(input_size=[3, 32, 32], test_input_size=[3, 48, 48])
+    (folder / 'config.json').write_text(json.dumps(config))
+    opened(lambda seen: batch(seen).shape[-1], gives=32, base=['--model', f'local-dir:{folder}'],
+           drop=['--img-size'])(lab, flag)
+
+
+def use_ema(lab, flag):
+    plain, averaged = (timm.create_model(f'local-dir:{lab.paths[name]}', pretrained=True).state_dict()
+                       for name in ('{weights}', '{other}'))
+    torch.save({'state_dict': plain, 'state_dict_ema': averaged}, lab.tmp / 'both.pth.tar')
+    opened(lambda seen: marks(seen.model), gives=(0.5, 0.5), base=['--checkpoint', '{tmp}/both.pth.tar'])(lab, flag)
+
+
+def device(lab, flag):
+    accelerate(lambda kwargs: kwargs['cpu'], 'cpu', gives=True, drop=[flag])(lab, flag)
+    with pytest.raises(ValueError, match='there is no such device here'):
+        lab.opened(flag, 'xpu')
+
+
+def amp(lab, flag):
+    accelerate(lambda kwargs: kwargs['mixed_precision'], gives='fp16', drop=['--device'])(lab, flag)
+    evaluated(logits_dtype, gives=torch.bfloat16, base=['--amp-dtype', 'bfloat16'])(lab, flag)
+    with pytest.raises(ValueError, match='--amp-dtype bfloat16'):
+        lab.opened(flag)
+
+
+def model_dtype(lab, flag):
+    def dtypes(seen):
+        return next(seen.model.parameters()).dtype
+    for more in ([], ['--no-prefetcher']):
+        evaluated(dtypes, 'bfloat16', gives=torch.bfloat16, base=more)(lab, flag)
+
+
+def reparam(lab, flag):
+    name = 'repghostnet_050'
+    torch.save(timm.create_model(name, num_classes=3).state_dict(), lab.tmp / 'rep.pth')
+    opened(lambda seen: sum(isinstance(m, torch.nn.BatchNorm2d) for m in seen.model.modules()), gives=lambda n: n < 60,
+           base=['--model', name, '--num-classes', '3', '--checkpoint', '{tmp}/rep.pth'])(lab, flag)
+
+
+def results_file(lab, flag):
+    row, = lab.evaluated(flag, '{tmp}/results.csv').rows
+    header, values = (lab.tmp / 'results.csv').read_text().splitlines()
+    assert header.startswith('model,top1,top1_err,top5,top5_err,')
+    assert values.split(',')[1] == str(row['top1'])
+
+
+def results_format(lab, flag):
+    rows = lab.evaluated('--results-file', '{tmp}/results', flag, 'json').rows
+    assert json.loads((lab.tmp / 'results').read_text()) == rows
+    lab.evaluated('--results-file', '{tmp}/results')
+    assert (lab.tmp / 'results').read_text().startswith('model,')
+
+
+def real_labels(lab, flag):
+    """With every class right for every image, and one image without any label, which does not count."""
+    for i, path in enumerate(sorted(make_images(lab.tmp / 'real', {'val': 3}).rglob('*.png')), 1):
+        path.rename(path.with_name(f'ILSVRC2012_val_{i:08d}.JPEG'))
+    (lab.tmp / 'real.json').write_text(json.dumps([[]] + [[0, 1, 2]] * 8))
+    evaluated(lambda seen: seen.top1, '{tmp}/real.json', gives=100, base=['--data-dir', '{tmp}/real'])(lab, flag)
+    (lab.tmp / 'wrong.json').write_text(json.dumps([[]] + [[7]] * 8))
+    assert lab.evaluated('--data-dir', '{tmp}/real', flag, '{tmp}/wrong.json').top1 == 0
+
+
+def valid_labels(lab, flag):
+    (lab.tmp / 'valid.txt').write_text('3\n4\n0\n')
+    base = ['--num-classes', '5']
+    evaluated(lambda seen: seen.model(batch(seen)).shape[1], '{tmp}/valid.txt', gives=3, base=base)(lab, flag)
+    (lab.tmp / 'valid.txt').write_text('3\n4\n')
+    with pytest.raises(ValueError, match='has 3 classes'):
+        lab.opened(*base, flag, '{tmp}/valid.txt')
+
+
+def retry(lab, flag):
+    evaluate, sizes = validation_module.evaluate, []
+
+    def out_of_memory(model, loader, *args, **kwargs):
+        sizes.append(loader.loader.batch_size)
+        if sizes[-1] > 2:
+            raise RuntimeError('CUDA out of memory. Tried to allocate')
+        return evaluate(model, loader, *args, **kwargs)
+
+    lab.monkeypatch.setattr(validation_module, 'evaluate', out_of_memory)
+    assert lab.evaluated(flag).images == 9
+    assert sizes == [4, 3, 2]
+    with pytest.raises(RuntimeError, match='out of memory'):
+        lab.evaluated()
+
+
+def seed(lab, flag):
+    """It decides over the classifier where the weights have none, and over the order of iterable datasets."""
+    opened(lambda seen: seen.model.fc.weight, '7', base=['--num-classes', '5'])(lab, flag)
+    opened(dataset_kwarg('seed'), '7', gives=7, base=REMOTE)(lab, flag)
+    first, again = (lab.opened('--num-classes', '5').model.fc.weight for _ in range(2))
+    assert torch.equal(first, again)
+
+
+# The tables
+
+DEMO = ['--dataset', 'cluttered_digits', '--num-classes', '10']
+REMOTE = ['--dataset', 'wds/somewhere']
+NAFLEX = refused('python -m timm_dynamic', 'validate.py --naflex-loader')
+
+VALIDATE = {
+    'data': opened(num_images, '{data}', gives=9, base=['--num-classes', '10'], drop=['--data-dir']),
+    '--data-dir': opened(num_images, '{data}', gives=9, base=['--num-classes', '10'], drop=['--data-dir']),
+    '--dataset': opened(lambda seen: type(seen.loader.dataset).__name__, 'torch/image_folder', gives='ImageFolder'),
+    '--split': opened(num_images, 'extra', gives=6),
+    '--num-samples': opened(num_images, '20', gives=20, base=DEMO),
+    '--dataset-download': opened(dataset_kwarg('download'), gives=True, base=REMOTE),
+    '--class-map': class_map,
+    '--input-key': opened(dataset_kwarg('input_key'), 'jpg', gives='jpg', base=REMOTE),
+    '--input-img-mode': evaluated(batch, 'HSV'),
+    '--target-key': opened(dataset_kwarg('target_key'), 'cls', gives='cls', base=REMOTE),
+    '--dataset-trust-remote-code': opened(dataset_kwarg('trust_remote_code'), gives=True, base=REMOTE),
+    '--model -m': opened(lambda seen: marks(seen.model), 'local-dir:{other}', gives=(0.5, 0.5)),
+    '--pretrained': pretrained,
+    '-j --workers': opened(lambda seen: torch_loader(seen).num_workers, '1', gives=1),
+    '-b --batch-size': opened(lambda seen: len(batch(seen)), '6', gives=6),
+    '--img-size': evaluated(lambda seen: batch(seen).shape[1:], '48', gives=(3, 48, 48)),
+    '--in-chans': evaluated(lambda seen: batch(seen).shape[1], '1', gives=1),
+    '--input-size': evaluated(
+        lambda seen: batch(seen).shape[1:], '3', '24', '40', gives=(3, 24, 40), drop=['--img-size']),
+    '--use-train-size': use_train_size,
+    '--crop-pct': opened(transform, '0.5', gives=has('Resize(size=64')),
+    '--crop-mode': opened(transform, 'border', gives=has('CenterCropOrPad')),
+    '--crop-border-pixels': evaluated(transform, '4', gives=has('TrimBorder')),
+    '--mean': evaluated(lambda seen: batch(seen).mean(), '-10', '-10', '-10', gives=lambda mean: mean > 10),
+    '--std': evaluated(lambda seen: batch(seen).std(), '10', '10', '10', gives=lambda std: std < 0.1),
+    '--interpolation': opened(transform, 'nearest', gives=has('interpolation=nearest')),
+    '--num-classes': opened(lambda seen: seen.model(batch(seen)).shape[1], '5', gives=5),
+    '--gp': opened(lambda seen: seen.model.global_pool.pool_type, 'max', gives='max'),
+    '--log-freq': evaluated(lambda seen: seen.bar['miniters'], '3', gives=3),
+    '--checkpoint': opened(lambda seen: marks(seen.model), '{file}', gives=(0.25, 0.25),
+                           base=['--model', 'local-dir:{other}']),
+    '--num-gpu': refused('accelerate launch --num_processes'),
+    '--test-pool': evaluated(lambda seen: (type(seen.model).__name__, seen.crop_pct), gives=('TestTimePoolHead', 1.0),
+                             base=['--img-size', '192']),
+    '--no-prefetcher': evaluated(lambda seen: type(seen.loader).__name__, gives='DataLoader'),
+    '--pin-mem': opened(lambda seen: torch_loader(seen).pin_memory, gives=True),
+    '--channels-last': evaluated(
+        lambda seen: seen.model.conv1[0].weight.is_contiguous(memory_format=torch.channels_last), gives=True),
+    '--device': device,
+    '--amp': amp,
+    '--amp-dtype': accelerate(lambda kwargs: kwargs['mixed_precision'], 'bfloat16', gives='bf16', base=['--amp'],
+                              drop=['--device']),
+    '--model-dtype': model_dtype,
+    '--tf-preprocessing': opened(lambda seen: seen.loader_kwargs['tf_preprocessing'], gives=True),
+    '--use-ema': use_ema,
+    '--fuser': refused('--torchcompile'),
+    '--fast-norm': opened(lambda seen: timm.layers.is_fast_norm(), gives=True),
+    '--reparam': reparam,
+    '--model-kwargs': opened(lambda seen: type(seen.model.act1).__name__, 'act_layer=gelu', gives='GELU'),
+    '--torchcompile-mode': opened(lambda seen: seen.compiled, 'max-autotune', gives=[('inductor', 'max-autotune')],
+                                  base=['--torchcompile']),
+    '--torchscript': refused('--torchcompile'),
+    '--torchcompile': opened(lambda seen: seen.compiled, 'aot_eager', gives=[('aot_eager', None)]),
+    '--aot-autograd': refused('--torchcompile aot_eager'),
+    '--results-file': results_file,
+    '--results-format': results_format,
+    '--real-labels': real_labels,
+    '--valid-labels': valid_labels,
+    '--retry': retry,
+    '--seed': seed,
+    '--metrics-avg': evaluated(lambda seen: {'precision', 'recall', 'f1_score'} <= seen.rows[0].keys(), 'macro',
+                               gives=True),
+    '--naflex-loader': NAFLEX,
+    '--naflex-max-seq-len': NAFLEX,
+}
+OURS = {
+    '--compare': evaluated(lambda seen: [row['model'].rpartition('/')[2] for row in seen.rows], 'local-dir:{other}',
+                           gives=['weights', 'other']),
+}
+
+
+@pytest.mark.parametrize(('name', 'flag'), spellings(VALIDATE | OURS))
+def test_option(lab, name, flag):
+    (VALIDATE | OURS)[name](lab, flag)
+
+
+def test_no_option_is_forgotten():
+    assert sorted(VALIDATE) == sorted(timm_options('validate.py'))
+    assert {flag for name in VALIDATE | OURS for flag in name.split()} == named(create_validate_parser())

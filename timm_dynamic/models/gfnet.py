@@ -1,0 +1,682 @@
+"""GFNet: glance at the whole image in low resolution, then focus on one patch after another.
+
+Papers:
+* `Glance and Focus: a Dynamic Approach to Reducing Spatial Redundancy in Image Classification` - Wang et al.,
+  NeurIPS 2020, https://arxiv.org/abs/2010.05300
+* `Glance and Focus Networks for Dynamic Visual Recognition` - Huang et al., T-PAMI 2023,
+  https://arxiv.org/abs/2201.03014
+
+Step 1 sees the image scaled down to the size of a patch; every later step sees a patch in full resolution, cut where a
+policy says. After each step there is a prediction.
+
+Departures from the released code (https://github.com/blackfeather-wang/GFNet-Pytorch):
+* What only training needs (critic, auxiliary classifiers) and heads that no step uses are not in the model.
+  `training_state_from_checkpoint` hands the former to a training task.
+* RegNets predict step 1 with a head of their own. The original runs the recurrent classifier's head there, too, and
+  throws the result away; here it is not run, and is not counted.
+* The prediction heads of the global encoder are part of the step classifier, as what they are: the heads of step 1.
+* The glance of a family is scaled the same way in training as at inference (the original's training is always bicubic).
+"""
+import difflib
+import re
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import get_device_dtype
+from timm.models import (
+    build_model_with_cfg,
+    clean_state_dict,
+    generate_default_cfgs,
+    get_pretrained_cfg,
+    is_model,
+    list_models,
+    register_model,
+)
+from timm.models.mobilenetv3 import _gen_mobilenet_v3  # timm has the generator, but no entry point of this width
+from torch import nn
+
+from ..layers import (
+    ConcatStepClassifier,
+    PatchPolicy,
+    RecurrentStepClassifier,
+    StepClassifier,
+    crop_patches,
+    crop_patches_bilinear,
+    get_glance,
+    get_patch_coords,
+)
+from ..utils import CheckpointError, read_checkpoint, read_state_dict
+from ._builder import build_dynamic_model, hub_id
+from .dynamic_net import DynamicNet, State, on_meta
+
+# Backbones beside timm's registered ones.
+_BACKBONES = {'mobilenetv3_large_125': partial(_gen_mobilenet_v3, 'mobilenetv3_large_100', 1.25)}
+
+
+def _create_encoder(backbone: str, in_chans: int, patch_size: int, **kwargs: Any) -> nn.Module:
+    """Create a network that ends with its feature vector, for images of the size of a patch."""
+    if backbone not in _BACKBONES and not is_model(backbone):
+        near = difflib.get_close_matches(backbone, [*list_models(), *_BACKBONES], n=3)
+        raise ValueError(f"Unknown backbone '{backbone}'." + (f" Did you mean {' or '.join(near)}?" if near else ''))
+    cfg = get_pretrained_cfg(backbone)
+    if cfg is not None and cfg.fixed_input_size:
+        kwargs = {'img_size': patch_size, **kwargs}
+    create_fn = _BACKBONES.get(backbone) or partial(timm.create_model, backbone)
+    return create_fn(num_classes=0, in_chans=in_chans, **kwargs)
+
+
+class GFNet(DynamicNet):
+    """Glance-and-focus network over any timm backbone that has a spatial feature map.
+
+    Args:
+        backbone: Name of a timm model. Both encoders are made of it: one for the glance, one for the patches.
+        patch_size: Side of glance and patches P.
+        num_steps: Number of steps T, the glance included.
+        num_classes: Number of classes.
+        in_chans: Number of input channels.
+        img_size: Side of the images. Larger and smaller ones run, too, down to the size of a patch.
+        step_classifier: 'recurrent' (a GRU over the steps) or 'concat' (a head a step, on all features so far).
+        first_head: With 'recurrent', step 1 predicts with a head of its own from the glance alone.
+        classifier_hidden: Width of the recurrent step classifier.
+        policy: How the patch policy takes in feature maps: 'linear' (for its size see `PatchPolicy`) or 'conv'.
+        policy_hidden: Width of the patch policy. Default: see `PatchPolicy`.
+        glance_mode: How images are scaled down to glances: 'bicubic' or 'bilinear'.
+        drop_rate: Dropout before the prediction heads.
+        global_pool: 'avg' leaves pooling to the backbone; '' with `num_classes=0` gives feature maps.
+        backbone_args: Further arguments for the backbone, e.g. dict(drop_path_rate=0.1). Plain JSON.
+        exit_cfg: See `DynamicNet`.
+        device: Device of the parameters.
+        dtype: Dtype of the parameters.
+
+    Raises:
+        ValueError: The backbone is unknown, has no spatial feature map, or cannot take images of the size of a patch;
+            or the sizes do not go together.
+    """
+
+    def __init__(
+            self,
+            backbone: str = 'resnet50',
+            patch_size: int = 96,
+            num_steps: int = 5,
+            num_classes: int = 1000,
+            in_chans: int = 3,
+            img_size: int | tuple[int, int] = 224,
+            step_classifier: str = 'recurrent',
+            first_head: bool = False,
+            classifier_hidden: int = 1024,
+            policy: str = 'linear',
+            policy_hidden: int | None = None,
+            glance_mode: str = 'bicubic',
+            drop_rate: float = 0.,
+            global_pool: str = 'avg',
+            backbone_args: dict[str, Any] | None = None,
+            exit_cfg: dict[str, Any] | None = None,
+            device: torch.device | str | None = None,
+            dtype: torch.dtype | None = None,
+    ) -> None:
+        dd: dict[str, Any] = {'device': device, 'dtype': dtype}
+        height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
+        if height != width:
+            raise ValueError(f'GFNet takes square images, got img_size {height}x{width}.')
+        if not 0 < patch_size <= height:
+            raise ValueError(f'patch_size must be between 1 and img_size {height}, got {patch_size}.')
+        if num_steps < 2:
+            raise ValueError(f'num_steps must be at least 2, a glance and a patch, got {num_steps}.')
+        if step_classifier not in ('recurrent', 'concat'):
+            raise ValueError(f"step_classifier must be 'recurrent' or 'concat', got {step_classifier!r}.")
+        if glance_mode not in ('bicubic', 'bilinear'):
+            raise ValueError(f"glance_mode must be 'bicubic' or 'bilinear', got {glance_mode!r}.")
+        super().__init__(num_steps, num_classes, in_chans, height, exit_cfg)
+        self.backbone = backbone
+        self.patch_size = patch_size
+        self.glance_mode = glance_mode
+        self.drop_rate = drop_rate
+        self.global_pool = _check_pool(global_pool, num_classes)
+
+        create = partial(_create_encoder, backbone, in_chans, patch_size, **(backbone_args or {}), **dd)
+        self.global_encoder = create()
+        self.local_encoder = create()
+        map_shape, feature_size = self._probe()
+        self.policy = PatchPolicy(map_shape[0], map_shape[1:], policy, policy_hidden, **dd)
+        self.classifier: StepClassifier
+        if step_classifier == 'recurrent':
+            self.classifier = RecurrentStepClassifier(
+                feature_size, num_classes, num_steps, classifier_hidden, first_head, drop_rate, **dd)
+        else:
+            self.classifier = ConcatStepClassifier(feature_size, num_classes, num_steps, drop_rate, **dd)
+
+        self.num_features = num_steps * map_shape[0]
+        self.head_hidden_size = self.classifier.num_features
+        first_conv = self.global_encoder.pretrained_cfg.get('first_conv') or ()
+        first_conv = (first_conv,) if isinstance(first_conv, str) else first_conv
+        self._traits = {'first_conv': tuple(f'{e}.{c}' for e in ('global_encoder', 'local_encoder') for c in first_conv)}
+
+    def _probe(self) -> tuple[tuple[int, int, int], int]:
+        """Shape [C, h, w] of the encoders' feature map, and the width of their feature vector."""
+        encoder = on_meta(self.global_encoder).eval()
+        images = self.example_input(device='meta', dtype=next(encoder.parameters()).dtype)
+        try:
+            with torch.no_grad():
+                feature_map = encoder.forward_features(images[..., :self.patch_size, :self.patch_size])
+                if not isinstance(feature_map, torch.Tensor) or feature_map.ndim != 4:
+                    raise ValueError(
+                        f"The backbone '{self.backbone}' has no spatial feature map, which the patch policy needs: choose "
+                        'a convolutional network or a transformer with windows.')
+                feature_map, feature = self._encode(encoder, images[..., :self.patch_size, :self.patch_size])
+        except (AssertionError, RuntimeError, TypeError) as e:
+            raise ValueError(
+                f"The backbone '{self.backbone}' does not take patches of {self.patch_size} pixels: {e}") from e
+        return tuple(feature_map.shape[1:]), feature.shape[1]
+
+    def _encode(self, encoder: Any, view: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Feature map [B, C, h, w] and feature vector [B, F] of a glance or patch [B, in_chans, P, P]."""
+        x = encoder.forward_features(view)
+        feature = encoder.forward_head(x, pre_logits=True)
+        return (x.permute(0, 3, 1, 2) if _is_nhwc(encoder) else x), feature
+
+    def init_state(self, x: torch.Tensor) -> State:
+        if x.ndim != 4 or x.shape[1] != self.in_chans:
+            raise ValueError(f'Expected images [batch, {self.in_chans}, height, width], got {list(x.shape)}.')
+        if x.shape[2] != x.shape[3]:
+            raise ValueError(f'GFNet takes square images, got {x.shape[2]}x{x.shape[3]}.')
+        if x.shape[2] < self.patch_size:
+            raise ValueError(f'Images of {x.shape[2]} pixels are smaller than the patches of {self.patch_size}.')
+        return {'image': x}
+
+    def step(self, t: int, state: State) -> tuple[torch.Tensor, State]:
+        """Run one step, see `DynamicNet.step`.
+
+        Returns:
+            Logits, and a state with 'image' [n, C, S, S]; 'map' [n, C, h, w] and 'feature' [n, F] of this step;
+            'memory' of the step classifier; and from step 1 on the 'action' taken in [0, 1] [n, 2], the 'coords' of
+            the patch [n, 2] (both row and column), and the policy's 'policy_hidden' [n, H].
+        """
+        state = self._look(t, state)
+        logits, memory = self.classifier(t, state['feature'], state.get('memory'))
+        return logits, {**state, 'map': state['map'].detach(), 'memory': memory}
+
+    def _look(
+            self,
+            t: int,
+            state: State,
+            action: torch.Tensor | None = None,
+            noise: torch.Tensor | None = None,
+            differentiable: bool = False,
+    ) -> State:
+        """Choose what to see at step t, and encode it. Classification is left to the caller."""
+        image, state = state['image'], dict(state)
+        if t == 0:
+            view = get_glance(image, self.patch_size, self.glance_mode)
+        else:
+            if action is None:
+                action, state['policy_hidden'] = self.policy(state['map'].detach(), state.get('policy_hidden'))
+                if noise is not None:
+                    state['action_mean'] = action
+                    action = (action + noise).clamp(0, 1)
+            state['action'] = action
+            state['coords'] = get_patch_coords(action, image.shape[-1], self.patch_size)
+            if differentiable:
+                view = crop_patches_bilinear(image, action, self.patch_size)
+            else:
+                view = crop_patches(image, state['coords'], self.patch_size)
+        state['map'], state['feature'] = self._encode(self.local_encoder if t else self.global_encoder, view)
+        return state
+
+    def forward_all(
+            self,
+            x: torch.Tensor,
+            actions: torch.Tensor | None = None,
+            noise: torch.Tensor | None = None,
+            differentiable: bool = False,
+    ) -> dict[str, torch.Tensor]:
+        """Run all steps.
+
+        Args:
+            x: Images [B, C, S, S].
+            actions: Positions of the patches in [0, 1], row and column [T - 1, B, 2]. The policy is not run then.
+            noise: Added to what the policy proposes [T - 1, B, 2]; the sum is clamped to [0, 1].
+            differentiable: Cut patches between pixels, so that the policy gets a gradient from what follows.
+
+        Returns:
+            'logits' [T, B, num_classes], 'features' [T, B, F] of the encoders, 'actions' taken [T - 1, B, 2] and
+            'coords' [T - 1, B, 2]; where the policy has run also 'action_means' [T - 1, B, 2], 'policy_hidden'
+            [T - 1, B, H] and the 'maps' it saw [T - 1, B, C, h, w]; with a first head also 'rnn_logits'
+            [B, num_classes], what the recurrent classifier would have said at step 1. Actions, coordinates and maps
+            are constants, all else carries gradients.
+        """
+        state, steps, all_logits, rnn_logits = self.init_state(x), [], [], None
+        for t in range(self.num_steps):
+            state = self._look(
+                t, state, None if actions is None or t == 0 else actions[t - 1],
+                None if noise is None or t == 0 else noise[t - 1], differentiable)
+            logits, state['memory'] = self.classifier(t, state['feature'], state.get('memory'))
+            all_logits.append(logits)
+            steps.append(state)
+            if t == 0 and self.classifier.head_name(0) == 'first':
+                rnn_logits = self.classifier.heads['rnn'](self.classifier.drop(state['memory']))
+        out = {
+            'logits': torch.stack(all_logits),
+            'features': torch.stack([s['feature'] for s in steps]),
+            'actions': torch.stack([s['action'] for s in steps[1:]]).detach(),
+            'coords': torch.stack([s['coords'] for s in steps[1:]]),
+        }
+        if actions is None:
+            out['action_means'] = torch.stack([s.get('action_mean', s['action']) for s in steps[1:]])
+            out['policy_hidden'] = torch.stack([s['policy_hidden'] for s in steps[1:]])
+            out['maps'] = torch.stack([s['map'] for s in steps[:-1]]).detach()
+        if rnn_logits is not None:
+            out['rnn_logits'] = rnn_logits
+        return out
+
+    def forward_train(self, x: torch.Tensor) -> torch.Tensor:
+        if self.num_classes:
+            return self.forward_all(x, differentiable=True)['logits'].mean(dim=0)
+        return self.forward_head(self.forward_features(x))  # without heads the steps differ in width
+
+    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+        """Feature maps of all steps, joined along channels [B, T·C, h, w]. `forward_head` makes logits of them."""
+        state, maps = self.init_state(x), []
+        for t in range(self.num_steps):
+            state = self._look(t, state, differentiable=self.training)
+            maps.append(state['map'])
+        return torch.cat(maps, dim=1)
+
+    def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
+        """Logits of the last step from the feature maps of all, or what its head sees."""
+        if not self.global_pool:
+            return x
+        memory = None
+        for t, feature_map in enumerate(x.chunk(self.num_steps, dim=1)):
+            encoder: Any = self.local_encoder if t else self.global_encoder
+            feature_map = feature_map.permute(0, 2, 3, 1) if _is_nhwc(encoder) else feature_map
+            x, memory = self.classifier.pre_logits(t, encoder.forward_head(feature_map, pre_logits=True), memory)
+        return x if pre_logits else self.classifier.heads[self.classifier.head_name(self.num_steps - 1)](x)
+
+    def forward(self, x: torch.Tensor, all_steps: bool = False, **kwargs: Any) -> Any:
+        if not self.global_pool:
+            return self.forward_features(x)
+        return super().forward(x, all_steps, **kwargs)
+
+    @property
+    def classifier_names(self) -> tuple[str, ...]:
+        """Names of the Linear layers that give logits."""
+        return tuple(f'classifier.heads.{name}' for name in self.classifier.heads)
+
+    @torch.jit.ignore
+    def get_classifier(self) -> tuple[nn.Module, ...]:
+        return tuple(self.classifier.heads.values())
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace all prediction heads. Policies and budgets kept for other classes are forgotten."""
+        if global_pool is not None:
+            self.global_pool = _check_pool(global_pool, num_classes)
+        self.num_classes = num_classes
+        self.classifier.reset(num_classes, **get_device_dtype(self))
+        self._classifier_changed()
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        for encoder in (self.global_encoder, self.local_encoder):
+            encoder.set_grad_checkpointing(enable)
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        names = getattr(self.global_encoder, 'no_weight_decay', set)()
+        return {f'{encoder}.{name}' for encoder in ('global_encoder', 'local_encoder') for name in names}
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """The backbone's groups, each for both encoders; policy and classifier come last."""
+        def both(pattern: str) -> str:
+            return rf'(?:global|local)_encoder\.(?:{pattern.replace("^", "")})'
+
+        matcher = self.global_encoder.group_matcher(coarse=coarse)
+        return {
+            name: both(spec) if isinstance(spec, str) else [(both(pattern), suffix) for pattern, suffix in spec]
+            for name, spec in matcher.items()
+        }
+
+
+def _check_pool(global_pool: str, num_classes: int) -> str:
+    if global_pool not in ('avg', '') or (not global_pool and num_classes):
+        raise ValueError(
+            f"Pooling is the backbone's: global_pool must be 'avg', or '' without classes, got {global_pool!r} with "
+            f'{num_classes} classes.')
+    return global_pool
+
+
+def _is_nhwc(encoder: Any) -> bool:
+    return getattr(encoder, 'output_fmt', 'NCHW') == 'NHWC'
+
+
+# The authors' names of backbones where they differ from timm's.
+_AUTHORS_BACKBONES = {'regnety_600m': 'regnety_006', 'regnety_800m': 'regnety_008', 'regnety_1.6g': 'regnety_016'}
+# What an authors' checkpoint holds beside weights.
+_AUTHORS_NUMBERS = (
+    'model_name', 'patch_size', 'model_flops', 'policy_flops', 'fc_flops', 'flops', 'anytime_classification',
+    'dynamic_threshold', 'budgeted_batch_classification',
+)
+_CLASSIFIERS = ('fc', 'classifier', 'head.fc')  # of the encoders
+
+
+def _is_authors(checkpoint: Mapping[str, Any]) -> bool:
+    return 'model_prime_state_dict' in checkpoint and 'model_state_dict' in checkpoint
+
+
+def _encoder_state_dict(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """An authors' encoder with timm's keys. Theirs are timm's, but for RegNets, which come from pycls."""
+    out = {}
+    for key, value in clean_state_dict(dict(state_dict)).items():
+        if re.match(r's\d\.b\d+\.', key):
+            key = re.sub(r'\.f\.se\.f_ex\.([02])\.', lambda m: f'.se.fc{1 + int(m[1]) // 2}.', key)
+            key = re.sub(r'\.f\.([abc])_bn\.', lambda m: f'.conv{"abc".index(m[1]) + 1}.bn.', key)
+            key = re.sub(r'\.f\.([abc])\.', lambda m: f'.conv{"abc".index(m[1]) + 1}.conv.', key)
+            key = re.sub(r'(b\d+)\.proj\.', r'\1.downsample.conv.', key)
+            key = re.sub(r'(b\d+)\.bn\.', r'\1.downsample.bn.', key)
+        out[key] = value
+    return out
+
+
+def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: GFNet) -> dict[str, torch.Tensor]:
+    """Map an authors' checkpoint, as it was read, onto the model's keys. Other weights pass as they are.
+
+    Critic, auxiliary classifiers and heads of steps that the model does not take are left out.
+
+    Raises:
+        CheckpointError: It is one of another variant, or lacks a part.
+    """
+    out: dict[str, torch.Tensor] = {}
+    if not _is_authors(state_dict):
+        out.update(state_dict)
+    else:
+        _check_authors_variant(state_dict, model)
+        first = model.classifier.head_name(0)
+        for part, encoder in (('model_prime_state_dict', 'global_encoder'), ('model_state_dict', 'local_encoder')):
+            for key, value in _encoder_state_dict(state_dict[part]).items():
+                module, _, leaf = key.rpartition('.')
+                if module not in _CLASSIFIERS:
+                    out[f'{encoder}.{key}'] = value
+                elif encoder == 'global_encoder' and first in ('first', '1'):
+                    out[f'classifier.heads.{first}.{leaf}'] = value
+        for key, value in clean_state_dict(dict(state_dict['fc'])).items():
+            module, _, leaf = key.rpartition('.')
+            if module == 'rnn':
+                out[f'classifier.rnn.{leaf.removesuffix("_l0")}'] = value
+            elif module == 'fc':
+                out[f'classifier.heads.rnn.{leaf}'] = value
+            elif int(module.removeprefix('fc_')) <= model.num_steps:
+                out[f'classifier.heads.{module.removeprefix("fc_")}.{leaf}'] = value
+        for key, value in clean_state_dict(dict(state_dict['policy'])).items():
+            if not key.startswith('critic.'):
+                out[f'policy.{key.replace("actor.0.", "actor.").removesuffix("_l0")}'] = value
+    if not model.num_classes:
+        out = {k: v for k, v in out.items() if not k.startswith('classifier.heads.')}
+    return out
+
+
+def _check_authors_variant(checkpoint: Mapping[str, Any], model: GFNet) -> None:
+    missing = [part for part in ('fc', 'policy') if not checkpoint.get(part)]
+    if missing:
+        raise CheckpointError(f"it holds no {' and no '.join(missing)}: a file of the authors' first training stage?")
+    patch_size, name = checkpoint.get('patch_size'), checkpoint.get('model_name')
+    if patch_size is not None and int(patch_size) != model.patch_size:
+        raise CheckpointError(f'it is made for patches of {int(patch_size)} pixels, the model for {model.patch_size}')
+    backbone = _AUTHORS_BACKBONES.get(str(name), name)
+    known = {cfg.removeprefix('gfnet_').rpartition('_')[0] for cfg in default_cfgs}
+    if backbone in known and backbone != model.backbone:
+        raise CheckpointError(f'it is made for {backbone}, the model for {model.backbone}')
+
+
+def _plain(value: Any) -> Any:
+    """Numbers as plain JSON."""
+    if isinstance(value, (torch.Tensor, np.ndarray, np.generic)):
+        return value.tolist()
+    return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+def exit_cfg_from_checkpoint(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """Take from an authors' checkpoint what they measured: for `DynamicNet.load_exit_cfg`.
+
+    Returns:
+        'origin': their costs, anytime results, thresholds and results of budgets, as they are; 'budgets': their
+        thresholds with the cost and the accuracy measured for them, if they are there and fit together. Of any other
+        checkpoint nothing.
+    """
+    if not _is_authors(checkpoint):
+        return {}
+    origin = {k: _plain(checkpoint[k]) for k in _AUTHORS_NUMBERS if checkpoint.get(k) is not None}
+    out: dict[str, Any] = {'origin': origin}
+    thresholds, results = origin.get('dynamic_threshold'), origin.get('budgeted_batch_classification')
+    steps = origin.get('flops')
+    if not (thresholds and steps and results and len(results) == 2 and len(results[0]) == len(results[1]) == len(thresholds)):
+        return out
+    # Which coordinate is the cost can be seen: it lies between the cost of one step and that of all.
+    costs = next((r for r in results if all(0.99 * steps[0] <= v <= 1.01 * steps[-1] for v in r)), None)
+    if costs is not None:
+        accuracies = results[1] if costs is results[0] else results[0]
+        scale = 1e-9 if steps[-1] > 1e6 else 1.  # multiply-adds, or 10⁹ of them
+        budgets = [
+            {'gmacs': cost * scale, 'top1': accuracy, 'policy': policy}
+            for cost, accuracy, policy in zip(costs, accuracies, thresholds)
+        ]
+        out['budgets'] = sorted(budgets, key=lambda b: b['gmacs'])
+        out['num_classes'] = len(next(v for k, v in checkpoint['fc'].items() if k.endswith('.bias') and k.startswith('fc')))
+    return out
+
+
+def training_state_from_checkpoint(source: str | Path | Mapping[str, Any]) -> dict[str, dict[str, torch.Tensor]]:
+    """Take from an authors' checkpoint what only training needs.
+
+    Args:
+        source: File, or what `read_checkpoint` gave.
+
+    Returns:
+        State dicts ('weight', 'bias') of Linear layers: 'global_aux' and 'local_aux', the auxiliary classifiers of
+        the encoders (the former is also the model's head of step 1 where it has one of its own), and the 'critic', if
+        there is one.
+    """
+    checkpoint = source if isinstance(source, Mapping) else read_checkpoint(source)
+    if not isinstance(checkpoint, Mapping) or not _is_authors(checkpoint):
+        raise CheckpointError("Expected a checkpoint of GFNet's authors, with model_prime_state_dict and model_state_dict.")
+    out: dict[str, dict[str, torch.Tensor]] = {}
+    for part, name in (('model_prime_state_dict', 'global_aux'), ('model_state_dict', 'local_aux')):
+        for key, value in clean_state_dict(dict(checkpoint[part])).items():
+            module, _, leaf = key.rpartition('.')
+            if module in _CLASSIFIERS:
+                out.setdefault(name, {})[leaf] = value
+    critic = {k.rpartition('.')[2]: v for k, v in (checkpoint.get('policy') or {}).items() if k.startswith('critic.')}
+    return {**out, 'critic': critic} if critic else out
+
+
+def _read(path: str | Path) -> Mapping[str, Any]:
+    """Read an authors' checkpoint whole, and of any other its weights."""
+    checkpoint = read_checkpoint(path)
+    return checkpoint if isinstance(checkpoint, Mapping) and _is_authors(checkpoint) else read_state_dict(path)
+
+
+def _cfg(name: str = '', first_conv: str = 'conv1', heads: str = '', **kwargs: Any) -> dict[str, Any]:
+    return {
+        'hf_hub_id': hub_id(name) if name else None,
+        'num_classes': 1000, 'input_size': (3, 224, 224), 'pool_size': (3, 3),
+        'crop_pct': 0.875, 'interpolation': 'bilinear',
+        'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD,
+        'first_conv': (f'global_encoder.{first_conv}', f'local_encoder.{first_conv}'),
+        'classifier': tuple(f'classifier.heads.{h}' for h in heads.split()),
+        'paper_name': 'Glance and Focus Networks for Dynamic Visual Recognition',
+        'paper_ids': ('arXiv:2010.05300', 'arXiv:2201.03014'),
+        'origin_url': 'https://github.com/blackfeather-wang/GFNet-Pytorch',
+        **kwargs,
+    }
+
+
+_densenet = dict(first_conv='features.conv0', heads='rnn')
+_regnet = dict(first_conv='stem.conv', heads='first rnn')
+_mobilenet = dict(first_conv='conv_stem', heads='1 2 3')
+_efficientnet_b2 = dict(
+    first_conv='conv_stem', heads='1 2 3 4', input_size=(3, 260, 260), interpolation='bicubic')
+_efficientnet_b3 = dict(
+    first_conv='conv_stem', heads='1 2 3 4', input_size=(3, 300, 300), interpolation='bicubic', crop_pct=0.904)
+
+default_cfgs = generate_default_cfgs({
+    f'{name}.paper_in1k': _cfg(f'{name}.paper_in1k', **kwargs) for name, kwargs in {
+        'gfnet_resnet50_96': dict(heads='rnn'),
+        'gfnet_resnet50_128': dict(heads='rnn', pool_size=(4, 4)),
+        'gfnet_densenet121_96': _densenet,
+        'gfnet_densenet169_96': _densenet,
+        'gfnet_densenet201_96': _densenet,
+        'gfnet_regnety_006_96': _regnet,
+        'gfnet_regnety_008_96': _regnet,
+        'gfnet_regnety_016_96': _regnet,
+        'gfnet_mobilenetv3_large_100_96': _mobilenet,
+        'gfnet_mobilenetv3_large_100_128': dict(_mobilenet, pool_size=(4, 4)),
+        'gfnet_mobilenetv3_large_125_128': dict(_mobilenet, pool_size=(4, 4)),
+        'gfnet_efficientnet_b2_128': dict(_efficientnet_b2, pool_size=(4, 4)),
+        'gfnet_efficientnet_b3_128': dict(_efficientnet_b3, pool_size=(4, 4)),
+        'gfnet_efficientnet_b3_144': dict(_efficientnet_b3, pool_size=(5, 5)),
+    }.items()
+} | {
+    'gfnet.untrained': _cfg(heads='rnn', origin_url=None),
+    'test_gfnet.untrained': _cfg(
+        heads='rnn', num_classes=10, input_size=(3, 96, 96), pool_size=(2, 2), crop_pct=1.0, origin_url=None),
+})
+
+
+def _create(pretrained: bool = False, pretrained_cfg: Any = None, variant: str = '', **kwargs: Any) -> GFNet:
+    model = build_model_with_cfg(GFNet, variant, pretrained, pretrained_cfg=pretrained_cfg, **kwargs)
+    # The arguments decide what heads there are, and of the generic model also the first convolutions.
+    model.pretrained_cfg.update(first_conv=model._traits['first_conv'], classifier=model.classifier_names)
+    return model
+
+
+def _create_gfnet(variant: str, pretrained: bool = False, **kwargs: Any) -> GFNet:
+    if kwargs.pop('features_only', False):
+        raise RuntimeError('features_only is not implemented for GFNet models: their feature maps show different patches.')
+    return build_dynamic_model(
+        partial(_create, variant=variant), variant, pretrained, filter_fn=checkpoint_filter_fn, read_fn=_read,
+        exit_cfg_fn=exit_cfg_from_checkpoint, **kwargs)
+
+
+# What the families of the paper have in common.
+_DENSENET = dict(patch_size=96, glance_mode='bilinear')
+_REGNET = dict(patch_size=96, policy='conv', first_head=True, glance_mode='bilinear')
+_MOBILENET = dict(num_steps=3, policy='conv', step_classifier='concat')
+_EFFICIENTNET = dict(num_steps=4, policy='conv', step_classifier='concat')
+
+
+@register_model
+def gfnet(pretrained: bool = False, **kwargs: Any) -> GFNet:
+    """GFNet over the timm model `backbone`, ResNet-50 if none is named."""
+    return _create_gfnet('gfnet', pretrained, **kwargs)
+
+
+@register_model
+def gfnet_resnet50_96(pretrained: bool = False, **kwargs: Any) -> GFNet:
+    """GFNet over ResNet-50, patches of 96, 5 steps."""
+    model_args = dict(backbone='resnet50', patch_size=96)
+    return _create_gfnet('gfnet_resnet50_96', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def gfnet_resnet50_128(pretrained: bool = False, **kwargs: Any) -> GFNet:
+    """GFNet over ResNet-50, patches of 128, 5 steps."""
+    model_args = dict(backbone='resnet50', patch_size=128)
+    return _create_gfnet('gfnet_resnet50_128', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def gfnet_densenet121_96(pretrained: bool = False, **kwargs: Any) -> GFNet:
+    """GFNet over DenseNet-121, patches of 96, 5 steps."""
+    model_args = dict(_DENSENET, backbone='densenet121')
+    return _create_gfnet('gfnet_densenet121_96', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def gfnet_densenet169_96(pretrained: bool = False, **kwargs: Any) -> GFNet:
+    """GFNet over DenseNet-169, patches of 96, 5 steps."""
+    model_args = dict(_DENSENET, backbone='densenet169')
+    return _create_gfnet('gfnet_densenet169_96', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def gfnet_densenet201_96(pretrained: bool = False, **kwargs: Any) -> GFNet:
+    """GFNet over DenseNet-201, patches of 96, 5 steps."""
+    model_args = dict(_DENSENET, backbone='densenet201')
+    return _create_gfnet('gfnet_densenet201_96', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def gfnet_regnety_006_96(pretrained: bool = False, **kwargs: Any) -> GFNet:
+    """GFNet over RegNetY-600MF, patches of 96, 5 steps."""
+    model_args = dict(_REGNET, backbone='regnety_006')
+    return _create_gfnet('gfnet_regnety_006_96', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def gfnet_regnety_008_96(pretrained: bool = False, **kwargs: Any) -> GFNet:
+    """GFNet over RegNetY-800MF, patches of 96, 5 steps."""
+    model_args = dict(_REGNET, backbone='regnety_008')
+    return _create_gfnet('gfnet_regnety_008_96', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def gfnet_regnety_016_96(pretrained: bool = False, **kwargs: Any) -> GFNet:
+    """GFNet over RegNetY-1.6GF, patches of 96, 5 steps."""
+    model_args = dict(_REGNET, backbone='regnety_016')
+    return _create_gfnet('gfnet_regnety_016_96', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def gfnet_mobilenetv3_large_100_96(pretrained: bool = False, **kwargs: Any) -> GFNet:
+    """GFNet over MobileNetV3-Large, patches of 96, 3 steps."""
+    model_args = dict(_MOBILENET, backbone='mobilenetv3_large_100', patch_size=96)
+    return _create_gfnet('gfnet_mobilenetv3_large_100_96', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def gfnet_mobilenetv3_large_100_128(pretrained: bool = False, **kwargs: Any) -> GFNet:
+    """GFNet over MobileNetV3-Large, patches of 128, 3 steps."""
+    model_args = dict(_MOBILENET, backbone='mobilenetv3_large_100', patch_size=128)
+    return _create_gfnet('gfnet_mobilenetv3_large_100_128', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def gfnet_mobilenetv3_large_125_128(pretrained: bool = False, **kwargs: Any) -> GFNet:
+    """GFNet over MobileNetV3-Large of 1.25 times the width, patches of 128, 3 steps."""
+    model_args = dict(_MOBILENET, backbone='mobilenetv3_large_125', patch_size=128)
+    return _create_gfnet('gfnet_mobilenetv3_large_125_128', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def gfnet_efficientnet_b2_128(pretrained: bool = False, **kwargs: Any) -> GFNet:
+    """GFNet over EfficientNet-B2, patches of 128 from images of 260, 4 steps."""
+    model_args = dict(_EFFICIENTNET, backbone='efficientnet_b2', patch_size=128, img_size=260)
+    return _create_gfnet('gfnet_efficientnet_b2_128', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def gfnet_efficientnet_b3_128(pretrained: bool = False, **kwargs: Any) -> GFNet:
+    """GFNet over EfficientNet-B3, patches of 128 from images of 300, 4 steps."""
+    model_args = dict(_EFFICIENTNET, backbone='efficientnet_b3', patch_size=128, img_size=300)
+    return _create_gfnet('gfnet_efficientnet_b3_128', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def gfnet_efficientnet_b3_144(pretrained: bool = False, **kwargs: Any) -> GFNet:
+    """GFNet over EfficientNet-B3, patches of 144 from images of 300, 4 steps."""
+    model_args = dict(_EFFICIENTNET, backbone='efficientnet_b3', patch_size=144, img_size=300)
+    return _create_gfnet('gfnet_efficientnet_b3_144', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def test_gfnet(pretrained: bool = False, **kwargs: Any) -> GFNet:
+    """A GFNet of 0.9 M parameters for demonstration and tests, over the ResNet of test_focusnet."""
+    model_args = dict(
+        backbone='test_focusnet', backbone_args=dict(output_stride=16), patch_size=32, num_steps=4, img_size=96,
+        classifier_hidden=128, policy='conv', policy_hidden=128)
+    return _create_gfnet('test_gfnet', pretrained, **dict(model_args, **kwargs))
