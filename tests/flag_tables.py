@@ -8,6 +8,7 @@ import timm
 import torch
 from accelerate.state import AcceleratorState, GradientState
 
+from timm_dynamic.training import accelerator
 from timm_dynamic.utils import save_pretrained
 
 DIFFERS = object()
@@ -77,6 +78,23 @@ def fresh_accelerate() -> None:
     """Forget Accelerate's state, which is one per process."""
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
+
+
+def accelerator_kwargs(monkeypatch: Any, args: Any) -> dict[str, Any]:
+    """What reaches Accelerate where there is a GPU."""
+    kwargs: dict[str, Any] = {}
+
+    class Recorder:
+        num_processes, device = 1, torch.device('cpu')
+
+        def __init__(self, **given: Any) -> None:
+            kwargs.update(given)
+
+    with monkeypatch.context() as m:
+        m.setattr(accelerator, 'Accelerator', Recorder)
+        m.setattr(torch.accelerator, 'current_accelerator', lambda **_: torch.device('cuda'))
+        accelerator.create_accelerator(args)
+    return kwargs
 
 
 def make_weights(folder: Path, value: float = 0.25, **kwargs: Any) -> Path:

@@ -6,7 +6,8 @@ from timm_dynamic.layers import crop_patches, crop_patches_bilinear, get_glance,
 
 
 @pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize(('batch', 'channels', 'side', 'size'), [(5, 3, 20, 7), (1, 1, 9, 9), (0, 3, 12, 4), (3, 4, 8, 1)])
+@pytest.mark.parametrize(
+    ('batch', 'channels', 'side', 'size'), [(5, 3, 20, 7), (1, 1, 9, 9), (0, 3, 12, 4), (3, 4, 8, 1)])
 def test_crop_is_slicing(memory_format, batch, channels, side, size):
     images = torch.randn(batch, channels, side, side).contiguous(memory_format=memory_format)
     coords = torch.randint(0, side - size + 1, (batch, 2))

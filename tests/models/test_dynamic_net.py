@@ -153,9 +153,9 @@ def test_budgets(model):
     assert model.set_budget(gmacs=39e-9)['top1'] == 60.
     torch.testing.assert_close(torch.tensor(model.exit_cfg['exit']), torch.tensor([0.4, 0.5, 0.]))
     assert model.set_budget(gmacs=40e-9)['top1'] == 70.
-    with pytest.raises(ValueError, match='the first step costs 1.2e-08, all steps 5.2e-08'):
+    with pytest.raises(ValueError, match=r'the first step costs 1.2e-08, all steps 5.2e-08'):
         model.set_budget(gmacs=1e-9)
-    with pytest.raises(ValueError, match='the first step costs 1.2e-08, all steps 5.2e-08'):
+    with pytest.raises(ValueError, match=r'the first step costs 1.2e-08, all steps 5.2e-08'):
         model.set_budget(gmacs=1.)
     with pytest.raises(ValueError, match='below the smallest one kept in this model, 2e-08'):
         model.set_budget(gmacs=13e-9)

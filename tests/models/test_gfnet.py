@@ -15,20 +15,20 @@ from timm_dynamic.layers import crop_patches, get_glance
 from timm_dynamic.models.gfnet import checkpoint_filter_fn, training_state_from_checkpoint
 from timm_dynamic.utils import CheckpointError, load_weights, save_pretrained
 
-# name: patch, steps, image, feature width, map channels, first head of its own, step classifier's last width, parameters (M)
+# patch, steps, image, feature width, map channels, first head of its own, width before the last head, parameters (M)
 VARIANTS = {
     'gfnet_resnet50_96': (96, 5, 224, 2048, 2048, False, 1024, 103.63),
     'gfnet_resnet50_128': (128, 5, 224, 2048, 2048, False, 1024, 132.99),
-    'gfnet_densenet121_96': (96, 5, 224, 1024, 1024, False, 1024, 48.59),
-    'gfnet_densenet169_96': (96, 5, 224, 1664, 1664, False, 1024, 73.30),
-    'gfnet_densenet201_96': (96, 5, 224, 1920, 1920, False, 1024, 89.93),
+    'gfnet_densenet121_96': (96, 5, 224, 1024, 1024, False, 1024, 48.50),
+    'gfnet_densenet169_96': (96, 5, 224, 1664, 1664, False, 1024, 73.33),
+    'gfnet_densenet201_96': (96, 5, 224, 1920, 1920, False, 1024, 90.05),
     'gfnet_regnety_006_96': (96, 5, 224, 608, 608, True, 1024, 18.03),
-    'gfnet_regnety_008_96': (96, 5, 224, 768, 768, True, 1024, 18.88),
-    'gfnet_regnety_016_96': (96, 5, 224, 888, 888, True, 1024, 29.38),
+    'gfnet_regnety_008_96': (96, 5, 224, 768, 768, True, 1024, 18.79),
+    'gfnet_regnety_016_96': (96, 5, 224, 888, 888, True, 1024, 28.92),
     'gfnet_mobilenetv3_large_100_96': (96, 3, 224, 1280, 960, True, 3 * 1280, 16.59),
     'gfnet_mobilenetv3_large_100_128': (128, 3, 224, 1280, 960, True, 3 * 1280, 16.64),
     'gfnet_mobilenetv3_large_125_128': (128, 3, 224, 1280, 1200, True, 3 * 1280, 20.79),
-    'gfnet_efficientnet_b2_128': (128, 4, 260, 1408, 1408, True, 4 * 1408, 30.00),
+    'gfnet_efficientnet_b2_128': (128, 4, 260, 1408, 1408, True, 4 * 1408, 30.06),
     'gfnet_efficientnet_b3_128': (128, 4, 300, 1536, 1536, True, 4 * 1536, 37.33),
     'gfnet_efficientnet_b3_144': (144, 4, 300, 1536, 1536, True, 4 * 1536, 37.41),
 }
@@ -51,7 +51,8 @@ def test_variants_are_those_of_the_paper(name, spec):
     assert model.num_features == steps * channels
     assert model.head_hidden_size == last_width
     first = model.classifier.heads[model.classifier.head_name(0)]
-    assert (first.in_features == width) == own_head
+    assert (model.classifier.head_name(0) in ('first', '1')) == own_head
+    assert not own_head or first.in_features == width
     cells = -(-patch // 32)
     assert model.policy.state_encoder[0].weight.shape[1] in (channels * cells ** 2, channels)
     assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, abs=0.006)
@@ -73,6 +74,9 @@ def test_the_tiny_model(tiny):
     assert tiny.pretrained_cfg['input_size'] == (3, 96, 96)
     assert tiny.num_classes == 10
     assert tiny.step_macs[-1] < 20e6
+    cfg = timm.get_pretrained_cfg('test_gfnet')
+    assert tuple(cfg.first_conv) == tiny.pretrained_cfg['first_conv']
+    assert tiny.forward_features(torch.zeros(1, 3, 96, 96)).shape[2:] == cfg.pool_size
 
 
 @pytest.mark.parametrize('classifier', ['recurrent', 'concat'])
@@ -160,6 +164,7 @@ def test_input_channels_sizes_and_layouts():
     (dict(backbone='test_vit'), "The backbone 'test_vit' has no spatial feature map"),
     (dict(backbone='swin_tiny_patch4_window7_224', patch_size=50, img_size=96, backbone_args=dict(img_size=64)),
      r"The backbone 'swin_tiny_patch4_window7_224' does not take patches of 50 pixels: Input height \(50\)"),
+    (dict(backbone_args=dict(width=3)), r"The backbone 'test_resnet' cannot be made with .*'width': 3"),
 ])
 def test_bad_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
@@ -213,11 +218,33 @@ def test_backbone_arguments_are_exported(tmp_path):
     assert torch.equal(again(x), model(x))
 
 
+def test_an_exit_policy_is_exported_and_dropped_with_its_classes(tmp_path, caplog):
+    model = create_small().eval()
+    x = torch.randn(8, 3, 96, 96)
+    model.set_exit(model(x, all_steps=True)['logits'].softmax(-1).amax(-1).mean(dim=1))
+    save_pretrained(model, tmp_path / 'm')
+    again = timm.create_model(f'local-dir:{tmp_path / "m"}', pretrained=True).eval()
+    assert torch.equal(again(x), model(x))
+    again.clear_exit()
+    assert not torch.equal(again(x), model(x))
+
+    other = timm.create_model(f'local-dir:{tmp_path / "m"}', pretrained=True, num_classes=4)
+    assert 'dropped: they hold for 7 classes, the model has 4' in caplog.text
+    caplog.clear()
+    save_pretrained(other, tmp_path / 'other')
+    timm.create_model(f'local-dir:{tmp_path / "other"}', pretrained=True)
+    assert caplog.text == ''
+    model.reset_classifier(4)
+    assert 'dropped' in caplog.text
+    assert model.exit_cfg == {}
+    assert model(x).shape == (8, 4)
+
+
 def test_a_step_sees_glance_and_patches(tiny):
     x = torch.randn(3, 3, 96, 96)
     seen = []
-    hooks = [e.register_forward_pre_hook(lambda m, a: seen.append(a[0])) for e in
-             (tiny.global_encoder.conv1, tiny.local_encoder.conv1)]
+    hooks = [encoder.conv1.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+             for encoder in (tiny.global_encoder, tiny.local_encoder)]
     with torch.inference_mode():
         state = tiny.init_state(x)
         _, first = tiny.step(0, state)
@@ -317,6 +344,11 @@ class TestAllSteps:
         assert tiny.policy.actor.weight.grad.abs().sum() > 0
         tiny.zero_grad()
 
+    def test_wrong_shapes(self, tiny):
+        for name in ('actions', 'noise'):
+            with pytest.raises(ValueError, match=rf'Expected {name} \[3, 2, 2\], got \[4, 2, 2\]'):
+                tiny(torch.zeros(2, 3, 96, 96), all_steps=True, **{name: torch.zeros(4, 2, 2)})
+
     def test_first_head_comes_with_what_the_rnn_would_have_said(self):
         model = create_small(first_head=True).eval()
         x = torch.randn(2, 3, 96, 96)
@@ -391,7 +423,8 @@ class TestAuthorsCheckpoint:
         create_small(pretrained=True, pretrained_cfg_overlay=dict(
             state_dict=authors_checkpoint(model, 'test_resnet', prefix=prefix)))
 
-    def test_heads_of_steps_that_are_not_taken_are_dropped(self):
+    def test_heads_of_steps_that_are_not_taken_are_dropped(self, caplog):
+        caplog.set_level('INFO')
         model = timm.create_model(
             'gfnet', backbone='mobilenetv3_small_050', patch_size=64, num_steps=3, num_classes=7, policy='conv',
             policy_hidden=16, step_classifier='concat').eval()
@@ -401,6 +434,8 @@ class TestAuthorsCheckpoint:
         assert torch.equal(
             out['classifier.heads.1.weight'], checkpoint['model_prime_state_dict']['module.classifier.weight'])
         assert torch.equal(out['classifier.heads.3.bias'], checkpoint['fc']['fc_3.bias'])
+        assert 'Left out, as inference does without: fc.fc_4, fc.fc_5, model_state_dict.classifier, policy.critic.' \
+            in caplog.text
 
     def test_what_only_training_needs(self, authors):
         model, checkpoint = authors
@@ -450,7 +485,7 @@ class TestAuthorsCheckpoint:
 
 
 def test_no_weights_yet():
-    with pytest.raises(CheckpointError, match='no weights of test_gfnet.untrained'):
+    with pytest.raises(CheckpointError, match=r'no weights of test_gfnet.untrained'):
         timm.create_model('test_gfnet', pretrained=True)
     with pytest.raises(CheckpointError, match=r'github.com/blackfeather-wang/GFNet-Pytorch'):
         timm.create_model('gfnet_mobilenetv3_large_100_96', pretrained=True, device='meta')
@@ -458,7 +493,8 @@ def test_no_weights_yet():
 
 def test_hub_weights_bring_their_exit_policies(tiny, tmp_path, monkeypatch):
     model = copy.deepcopy(tiny)
-    model.store_budgets([{'gmacs': 8e-3, 'policy': [0.5] * 4}])
+    budget = tiny.step_macs[1] / 1e9
+    model.store_budgets([{'gmacs': budget, 'policy': [0.5] * 4}])
     snapshot = tmp_path / 'snapshots/abc123'
     save_pretrained(model, snapshot)
     asked = []
@@ -471,7 +507,7 @@ def test_hub_weights_bring_their_exit_policies(tiny, tmp_path, monkeypatch):
     again = timm.create_model('test_gfnet', pretrained=True, pretrained_cfg_overlay=dict(hf_hub_id='a/b@main'))
     assert asked == [('a/b', 'model.safetensors', 'main'), ('a/b', 'config.json', 'abc123')]
     assert again.exit_cfg == model.exit_cfg
-    again.eval().set_budget(gmacs=0.01)
+    again.set_budget(gmacs=budget)
 
 
 def test_compiles_without_graph_breaks(tiny):

@@ -3,6 +3,7 @@
 The table says for each option how its effect shows: `built` looks at what a run has made just before it trains, `ran`
 at a whole run, `accelerate` at what reaches Accelerate on a machine with a GPU.
 """
+import os
 import sys
 import types
 from functools import partial
@@ -11,9 +12,9 @@ from types import SimpleNamespace
 import pytest
 import timm.layers
 import torch
-from accelerate import Accelerator
 from accelerate.utils import LoggerType
 from flag_tables import (
+    accelerator_kwargs,
     effect,
     fresh_accelerate,
     has,
@@ -28,7 +29,6 @@ from helpers import make_images
 from timm.layers import DropPath
 
 from timm_dynamic.data import dataset_factory
-from timm_dynamic.training import accelerator as accelerator_module
 from timm_dynamic.training import build, run_training
 from timm_dynamic.training import run as run_module
 from timm_dynamic.training import trainer as trainer_module
@@ -38,7 +38,7 @@ from timm_dynamic.training.state import StateStore
 
 BASE = {
     '--data-dir': '{data}', '--model': 'test_resnet', '--num-classes': '3', '--img-size': '32', '-b': '4', '-j': '0',
-    '--epochs': '2', '--warmup-epochs': '0', '--device': 'cpu', '--output': '{new}', '--experiment': 'run',
+    '--epochs': '1', '--warmup-epochs': '0', '--device': 'cpu', '--output': '{new}', '--experiment': 'run',
 }
 
 
@@ -56,6 +56,7 @@ class Lab:
         self.tmp, self.monkeypatch, self.capsys, self.caplog = tmp_path, monkeypatch, capsys, caplog
         self.paths = {'{data}': data, '{tmp}': tmp_path, '{weights}': weights, '{file}': weights / 'model.safetensors'}
         self.parser = create_train_parser()
+        self.base = dict(BASE)
         self.runs = 0
         caplog.set_level('INFO', 'timm_dynamic')
         self._watch()
@@ -93,6 +94,8 @@ class Lab:
         patch(run_module.Trainer, 'fit', watched_fit)
         patch(StateStore, 'save', watched_save)
         patch(torch, 'compile', watched_compile)
+        patch(trainer_module, 'plot_curve', lambda *args: None)  # no option's, and slow, as is waiting for the disk
+        patch(os, 'fsync', lambda fd: None)
         wandb = types.ModuleType('wandb')
         wandb.init, wandb.config = init, SimpleNamespace(update=lambda *args, **kwargs: None)
         self.monkeypatch.setitem(sys.modules, 'wandb', wandb)
@@ -100,7 +103,7 @@ class Lab:
 
     def argv(self, *options, drop=()):
         self.runs += 1
-        argv = [word for item in BASE.items() if item[0] not in drop for word in item] + [*options]
+        argv = [word for item in self.base.items() if item[0] not in drop for word in item] + [*options]
         for name, path in {**self.paths, '{new}': self.tmp / str(self.runs)}.items():
             argv = [word.replace(name, str(path)) for word in argv]
         return argv
@@ -131,19 +134,7 @@ class Lab:
 
     def accelerate(self, *options, drop=()):
         """What reaches Accelerate where there is a GPU."""
-        kwargs = {}
-
-        class Recorder:
-            num_processes, device = 1, torch.device('cpu')
-
-            def __init__(self, **given):
-                kwargs.update(given)
-
-        with self.monkeypatch.context() as m:
-            m.setattr(accelerator_module, 'Accelerator', Recorder)
-            m.setattr(torch.accelerator, 'current_accelerator', lambda **_: torch.device('cuda'))
-            accelerator_module.create_accelerator(self.parser.parse_args(self.argv(*options, drop=drop)))
-        return kwargs
+        return accelerator_kwargs(self.monkeypatch, self.parser.parse_args(self.argv(*options, drop=drop)))
 
 
 @pytest.fixture(scope='module')
@@ -215,12 +206,8 @@ def torch_loader(trainer):
     return getattr(loader, 'loader', loader)
 
 
-def mixup(trainer):
-    return torch_loader(trainer).collate_fn.collate_fn
-
-
-def erasing(trainer):
-    return trainer.loader.erasing and trainer.loader.erasing.random_erasing
+def train_transform(trainer):
+    return trainer.loader.dataset.dataset.transform
 
 
 def eval_transform(trainer):
@@ -264,15 +251,11 @@ def wandb(key):
     return lambda trainer: trainer.seen.wandb[0].get(key)
 
 
-def augments(text, *value, base=()):
+def augments(text, *value):
     """Make a check: the transform of the training images has `text` in it, and the images differ."""
     def check(lab, flag):
-        def probe(trainer):
-            dataset = trainer.loader.dataset.dataset
-            return [str(dataset.transform)]
-
-        effect('built', probe, *value, gives=has(text), base=base)(lab, flag)
-        effect('built', images, *value, base=base)(lab, flag)
+        built(train_transform, *value, gives=has(text))(lab, flag)
+        built(images, *value)(lab, flag)
 
     return check
 
@@ -281,13 +264,13 @@ def augments(text, *value, base=()):
 
 def config(lab, flag):
     (lab.tmp / 'c.yaml').write_text('momentum: 0.5\n')
-    effect('built', group('momentum'), '{tmp}/c.yaml', gives=0.5)(lab, flag)
+    built(group('momentum'), '{tmp}/c.yaml', gives=0.5)(lab, flag)
 
 
 def class_map(lab, flag):
     (lab.tmp / 'classes.txt').write_text('class2\nclass1\nclass0\n')
-    effect('built', lambda t: (t.loader.class_to_idx['class0'], t.eval_loader.class_to_idx['class0']),
-           '{tmp}/classes.txt', gives=(2, 2))(lab, flag)
+    built(lambda t: (t.loader.class_to_idx['class0'], t.eval_loader.class_to_idx['class0']), '{tmp}/classes.txt',
+          gives=(2, 2))(lab, flag)
 
 
 def interrupted(lab, *options):
@@ -306,6 +289,7 @@ def interrupted(lab, *options):
 
 
 def resume(lab, flag):
+    lab.base['--epochs'] = '2'
     interrupted(lab)
     with pytest.raises(ValueError, match='--resume auto'):
         lab.built('--output', '{tmp}/kept')
@@ -317,8 +301,8 @@ def resume(lab, flag):
 
 def no_resume_opt(lab, flag):
     interrupted(lab)
-    effect('built', lambda t: (t.epoch, len(t.raw_optimizer.state)), gives=(1, 0),
-           base=['--output', '{tmp}/kept', '--resume', 'auto'])(lab, flag)
+    built(lambda t: (t.epoch, len(t.raw_optimizer.state)), gives=(1, 0),
+          base=['--output', '{tmp}/kept', '--resume', 'auto'])(lab, flag)
 
 
 def head_init_scale(lab, flag):
@@ -329,7 +313,7 @@ def head_init_scale(lab, flag):
 
 def device(lab, flag):
     accelerate(lambda kwargs: kwargs['cpu'], 'cpu', gives=True, drop=[flag])(lab, flag)
-    with pytest.raises(ValueError, match=r'--device xpu: there is no such device here \(found: cpu\)'):
+    with pytest.raises(ValueError, match='--device xpu: there is no such device here'):
         lab.built(flag, 'xpu')
 
 
@@ -338,20 +322,21 @@ def amp(lab, flag):
     with pytest.raises(ValueError, match='--amp-dtype bfloat16'):
         lab.built(flag)
     seen = []
-    lab.ran(flag, '--amp-dtype', 'bfloat16', '--epochs', '1', prepare=lambda trainer: trainer.model.fc.register_forward_hook(
+    lab.ran(flag, '--amp-dtype', 'bfloat16', prepare=lambda trainer: trainer.model.fc.register_forward_hook(
         lambda module, args, output: seen.append(output.dtype)))
     assert set(seen) == {torch.bfloat16}
 
 
 def amp_dtype(lab, flag):
-    accelerate(lambda kwargs: kwargs['mixed_precision'], 'bfloat16', gives='bf16', base=['--amp'], drop=['--device'])(lab, flag)
+    accelerate(lambda kwargs: kwargs['mixed_precision'], 'bfloat16', gives='bf16', base=['--amp'],
+               drop=['--device'])(lab, flag)
 
 
 def model_dtype(lab, flag):
     def dtypes(trainer):
         return next(trainer.model.parameters()).dtype, batch(trainer)[0].dtype
     built(dtypes, 'bfloat16', gives=(torch.bfloat16, torch.bfloat16))(lab, flag)
-    assert len(lab.ran(flag, 'bfloat16').rows) == 2
+    assert len(lab.ran(flag, 'bfloat16').rows) == 1
 
 
 def broadcast_buffers(kwargs):
@@ -370,8 +355,8 @@ def synchronize_step(lab, flag):
 
 def device_modules(lab, flag):
     (lab.tmp / 'registers_a_model.py').write_text(
-        'import timm\n\n\n@timm.models.register_model\ndef {0}(pretrained=False, **kwargs):\n'
-        "    return timm.create_model('test_resnet', **kwargs)\n".format('model_of_a_device_module'))
+        'import timm\n\n\n@timm.models.register_model\ndef model_of_a_device_module(pretrained=False, **kwargs):\n'
+        "    return timm.create_model('test_resnet', **kwargs)\n")
     lab.monkeypatch.syspath_prepend(lab.tmp)
     assert lab.built('--model', 'model_of_a_device_module', flag, 'registers_a_model').model.num_classes == 3
     assert 'registers_a_model' in sys.modules
@@ -384,7 +369,8 @@ def clipped(lab, *options):
     parameters = list(trainer.model.parameters())
     for p in parameters:
         p.grad = torch.ones_like(p)
-    lab.monkeypatch.setattr(trainer.optimizer, 'step', lambda: taken.extend(p.grad.flatten().clone() for p in parameters))
+    lab.monkeypatch.setattr(
+        trainer.optimizer, 'step', lambda: taken.extend(p.grad.flatten().clone() for p in parameters))
     trainer._update(trainer.task.get_trainable_module())
     return torch.cat(taken[:-2]), taken[-1]
 
@@ -409,7 +395,7 @@ def sched_on_updates(lab, flag):
         return lr(trainer)
     built(after_an_update)(lab, flag)
     per_update = []
-    run = lab.ran(flag, '--lr', '1', prepare=lambda trainer: lab.monkeypatch.setattr(
+    run = lab.ran(flag, '--lr', '1', '--epochs', '2', prepare=lambda trainer: lab.monkeypatch.setattr(
         trainer.optimizer, 'step', lambda: per_update.append(lr(trainer))))
     assert per_update == sorted(per_update, reverse=True)
     assert len(set(per_update)) == run.trainer.updates == 6
@@ -445,8 +431,8 @@ def dist_bn(lab, flag):
         lab.monkeypatch.setattr(trainer_module, 'distribute_bn', lambda module, world_size, reduce: seen.append(reduce))
         lab.ran(*options, prepare=lambda trainer: setattr(trainer, 'world_size', 2))
         return seen
-    assert reductions() == [True, True]
-    assert reductions(flag, 'broadcast') == [False, False]
+    assert reductions() == [True]
+    assert reductions(flag, 'broadcast') == [False]
     assert reductions(flag, '') == []
 
 
@@ -468,7 +454,7 @@ def loss_scales(run_lab, *options):
         run_lab.monkeypatch.setattr(trainer.accelerator, 'backward', lambda value, **_: scales.update(
             {sizes[-1]: round(value.item() / values[-1], 3)}))
 
-    run_lab.ran('--train-img-sizes', '24', '32', '--train-batch-sizes', '2', '4', '--epochs', '1', *options, prepare=prepare)
+    run_lab.ran('--train-img-sizes', '24', '32', '--train-batch-sizes', '2', '4', *options, prepare=prepare)
     return scales
 
 
@@ -498,12 +484,13 @@ def recipe(lab, flag):
 DEMO = ['--dataset', 'cluttered_digits', '--num-classes', '10']
 REMOTE = ['--dataset', 'wds/somewhere']
 EFFICIENTNET = ['--model', 'test_efficientnet']
+TWO = ['--epochs', '2']
 LONG = ['--epochs', '8', '--lr', '1']
 CYCLES = [*LONG, '--lr-cycle-limit', '3']
 STEPS = [*LONG, '--sched', 'step', '--decay-epochs', '3']
 NOISE = [*LONG, '--lr-noise', '0']
 SIZES = ['--train-img-sizes', '24', '32']
-PROGRESSIVE = [*SIZES, '--train-size-schedule', 'progressive', '--train-batches-per-epoch', '20']
+PROGRESSIVE = [*TWO, *SIZES, '--train-size-schedule', 'progressive', '--train-batches-per-epoch', '20']
 MIXUP = ['--mixup', '1', '--smoothing', '0']
 ERASE = ['--reprob', '1']
 EMA = ['--model-ema']
@@ -525,7 +512,7 @@ TRAIN = {
     '--val-num-samples': built(num_eval_images, '20', gives=20, base=DEMO),
     '--dataset-download': built(opened('download'), gives=True, base=REMOTE),
     '--class-map': class_map,
-    '--input-img-mode': built(lambda t: len(t.loader.dataset[0][0]), 'L', gives=1),
+    '--input-img-mode': built(images, 'HSV'),
     '--input-key': built(opened('input_key'), 'jpg', gives='jpg', base=REMOTE),
     '--target-key': built(opened('target_key'), 'cls', gives='cls', base=REMOTE),
     '--dataset-trust-remote-code': built(opened('trust_remote_code'), gives=True, base=REMOTE),
@@ -549,7 +536,7 @@ TRAIN = {
     '--channels-last': built(
         lambda t: t.model.conv1[0].weight.is_contiguous(memory_format=torch.channels_last), gives=True),
     '--fuser': refused('--torchcompile'),
-    '--grad-accum-steps': ran(lambda r: (r.trainer.updates, r.trainer.args.lr), '3', gives=(2, 0.1 * 12 / 256)),
+    '--grad-accum-steps': ran(lambda r: (r.trainer.updates, r.trainer.args.lr), '3', gives=(1, 0.1 * 12 / 256)),
     '--grad-checkpointing': built(lambda t: t.model.grad_checkpointing, gives=True),
     '--fast-norm': built(lambda t: timm.layers.is_fast_norm(), gives=True),
     '--model-kwargs': built(lambda t: type(t.model.act1).__name__, 'act_layer=gelu', gives='GELU'),
@@ -595,9 +582,9 @@ TRAIN = {
     '--lr-k-decay': built(lrs, '2', base=LONG),
     '--warmup-lr': built(lambda t: lrs(t)[0], '0.2', gives=0.2, base=[*LONG, '--warmup-epochs', '2']),
     '--min-lr': built(lambda t: t.scheduler._get_lr(8)[0], '0.2', gives=0.2, base=LONG),
-    '--epochs': ran(lambda r: len(r.rows), '1', gives=1),
+    '--epochs': ran(lambda r: len(r.rows), '2', gives=2),
     '--epoch-repeats': built(opened('repeats'), '3', gives=3, base=REMOTE),
-    '--start-epoch': ran(lambda r: [row['epoch'] for row in r.rows], '1', gives=[1]),
+    '--start-epoch': ran(lambda r: [row['epoch'] for row in r.rows], '1', gives=[1], base=TWO),
     '--decay-milestones': built(lrs, '2', '6', gives=[1, .1, .1, .1, .1, .01, .01, .01],
                                 base=[*LONG, '--sched', 'multistep']),
     '--decay-epochs': built(lrs, '4', gives=[1, 1, 1, 1, .1, .1, .1, .1], base=STEPS),
@@ -607,7 +594,7 @@ TRAIN = {
     '--patience-epochs': built(lambda t: lrs(t)[-1], '2', gives=lambda last: last < 1,
                                base=[*LONG, '--sched', 'plateau']),
     '--decay-rate --dr': built(lrs, '0.5', gives=[1, 1, 1, .5, .5, .5, .25, .25], base=STEPS),
-    '--no-aug': built(lambda t: 'Random' in str(t.loader.dataset.dataset.transform), gives=False),
+    '--no-aug': built(lambda t: 'Random' in str(train_transform(t)), gives=False),
     '--train-crop-mode': augments('RandomCropOrPad', 'rkrr'),
     '--scale': augments('scale=(0.5, 0.6)', '0.5', '0.6'),
     '--ratio': augments('ratio=(1.0, 3.0)', '1', '3'),
@@ -647,26 +634,29 @@ TRAIN = {
     '--bn-eps': built(lambda t: t.model.bn1.eps, '0.03', gives=0.03, base=EFFICIENTNET),
     '--sync-bn': sync_bn,
     '--dist-bn': dist_bn,
-    '--split-bn': built(lambda t: len(modules(t, 'SplitBatchNorm2d')) > 0, gives=True, base=['--aug-splits', '2']),
+    '--split-bn': ran(lambda r: len(modules(r.trainer, 'SplitBatchNorm2d')) > 0, gives=True,
+                      base=['--aug-splits', '2']),
     '--model-ema': ran(lambda r: 'eval_ema_top1' in r.rows[-1], gives=True),
     '--model-ema-force-cpu': ran(lambda r: (ema(r.trainer).device, 'eval_ema_top1' in r.rows[-1]),
                                  gives=(torch.device('cpu'), False), base=EMA),
     '--model-ema-decay': built(lambda t: ema(t).get_decay(100), '0.5', gives=0.5, base=EMA),
     '--model-ema-warmup': built(lambda t: ema(t).get_decay(100), gives=lambda decay: 0 < decay < 0.99, base=EMA),
     '--seed': built(lambda t: torch.cat([t.model.conv1[0].weight.flatten(), images(t).flatten()]), '7'),
-    '--worker-seeding': built(lambda t: torch_loader(t).worker_init_fn.keywords['worker_seeding'], 'part', gives='part'),
-    '--log-interval': ran(lambda r: r.log.count(' update '), '1', gives=6),
-    '--val-interval': ran(lambda r: [row['eval_top1'] is None for row in r.rows], '2', gives=[True, False]),
+    '--worker-seeding': built(lambda t: torch_loader(t).worker_init_fn.keywords['worker_seeding'], 'part',
+                              gives='part'),
+    '--log-interval': ran(lambda r: r.log.count(' update '), '1', gives=3),
+    '--val-interval': ran(lambda r: [row['eval_top1'] is None for row in r.rows], '2', gives=[True, False], base=TWO),
     '--recovery-interval': ran(lambda r: [s for s in r.saves if s.endswith('-0000-0000002')], '2',
                                gives=['classification-0000-0000002']),
-    '--checkpoint-hist': ran(lambda r: len(list((r.folder / 'checkpoints').iterdir())), '1', gives=1),
+    '--checkpoint-hist': ran(lambda r: len(list((r.folder / 'checkpoints').iterdir())), '1', gives=1, base=TWO),
     '-j --workers': built(lambda t: (torch_loader(t).num_workers, t.eval_loader.loader.num_workers), '1', gives=(1, 1)),
     '--save-images': ran(lambda r: len(list(r.folder.glob('train-batch-*.jpg'))), gives=2),
     '--pin-mem': built(lambda t: (torch_loader(t).pin_memory, t.eval_loader.loader.pin_memory), gives=(True, True)),
     '--no-prefetcher': ran(lambda r: type(r.trainer.loader.loader).__name__, gives='DataLoader', base=['--mixup', '1']),
     '--output': ran(lambda r: r.folder.parent.name, '{tmp}/elsewhere', gives='elsewhere'),
     '--experiment': ran(lambda r: r.folder.name, 'mine', gives='mine', drop=['--experiment']),
-    '--eval-metric': ran(lambda r: r.result['best'] == min(row['eval_loss'] for row in r.rows), 'loss', gives=True),
+    '--eval-metric': ran(lambda r: r.result['best'] == min(row['eval_loss'] for row in r.rows), 'loss', gives=True,
+                         base=TWO),
     '--tta': built(lambda t: t.evaluate()['count'], '3', gives=3, base=['-vb', '3']),
     '--use-multi-epochs-loader': ran(lambda r: type(torch_loader(r.trainer)).__name__, gives='MultiEpochsDataLoader'),
     '--log-wandb': ran(lambda r: any('classification/eval_top1' in values for values in r.logged), gives=True),
@@ -674,11 +664,12 @@ TRAIN = {
     '--wandb-tags': built(wandb('tags'), 'a', 'b', gives=['a', 'b'], base=WANDB),
     '--wandb-resume-id': built(lambda t: (wandb('id')(t), wandb('resume')(t)), 'x1', gives=('x1', 'must'), base=WANDB),
     '--train-img-sizes': built(lambda t: {size for _, size in shapes(t)}, '24', '40', gives=lambda s: s <= {24, 40}),
-    '--train-batch-sizes': built(lambda t: set(shapes(t)), '2', '6', gives=lambda s: s <= {(2, 24), (6, 32)}, base=SIZES),
+    '--train-batch-sizes': built(lambda t: set(shapes(t)), '2', '6', gives=lambda s: s <= {(2, 24), (6, 32)},
+                                 base=SIZES),
     '--train-size-probs': built(lambda t: {size for _, size in shapes(t)}, '0', '1', gives={32}, base=SIZES),
     '--train-size-schedule': built(
         lambda t: [shapes(t, epoch).count((4, 24)) for epoch in (0, 1)], 'progressive', gives=lambda n: n[0] > 2 * n[1],
-        base=[*SIZES, '--train-batches-per-epoch', '20']),
+        base=[*TWO, *SIZES, '--train-batches-per-epoch', '20']),
     '--train-size-schedule-spread': built(lambda t: shapes(t).count((4, 32)), '0', gives=0,
                                           base=[*PROGRESSIVE, '--train-size-random-mix', '0']),
     '--train-size-random-mix': built(lambda t: shapes(t).count((4, 32)), '0', gives=0,
@@ -713,12 +704,14 @@ OURS = {
     '--focus-baseline': built(lambda t: type(t.task).__name__, 'local-dir:{weights}', gives='FocusPickingTask'),
     '--focus-plain': ran(lambda r: [row['model'] for row in r.table], base=FOCUS,
                          gives=['baseline (frozen)', 'plain cross-entropy', 'focus net']),
-    '--focus-temperature': built(loss, '1', base=FOCUS),
+    '--focus-temperature': built(lambda t: t.task.criterion.temperature, '0.5', gives=0.5, base=FOCUS),
     '--focus-attention-weight': built(loss, '3', base=FOCUS),
     '--focus-negentropy-weight': built(loss, '3', base=FOCUS),
     '--test-split': ran(lambda r: {(row['split'], row['images']) for row in r.table}, 'extra', gives={('extra', 6)}),
     '--checkpoint-interval': TRAIN['--recovery-interval'],
-    '--log-with': ran(lambda r: len(list(r.folder.rglob('events.out.tfevents.*'))), 'tensorboard', gives=1),
+    '--log-with': ran(
+        lambda r: any(b'classification/eval_top1' in path.read_bytes() for path in r.folder.rglob('events.*')),
+        'tensorboard', gives=True),
 }
 
 

@@ -11,18 +11,29 @@ import pytest
 import timm
 import timm.layers
 import torch
-from flag_tables import effect, fresh_accelerate, has, make_weights, marks, named, refused, spellings, timm_options
+from flag_tables import (
+    accelerator_kwargs,
+    effect,
+    fresh_accelerate,
+    has,
+    make_weights,
+    marks,
+    named,
+    refused,
+    spellings,
+    timm_options,
+)
 from helpers import make_images
 
 from timm_dynamic.data import dataset_factory
-from timm_dynamic.training import accelerator as accelerator_module
 from timm_dynamic.training import build, run_validation
 from timm_dynamic.training import evaluate as evaluate_module
 from timm_dynamic.training import validation as validation_module
 from timm_dynamic.training.options import create_validate_parser
 
 BASE = {
-    '--data-dir': '{data}', '--model': 'local-dir:{weights}', '--img-size': '32', '-b': '4', '-j': '0', '--device': 'cpu',
+    '--data-dir': '{data}', '--model': 'local-dir:{weights}', '--img-size': '32', '-b': '4', '-j': '0',
+    '--device': 'cpu',
 }
 
 
@@ -106,19 +117,7 @@ class Lab:
 
     def accelerate(self, *options, drop=()):
         """What reaches Accelerate where there is a GPU."""
-        kwargs = {}
-
-        class Recorder:
-            num_processes, device = 1, torch.device('cpu')
-
-            def __init__(self, **given):
-                kwargs.update(given)
-
-        with self.monkeypatch.context() as m:
-            m.setattr(accelerator_module, 'Accelerator', Recorder)
-            m.setattr(torch.accelerator, 'current_accelerator', lambda **_: torch.device('cuda'))
-            accelerator_module.create_accelerator(self.parser.parse_args(self.argv(*options, drop=drop)))
-        return kwargs
+        return accelerator_kwargs(self.monkeypatch, self.parser.parse_args(self.argv(*options, drop=drop)))
 
 
 @pytest.fixture(scope='module')

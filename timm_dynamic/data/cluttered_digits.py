@@ -27,7 +27,7 @@ import numpy as np
 import torch.utils.data as data
 from PIL import Image, ImageDraw, ImageFilter
 
-from ..utils import atomic_write
+from ..utils import atomic_write, fold_seed
 
 __all__ = ['ClutteredDigits', 'save_preview']
 
@@ -49,8 +49,8 @@ _SHALLOW, _DEEP, _SHALLOW_SHARE = (0., .35), (.7, 1.), .45  # depth 0 is plain i
 
 # Clutter. Numbers are those at clutter=1.
 _PIECE = 7  # side of a piece where a whole digit has _GLYPH // 2: less than half
-_SLOT = 10  # side of the square that a piece is free to lie in, alone
-_PIECE_SHARE, _PIECE_INK = .4, (.15, .5)  # of the slots
+_SLOT = 11  # side of the square that a piece moves in; two pixels of it stay free, so that no pieces touch
+_PIECE_SHARE, _PIECE_INK = .45, (.15, .5)  # of the slots
 _ARCS, _ARC_INK, _ARC_WIDTH = 2., (.2, .5), 2.6  # at most so many
 _DECOYS, _DECOY_SPOT = 2., (.1, .3)  # spots without a digit, at most so many
 
@@ -148,8 +148,8 @@ def _draw_pieces(
 ) -> np.ndarray:
     """Strew pieces of digits around the digit's box, [img_size, img_size] int16, ink 0..127.
 
-    A piece is less than half as high and wide as the digit it was cut from, and never touches another piece or the box:
-    no piece, nor several together, can pass for a digit or change one.
+    A piece is less than half as high and wide as the digit it was cut from, and touches neither another piece nor the
+    box: it can neither pass for a digit nor change one.
     """
     u = rng.random(3)
     pitch = _between(digit_scale, u[0]) / (_GLYPH // 2)  # pixels of the canvas to a pixel of a piece
@@ -157,14 +157,15 @@ def _draw_pieces(
     origin = u[1:] * _SLOT
     which, ink, keep, *shift = rng.random((5, slots, slots))
     top, left = (np.arange(slots) * _SLOT)[:, None], np.arange(slots) * _SLOT
-    top = top + (shift[0] * (_SLOT - _PIECE)).astype(np.int64)
-    left = left + (shift[1] * (_SLOT - _PIECE)).astype(np.int64)
+    top = top + (shift[0] * (_SLOT - _PIECE - 1)).astype(np.int64)
+    left = left + (shift[1] * (_SLOT - _PIECE - 1)).astype(np.int64)
 
-    # Bilinear interpolation spreads ink by no more than one pixel of the piece.
+    # Bilinear interpolation spreads ink by no more than one pixel, of the piece or of the canvas.
     row, col, size, _ = box
     y, x = (top - origin[0]) * pitch, (left - origin[1]) * pitch
-    reach = (_PIECE + 1) * pitch
-    apart = (y + reach < row) | (y - pitch > row + size) | (x + reach < col) | (x - pitch > col + size)
+    spread = max(pitch, 1)
+    reach = _PIECE * pitch + spread
+    apart = (y + reach < row) | (y - spread > row + size) | (x + reach < col) | (x - spread > col + size)
     chosen = np.nonzero((keep < _PIECE_SHARE * clutter) & apart)
 
     sheet = np.zeros((slots * _SLOT, slots * _SLOT), np.uint8)
@@ -234,8 +235,7 @@ class ClutteredDigits(data.Dataset):
             digit_scale: Smallest and largest side of the digit in pixels. A larger canvas has more to search, not
                 larger digits.
             clutter: Amount of clutter, 0 (the digit alone) to 4.
-            num_samples: 6000, 1000 and 2000 unless given. Each digit of the split is used in ten times as many samples
-                as the largest class has digits: 1280, 360 and 340.
+            num_samples: 6000, 1000 and 2000 unless given. From 1280, 360 and 340 on, every digit of the split is used.
             seed: Seed of everything drawn.
             transform: Applied to the PIL image.
             target_transform: Applied to the target.
@@ -246,9 +246,7 @@ class ClutteredDigits(data.Dataset):
         self.split = names[split]
         self.img_size = _check_int('img_size', img_size, 1)
         self.digit_scale = _check_digit_scale(digit_scale, self.img_size)
-        if not isinstance(clutter, numbers.Real) or not 0 <= clutter <= _MAX_CLUTTER:
-            raise ValueError(f'clutter={clutter!r}: expected a number from 0 to {_MAX_CLUTTER:g}.')
-        self.clutter = float(clutter)
+        self.clutter = _check_clutter(clutter)
         default = _SPLITS[self.split][1]
         self.num_samples = default if num_samples is None else _check_int('num_samples', num_samples, 1)
         self.seed = _check_int('seed', seed, 0)
@@ -256,14 +254,16 @@ class ClutteredDigits(data.Dataset):
         self.target_transform = target_transform
         self.class_to_idx = {str(i): i for i in range(_NUM_CLASSES)}
 
-        first = _load_digits(self.split).first
-        turns = self._generator().random((-(-self.num_samples // _NUM_CLASSES), _NUM_CLASSES))
-        self.targets = turns.argsort(1, kind='stable').reshape(-1)[:self.num_samples]
+        first, rng = _load_digits(self.split).first, self._generator()
+        counts = np.diff(first)
+        order = np.lexsort((rng.random(first[-1]), np.repeat(np.arange(_NUM_CLASSES), counts)))
+        turns = rng.random((-(-self.num_samples // _NUM_CLASSES), _NUM_CLASSES)).argsort(1, kind='stable')
+        self.targets = turns.reshape(-1)[:self.num_samples]
         turn = np.arange(self.num_samples) // _NUM_CLASSES
-        self._glyph = first[self.targets] + (turn + self.seed) % np.diff(first)[self.targets]
+        self._glyph = order[first[self.targets] + turn % counts[self.targets]]
 
     def _generator(self, *index: int) -> np.random.Generator:
-        return np.random.Generator(np.random.PCG64((self.seed, list(_SPLITS).index(self.split), *index)))
+        return np.random.Generator(np.random.PCG64(fold_seed('cluttered_digits', self.split, self.seed, *index)))
 
     def _index(self, index: int) -> int:
         position = operator.index(index)
@@ -325,6 +325,12 @@ def _check_int(name: str, value: Any, least: int) -> int:
     if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < least:
         raise ValueError(f'{name}={value!r}: expected a whole number of at least {least}.')
     return int(value)
+
+
+def _check_clutter(value: Any) -> float:
+    if not isinstance(value, numbers.Real) or not 0 <= float(value) <= _MAX_CLUTTER:
+        raise ValueError(f'clutter={value!r}: expected a number from 0 to {_MAX_CLUTTER:g}.')
+    return float(value)
 
 
 def _check_digit_scale(digit_scale: Any, img_size: int) -> tuple[int, int]:

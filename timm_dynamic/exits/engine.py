@@ -14,13 +14,13 @@ from .table import ExitTable
 
 
 def early_exit(model: Any, x: Any, policy: Any) -> ExitResult:
-    """Predict with early exit. After each step the batch shrinks to the images that go on; the others cost nothing more.
+    """Predict with early exit. After each step the batch shrinks to the images that go on.
 
     Args:
         model: A `DynamicNet` in eval mode.
         x: Images [B, C, S, S], of any B; for cascades a tuple with one tensor per member.
-        policy: T thresholds, as a float tensor or a sequence, or an `ExitPolicy`. With thresholds, an image stops at the
-            first step whose confidence reaches its threshold, and at the last step in any case.
+        policy: T thresholds, as a float tensor or a sequence, or an `ExitPolicy`. With thresholds, an image stops at
+            the first step whose confidence reaches its threshold, and at the last step in any case.
 
     Returns:
         `.logits` [B, num_classes], `.steps_used` [B] int64 in 1..T, and `.confidence` [B], in the order of x.
@@ -82,7 +82,7 @@ def _ready(model: Any) -> DynamicNet:
 
 
 def _to(x: Any, device: torch.device) -> Any:
-    return tuple(v.to(device, non_blocking=True) for v in x) if isinstance(x, (tuple, list)) else x.to(device, non_blocking=True)
+    return tuple(v.to(device) for v in x) if isinstance(x, (tuple, list)) else x.to(device)
 
 
 def _rank_of(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:

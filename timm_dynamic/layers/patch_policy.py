@@ -1,5 +1,6 @@
 """Patch policy: where to look next."""
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import nn
@@ -39,7 +40,7 @@ class PatchPolicy(nn.Module):
             dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        dd = {'device': device, 'dtype': dtype}
+        dd: dict[str, Any] = {'device': device, 'dtype': dtype}
         area = map_size[0] * map_size[1]
         if encoder == 'linear':
             hidden_size, width = hidden_size or 1024, width or 2048

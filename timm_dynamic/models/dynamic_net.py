@@ -10,6 +10,7 @@ after any step, wait, and join the rows of other batches; and threads can share 
 import copy
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -52,7 +53,8 @@ class ExitResult(NamedTuple):
 StopRule = Callable[[torch.Tensor], torch.Tensor]
 
 
-class _Thresholds(NamedTuple):
+@dataclass(frozen=True)
+class _Thresholds:
     values: tuple[float, ...]
 
     def __call__(self, history: torch.Tensor) -> torch.Tensor:
@@ -296,7 +298,7 @@ class DynamicNet(nn.Module):
         """
         if callable(policy):
             return policy
-        thresholds = torch.as_tensor(policy, dtype=torch.float32)
+        thresholds = torch.as_tensor(policy, dtype=torch.float32).detach()
         if thresholds.shape != (self.num_steps,):
             raise ValueError(
                 f'Expected {self.num_steps} thresholds, one a step, got a tensor of shape {list(thresholds.shape)}.')
@@ -308,8 +310,9 @@ class DynamicNet(nn.Module):
         """Set the policy that `exit_cfg` names; forget what was solved for other classes or steps."""
         self._stop_rule = None
         try:
-            if self.exit_cfg.get('num_classes', self.num_classes) != self.num_classes:
-                raise ValueError(f"they hold for {self.exit_cfg['num_classes']} classes, the model has {self.num_classes}")
+            classes = self.exit_cfg.get('num_classes', self.num_classes)
+            if classes != self.num_classes:
+                raise ValueError(f'they hold for {classes} classes, the model has {self.num_classes}')
             for budget in self.exit_cfg.get('budgets', ()):
                 self.make_stop_rule(_from_json(budget['policy']))
             if 'exit' in self.exit_cfg:
@@ -327,7 +330,7 @@ class DynamicNet(nn.Module):
 def _to_json(policy: Any) -> Any:
     if hasattr(policy, 'state_dict'):
         return policy.state_dict()
-    return [float(v) for v in policy]
+    return torch.as_tensor(policy, dtype=torch.float32).detach().tolist()
 
 
 def _from_json(policy: Any) -> Any:

@@ -71,7 +71,7 @@ default_cfgs = generate_default_cfgs({
     'focusnet_mobilenetv2_100.paper_in1k': _cfg(
         'focusnet_mobilenetv2_100.paper_in1k', first_conv='conv_stem', classifier='classifier'),
     'test_focusnet.untrained': _cfg(
-        num_classes=10, input_size=(3, 96, 96), pool_size=(6, 6), crop_pct=1.0, origin_url=None),
+        num_classes=10, input_size=(3, 64, 64), pool_size=(2, 2), crop_pct=1.0, first_conv='conv1.0', origin_url=None),
 })
 
 
@@ -100,5 +100,6 @@ def focusnet_mobilenetv2_100(pretrained: bool = False, **kwargs: Any) -> Efficie
 @register_model
 def test_focusnet(pretrained: bool = False, **kwargs: Any) -> ResNet:
     """A ResNet of 0.3 M parameters for demonstration and tests."""
-    create_fn = partial(resnet18, layers=(1, 1, 1, 1), channels=(16, 32, 64, 96), stem_width=16)
+    create_fn = partial(
+        resnet18, layers=(1, 1, 1, 1), channels=(16, 32, 64, 96), stem_width=8, stem_type='deep')
     return _create_focusnet('test_focusnet', create_fn, pretrained, **kwargs)

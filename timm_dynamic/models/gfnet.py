@@ -18,8 +18,9 @@ Departures from the released code (https://github.com/blackfeather-wang/GFNet-Py
 * The glance of a family is scaled the same way in training as at inference (the original's training is always bicubic).
 """
 import difflib
+import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -55,11 +56,15 @@ from ..utils import CheckpointError, read_checkpoint, read_state_dict
 from ._builder import build_dynamic_model, hub_id
 from .dynamic_net import DynamicNet, State, on_meta
 
+__all__ = ['GFNet']
+
+_logger = logging.getLogger(__name__)
+
 # Backbones beside timm's registered ones.
 _BACKBONES = {'mobilenetv3_large_125': partial(_gen_mobilenet_v3, 'mobilenetv3_large_100', 1.25)}
 
 
-def _create_encoder(backbone: str, in_chans: int, patch_size: int, **kwargs: Any) -> nn.Module:
+def _create_encoder(backbone: str, in_chans: int, patch_size: int, **kwargs: Any) -> Any:
     """Create a network that ends with its feature vector, for images of the size of a patch."""
     if backbone not in _BACKBONES and not is_model(backbone):
         near = difflib.get_close_matches(backbone, [*list_models(), *_BACKBONES], n=3)
@@ -67,8 +72,11 @@ def _create_encoder(backbone: str, in_chans: int, patch_size: int, **kwargs: Any
     cfg = get_pretrained_cfg(backbone)
     if cfg is not None and cfg.fixed_input_size:
         kwargs = {'img_size': patch_size, **kwargs}
-    create_fn = _BACKBONES.get(backbone) or partial(timm.create_model, backbone)
-    return create_fn(num_classes=0, in_chans=in_chans, **kwargs)
+    create_fn: Any = _BACKBONES.get(backbone) or partial(timm.create_model, backbone)
+    try:
+        return create_fn(num_classes=0, in_chans=in_chans, **kwargs)
+    except TypeError as e:
+        raise ValueError(f"The backbone '{backbone}' cannot be made with {kwargs}: {e}") from e
 
 
 class GFNet(DynamicNet):
@@ -88,8 +96,9 @@ class GFNet(DynamicNet):
         policy_hidden: Width of the patch policy. Default: see `PatchPolicy`.
         glance_mode: How images are scaled down to glances: 'bicubic' or 'bilinear'.
         drop_rate: Dropout before the prediction heads.
+        drop_path_rate: Stochastic depth of the backbone.
         global_pool: 'avg' leaves pooling to the backbone; '' with `num_classes=0` gives feature maps.
-        backbone_args: Further arguments for the backbone, e.g. dict(drop_path_rate=0.1). Plain JSON.
+        backbone_args: Further arguments for the backbone, e.g. dict(output_stride=16). Plain JSON.
         exit_cfg: See `DynamicNet`.
         device: Device of the parameters.
         dtype: Dtype of the parameters.
@@ -114,6 +123,7 @@ class GFNet(DynamicNet):
             policy_hidden: int | None = None,
             glance_mode: str = 'bicubic',
             drop_rate: float = 0.,
+            drop_path_rate: float = 0.,
             global_pool: str = 'avg',
             backbone_args: dict[str, Any] | None = None,
             exit_cfg: dict[str, Any] | None = None,
@@ -139,9 +149,10 @@ class GFNet(DynamicNet):
         self.drop_rate = drop_rate
         self.global_pool = _check_pool(global_pool, num_classes)
 
-        create = partial(_create_encoder, backbone, in_chans, patch_size, **(backbone_args or {}), **dd)
-        self.global_encoder = create()
-        self.local_encoder = create()
+        encoder_args = dict({'drop_path_rate': drop_path_rate} if drop_path_rate else {}, **(backbone_args or {}), **dd)
+        create = partial(_create_encoder, backbone, in_chans, patch_size, **encoder_args)
+        self.global_encoder: Any = create()
+        self.local_encoder: Any = create()
         map_shape, feature_size = self._probe()
         self.policy = PatchPolicy(map_shape[0], map_shape[1:], policy, policy_hidden, **dd)
         self.classifier: StepClassifier
@@ -154,8 +165,7 @@ class GFNet(DynamicNet):
         self.num_features = num_steps * map_shape[0]
         self.head_hidden_size = self.classifier.num_features
         first_conv = self.global_encoder.pretrained_cfg.get('first_conv') or ()
-        first_conv = (first_conv,) if isinstance(first_conv, str) else first_conv
-        self._traits = {'first_conv': tuple(f'{e}.{c}' for e in ('global_encoder', 'local_encoder') for c in first_conv)}
+        self._traits: Any = {'first_conv': _of_both((first_conv,) if isinstance(first_conv, str) else first_conv)}
 
     def _probe(self) -> tuple[tuple[int, int, int], int]:
         """Shape [C, h, w] of the encoders' feature map, and the width of their feature vector."""
@@ -166,13 +176,14 @@ class GFNet(DynamicNet):
                 feature_map = encoder.forward_features(images[..., :self.patch_size, :self.patch_size])
                 if not isinstance(feature_map, torch.Tensor) or feature_map.ndim != 4:
                     raise ValueError(
-                        f"The backbone '{self.backbone}' has no spatial feature map, which the patch policy needs: choose "
-                        'a convolutional network or a transformer with windows.')
+                        f"The backbone '{self.backbone}' has no spatial feature map, which the patch policy needs: "
+                        'choose a convolutional network or a transformer with windows.')
                 feature_map, feature = self._encode(encoder, images[..., :self.patch_size, :self.patch_size])
         except (AssertionError, RuntimeError, TypeError) as e:
             raise ValueError(
                 f"The backbone '{self.backbone}' does not take patches of {self.patch_size} pixels: {e}") from e
-        return tuple(feature_map.shape[1:]), feature.shape[1]
+        channels, height, width = feature_map.shape[1:]
+        return (channels, height, width), feature.shape[1]
 
     def _encode(self, encoder: Any, view: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Feature map [B, C, h, w] and feature vector [B, F] of a glance or patch [B, in_chans, P, P]."""
@@ -250,18 +261,19 @@ class GFNet(DynamicNet):
             [B, num_classes], what the recurrent classifier would have said at step 1. Actions, coordinates and maps
             are constants, all else carries gradients.
         """
-        state, steps, all_logits, rnn_logits = self.init_state(x), [], [], None
+        expected = (self.num_steps - 1, len(x), 2)
+        for name, value in (('actions', actions), ('noise', noise)):
+            if value is not None and value.shape != expected:
+                raise ValueError(f'Expected {name} {list(expected)}, got {list(value.shape)}.')
+        state, steps, logits = self.init_state(x), [], []
         for t in range(self.num_steps):
-            state = self._look(
-                t, state, None if actions is None or t == 0 else actions[t - 1],
-                None if noise is None or t == 0 else noise[t - 1], differentiable)
-            logits, state['memory'] = self.classifier(t, state['feature'], state.get('memory'))
-            all_logits.append(logits)
+            action = actions[t - 1] if t and actions is not None else None
+            state = self._look(t, state, action, noise[t - 1] if t and noise is not None else None, differentiable)
+            step_logits, state['memory'] = self.classifier(t, state['feature'], state.get('memory'))
+            logits.append(step_logits)
             steps.append(state)
-            if t == 0 and self.classifier.head_name(0) == 'first':
-                rnn_logits = self.classifier.heads['rnn'](self.classifier.drop(state['memory']))
         out = {
-            'logits': torch.stack(all_logits),
+            'logits': torch.stack(logits),
             'features': torch.stack([s['feature'] for s in steps]),
             'actions': torch.stack([s['action'] for s in steps[1:]]).detach(),
             'coords': torch.stack([s['coords'] for s in steps[1:]]),
@@ -270,8 +282,8 @@ class GFNet(DynamicNet):
             out['action_means'] = torch.stack([s.get('action_mean', s['action']) for s in steps[1:]])
             out['policy_hidden'] = torch.stack([s['policy_hidden'] for s in steps[1:]])
             out['maps'] = torch.stack([s['map'] for s in steps[:-1]]).detach()
-        if rnn_logits is not None:
-            out['rnn_logits'] = rnn_logits
+        if self.classifier.head_name(0) == 'first':
+            out['rnn_logits'] = self.classifier.heads['rnn'](self.classifier.drop(steps[0]['memory']))
         return out
 
     def forward_train(self, x: torch.Tensor) -> torch.Tensor:
@@ -293,7 +305,7 @@ class GFNet(DynamicNet):
             return x
         memory = None
         for t, feature_map in enumerate(x.chunk(self.num_steps, dim=1)):
-            encoder: Any = self.local_encoder if t else self.global_encoder
+            encoder = self.local_encoder if t else self.global_encoder
             feature_map = feature_map.permute(0, 2, 3, 1) if _is_nhwc(encoder) else feature_map
             x, memory = self.classifier.pre_logits(t, encoder.forward_head(feature_map, pre_logits=True), memory)
         return x if pre_logits else self.classifier.heads[self.classifier.head_name(self.num_steps - 1)](x)
@@ -327,8 +339,7 @@ class GFNet(DynamicNet):
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        names = getattr(self.global_encoder, 'no_weight_decay', set)()
-        return {f'{encoder}.{name}' for encoder in ('global_encoder', 'local_encoder') for name in names}
+        return set(_of_both(getattr(self.global_encoder, 'no_weight_decay', set)()))
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
@@ -341,6 +352,10 @@ class GFNet(DynamicNet):
             name: both(spec) if isinstance(spec, str) else [(both(pattern), suffix) for pattern, suffix in spec]
             for name, spec in matcher.items()
         }
+
+
+def _of_both(names: Iterable[str]) -> tuple[str, ...]:
+    return tuple(f'{encoder}.{name}' for encoder in ('global_encoder', 'local_encoder') for name in names)
 
 
 def _check_pool(global_pool: str, num_classes: int) -> str:
@@ -383,7 +398,7 @@ def _encoder_state_dict(state_dict: Mapping[str, torch.Tensor]) -> dict[str, tor
     return out
 
 
-def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: GFNet) -> dict[str, torch.Tensor]:
+def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: Any) -> dict[str, torch.Tensor]:
     """Map an authors' checkpoint, as it was read, onto the model's keys. Other weights pass as they are.
 
     Critic, auxiliary classifiers and heads of steps that the model does not take are left out.
@@ -391,32 +406,42 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: GFNet) -> dict[st
     Raises:
         CheckpointError: It is one of another variant, or lacks a part.
     """
-    out: dict[str, torch.Tensor] = {}
-    if not _is_authors(state_dict):
-        out.update(state_dict)
-    else:
-        _check_authors_variant(state_dict, model)
-        first = model.classifier.head_name(0)
-        for part, encoder in (('model_prime_state_dict', 'global_encoder'), ('model_state_dict', 'local_encoder')):
-            for key, value in _encoder_state_dict(state_dict[part]).items():
-                module, _, leaf = key.rpartition('.')
-                if module not in _CLASSIFIERS:
-                    out[f'{encoder}.{key}'] = value
-                elif encoder == 'global_encoder' and first in ('first', '1'):
-                    out[f'classifier.heads.{first}.{leaf}'] = value
-        for key, value in clean_state_dict(dict(state_dict['fc'])).items():
-            module, _, leaf = key.rpartition('.')
-            if module == 'rnn':
-                out[f'classifier.rnn.{leaf.removesuffix("_l0")}'] = value
-            elif module == 'fc':
-                out[f'classifier.heads.rnn.{leaf}'] = value
-            elif int(module.removeprefix('fc_')) <= model.num_steps:
-                out[f'classifier.heads.{module.removeprefix("fc_")}.{leaf}'] = value
-        for key, value in clean_state_dict(dict(state_dict['policy'])).items():
-            if not key.startswith('critic.'):
-                out[f'policy.{key.replace("actor.0.", "actor.").removesuffix("_l0")}'] = value
+    out = _map_authors(state_dict, model) if _is_authors(state_dict) else dict(state_dict)
     if not model.num_classes:
         out = {k: v for k, v in out.items() if not k.startswith('classifier.heads.')}
+    return out
+
+
+def _map_authors(checkpoint: Mapping[str, Any], model: Any) -> dict[str, torch.Tensor]:
+    _check_authors_variant(checkpoint, model)
+    out: dict[str, torch.Tensor] = {}
+    dropped = set()
+    first = model.classifier.head_name(0)
+    for part, encoder in (('model_prime_state_dict', 'global_encoder'), ('model_state_dict', 'local_encoder')):
+        for key, value in _encoder_state_dict(checkpoint[part]).items():
+            module, _, leaf = key.rpartition('.')
+            if module not in _CLASSIFIERS:
+                out[f'{encoder}.{key}'] = value
+            elif encoder == 'global_encoder' and first in ('first', '1'):
+                out[f'classifier.heads.{first}.{leaf}'] = value
+            else:
+                dropped.add(f'{part}.{module}')
+    for key, value in clean_state_dict(dict(checkpoint['fc'])).items():
+        module, _, leaf = key.rpartition('.')
+        if module == 'rnn':
+            out[f'classifier.rnn.{leaf.removesuffix("_l0")}'] = value
+        elif module == 'fc':
+            out[f'classifier.heads.rnn.{leaf}'] = value
+        elif int(module.removeprefix('fc_')) <= model.num_steps:
+            out[f'classifier.heads.{module.removeprefix("fc_")}.{leaf}'] = value
+        else:
+            dropped.add(f'fc.{module}')
+    for key, value in clean_state_dict(dict(checkpoint['policy'])).items():
+        if key.startswith('critic.'):
+            dropped.add('policy.critic')
+        else:
+            out[f'policy.{key.replace("actor.0.", "actor.").removesuffix("_l0")}'] = value
+    _logger.info(f"Left out, as inference does without: {', '.join(sorted(dropped))}.")
     return out
 
 
@@ -454,19 +479,20 @@ def exit_cfg_from_checkpoint(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     out: dict[str, Any] = {'origin': origin}
     thresholds, results = origin.get('dynamic_threshold'), origin.get('budgeted_batch_classification')
     steps = origin.get('flops')
-    if not (thresholds and steps and results and len(results) == 2 and len(results[0]) == len(results[1]) == len(thresholds)):
+    if not (thresholds and steps and results and {len(r) for r in results} == {len(thresholds)}):
         return out
     # Which coordinate is the cost can be seen: it lies between the cost of one step and that of all.
     costs = next((r for r in results if all(0.99 * steps[0] <= v <= 1.01 * steps[-1] for v in r)), None)
     if costs is not None:
         accuracies = results[1] if costs is results[0] else results[0]
+        heads = [v for k, v in checkpoint['fc'].items() if k.startswith('fc') and k.endswith('.bias')]
         scale = 1e-9 if steps[-1] > 1e6 else 1.  # multiply-adds, or 10⁹ of them
         budgets = [
             {'gmacs': cost * scale, 'top1': accuracy, 'policy': policy}
             for cost, accuracy, policy in zip(costs, accuracies, thresholds)
         ]
         out['budgets'] = sorted(budgets, key=lambda b: b['gmacs'])
-        out['num_classes'] = len(next(v for k, v in checkpoint['fc'].items() if k.endswith('.bias') and k.startswith('fc')))
+        out['num_classes'] = len(heads[0])
     return out
 
 
@@ -483,7 +509,8 @@ def training_state_from_checkpoint(source: str | Path | Mapping[str, Any]) -> di
     """
     checkpoint = source if isinstance(source, Mapping) else read_checkpoint(source)
     if not isinstance(checkpoint, Mapping) or not _is_authors(checkpoint):
-        raise CheckpointError("Expected a checkpoint of GFNet's authors, with model_prime_state_dict and model_state_dict.")
+        raise CheckpointError(
+            "Expected a checkpoint of GFNet's authors, with model_prime_state_dict and model_state_dict.")
     out: dict[str, dict[str, torch.Tensor]] = {}
     for part, name in (('model_prime_state_dict', 'global_aux'), ('model_state_dict', 'local_aux')):
         for key, value in clean_state_dict(dict(checkpoint[part])).items():
@@ -515,40 +542,44 @@ def _cfg(name: str = '', first_conv: str = 'conv1', heads: str = '', **kwargs: A
     }
 
 
-_densenet = dict(first_conv='features.conv0', heads='rnn')
-_regnet = dict(first_conv='stem.conv', heads='first rnn')
-_mobilenet = dict(first_conv='conv_stem', heads='1 2 3')
-_efficientnet_b2 = dict(
-    first_conv='conv_stem', heads='1 2 3 4', input_size=(3, 260, 260), interpolation='bicubic')
-_efficientnet_b3 = dict(
-    first_conv='conv_stem', heads='1 2 3 4', input_size=(3, 300, 300), interpolation='bicubic', crop_pct=0.904)
+# What the families of the paper have in common.
+_densenet: dict[str, Any] = dict(first_conv='features.conv0', heads='rnn')
+_regnet: dict[str, Any] = dict(first_conv='stem.conv', heads='first rnn')
+_mobilenet: dict[str, Any] = dict(first_conv='conv_stem', heads='1 2 3')
+_efficientnet: dict[str, Any] = dict(first_conv='conv_stem', heads='1 2 3 4', interpolation='bicubic')
 
 default_cfgs = generate_default_cfgs({
-    f'{name}.paper_in1k': _cfg(f'{name}.paper_in1k', **kwargs) for name, kwargs in {
-        'gfnet_resnet50_96': dict(heads='rnn'),
-        'gfnet_resnet50_128': dict(heads='rnn', pool_size=(4, 4)),
-        'gfnet_densenet121_96': _densenet,
-        'gfnet_densenet169_96': _densenet,
-        'gfnet_densenet201_96': _densenet,
-        'gfnet_regnety_006_96': _regnet,
-        'gfnet_regnety_008_96': _regnet,
-        'gfnet_regnety_016_96': _regnet,
-        'gfnet_mobilenetv3_large_100_96': _mobilenet,
-        'gfnet_mobilenetv3_large_100_128': dict(_mobilenet, pool_size=(4, 4)),
-        'gfnet_mobilenetv3_large_125_128': dict(_mobilenet, pool_size=(4, 4)),
-        'gfnet_efficientnet_b2_128': dict(_efficientnet_b2, pool_size=(4, 4)),
-        'gfnet_efficientnet_b3_128': dict(_efficientnet_b3, pool_size=(4, 4)),
-        'gfnet_efficientnet_b3_144': dict(_efficientnet_b3, pool_size=(5, 5)),
-    }.items()
-} | {
+    'gfnet_resnet50_96.paper_in1k': _cfg('gfnet_resnet50_96.paper_in1k', heads='rnn'),
+    'gfnet_resnet50_128.paper_in1k': _cfg('gfnet_resnet50_128.paper_in1k', heads='rnn', pool_size=(4, 4)),
+    'gfnet_densenet121_96.paper_in1k': _cfg('gfnet_densenet121_96.paper_in1k', **_densenet),
+    'gfnet_densenet169_96.paper_in1k': _cfg('gfnet_densenet169_96.paper_in1k', **_densenet),
+    'gfnet_densenet201_96.paper_in1k': _cfg('gfnet_densenet201_96.paper_in1k', **_densenet),
+    'gfnet_regnety_006_96.paper_in1k': _cfg('gfnet_regnety_006_96.paper_in1k', **_regnet),
+    'gfnet_regnety_008_96.paper_in1k': _cfg('gfnet_regnety_008_96.paper_in1k', **_regnet),
+    'gfnet_regnety_016_96.paper_in1k': _cfg('gfnet_regnety_016_96.paper_in1k', **_regnet),
+    'gfnet_mobilenetv3_large_100_96.paper_in1k': _cfg('gfnet_mobilenetv3_large_100_96.paper_in1k', **_mobilenet),
+    'gfnet_mobilenetv3_large_100_128.paper_in1k': _cfg(
+        'gfnet_mobilenetv3_large_100_128.paper_in1k', **_mobilenet, pool_size=(4, 4)),
+    'gfnet_mobilenetv3_large_125_128.paper_in1k': _cfg(
+        'gfnet_mobilenetv3_large_125_128.paper_in1k', **_mobilenet, pool_size=(4, 4)),
+    'gfnet_efficientnet_b2_128.paper_in1k': _cfg(
+        'gfnet_efficientnet_b2_128.paper_in1k', **_efficientnet,
+        input_size=(3, 260, 260), pool_size=(4, 4)),
+    'gfnet_efficientnet_b3_128.paper_in1k': _cfg(
+        'gfnet_efficientnet_b3_128.paper_in1k', **_efficientnet,
+        input_size=(3, 300, 300), pool_size=(4, 4), crop_pct=0.904),
+    'gfnet_efficientnet_b3_144.paper_in1k': _cfg(
+        'gfnet_efficientnet_b3_144.paper_in1k', **_efficientnet,
+        input_size=(3, 300, 300), pool_size=(5, 5), crop_pct=0.904),
     'gfnet.untrained': _cfg(heads='rnn', origin_url=None),
     'test_gfnet.untrained': _cfg(
-        heads='rnn', num_classes=10, input_size=(3, 96, 96), pool_size=(2, 2), crop_pct=1.0, origin_url=None),
+        first_conv='conv1.0', heads='rnn', num_classes=10, input_size=(3, 96, 96), pool_size=(2, 2), crop_pct=1.0,
+        origin_url=None),
 })
 
 
 def _create(pretrained: bool = False, pretrained_cfg: Any = None, variant: str = '', **kwargs: Any) -> GFNet:
-    model = build_model_with_cfg(GFNet, variant, pretrained, pretrained_cfg=pretrained_cfg, **kwargs)
+    model: Any = build_model_with_cfg(GFNet, variant, pretrained, pretrained_cfg=pretrained_cfg, **kwargs)
     # The arguments decide what heads there are, and of the generic model also the first convolutions.
     model.pretrained_cfg.update(first_conv=model._traits['first_conv'], classifier=model.classifier_names)
     return model
@@ -556,13 +587,12 @@ def _create(pretrained: bool = False, pretrained_cfg: Any = None, variant: str =
 
 def _create_gfnet(variant: str, pretrained: bool = False, **kwargs: Any) -> GFNet:
     if kwargs.pop('features_only', False):
-        raise RuntimeError('features_only is not implemented for GFNet models: their feature maps show different patches.')
+        raise RuntimeError('features_only is not implemented for GFNet models: the maps are of different patches.')
     return build_dynamic_model(
         partial(_create, variant=variant), variant, pretrained, filter_fn=checkpoint_filter_fn, read_fn=_read,
         exit_cfg_fn=exit_cfg_from_checkpoint, **kwargs)
 
 
-# What the families of the paper have in common.
 _DENSENET = dict(patch_size=96, glance_mode='bilinear')
 _REGNET = dict(patch_size=96, policy='conv', first_head=True, glance_mode='bilinear')
 _MOBILENET = dict(num_steps=3, policy='conv', step_classifier='concat')

@@ -46,6 +46,7 @@ class Stage:
         starts_from: Earlier stage whose weights this one starts from; None for a new model.
         trains: Tells by its name whether a parameter of the model learns; None if all do.
         label: What a table calls the result.
+        seed_offset: Added to `--seed`, so that two stages that train the same net do not make the very same one.
     """
     name: str
     create_task: Callable[[nn.Module, argparse.Namespace, StageContext], TrainingTask]
@@ -53,6 +54,7 @@ class Stage:
     starts_from: str | None = None
     trains: Callable[[str], bool] | None = None
     label: str = ''
+    seed_offset: int = 0
 
 
 @dataclass(frozen=True)
@@ -135,9 +137,8 @@ def _focusnet(args: argparse.Namespace, demo: bool) -> Recipe:
     scratch = args.focus_baseline == 'scratch'
     stages = []
     if scratch:
-        # Another seed, or the plain net below would be the very same one.
         stages.append(Stage(
-            'baseline', create_classification_task, {**defaults, 'seed': args.seed + 1}, label='baseline (frozen)'))
+            'baseline', create_classification_task, defaults, label='baseline (frozen)', seed_offset=1))
     if args.focus_plain:
         stages.append(Stage('plain', create_classification_task, defaults, label='plain cross-entropy'))
     stages.append(Stage('focus', create_focus_task, defaults, label='focus net'))

@@ -1,5 +1,6 @@
 """Whole runs: from a command line to trained, validated and compared weights."""
 import argparse
+import importlib
 import json
 import logging
 import os
@@ -21,9 +22,9 @@ from timm.utils import setup_default_logging
 from ..task import Recipe, Stage, StageContext, create_baseline, create_recipe
 from ..utils import CheckpointError, clean_partial_files
 from .accelerator import create_accelerator
-from .build import build_eval_loader, check_model_name, training_data_config, uses_demo_data
+from .build import build_eval_loader, check_model_name, model_dtype, training_data_config, uses_demo_data
 from .evaluate import evaluate
-from .options import create_train_parser, given_options, read_config
+from .options import create_train_parser, given_options, read_config, typed_value
 from .report import format_table, write_rows
 from .signals import Stopped, StopRequest
 from .state import StateError, StateStore
@@ -65,7 +66,7 @@ class TrainOptions:
         option = option.replace('-', '_')
         if not (equals and dot and option in self.defaults):
             self.parser.error(f"--stage-args: expected STAGE.OPTION=VALUE with an option of this script, got '{text}'.")
-        self.for_one_stage.setdefault(stage, {})[option] = yaml.safe_load(value)
+        self.for_one_stage.setdefault(stage, {})[option] = typed_value(self.parser, option, yaml.safe_load(value))
 
     def for_stage(self, stage: Stage, num_processes: int = 1) -> argparse.Namespace:
         """Resolve a stage's options: timm's defaults, the recipe's, --config, the command line, --stage-args."""
@@ -81,6 +82,8 @@ class TrainOptions:
                     f'{args.grad_accum_steps} accumulation steps: give a --batch-size (per process).')
             args.batch_size = global_batch // parts
         args.grad_accum_steps = max(1, args.grad_accum_steps)
+        if 'seed' not in self.for_one_stage.get(stage.name, {}):
+            args.seed += stage.seed_offset
         return args
 
 
@@ -163,6 +166,8 @@ def run_training(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """
     options = TrainOptions(argv)
     base = options.base
+    for module in base.device_modules or ():  # they may register the model
+        importlib.import_module(module)
     check_model_name(base.model)
     demo = uses_demo_data(base)
     recipe = create_recipe(base, demo)
@@ -279,12 +284,14 @@ def _compare(
     rows = []
     references = [(label, create_baseline(source, models[-1][1])) for label, source in recipe.references.items()]
     for label, model in [*references, *models]:
-        model = model.eval().to(accelerator.device)
+        model = model.eval().to(accelerator.device, model_dtype(args))
         data_config = training_data_config(args, model)
         loader = build_eval_loader(
             args, split, data_config, model.num_classes, accelerator.device, accelerator.num_processes,
             samples=args.val_num_samples)
-        metrics = evaluate(model, loader, accelerator, channels_last=args.channels_last, desc=f'{split}: {label}')
+        metrics = evaluate(
+            model, loader, accelerator, channels_last=args.channels_last, dtype=model_dtype(args),
+            desc=f'{split}: {label}')
         rows.append({
             'model': label, **{k: round(v, 4) for k, v in metrics.items() if k != 'count'}, 'split': split,
             'images': metrics['count'], 'params_m': round(sum(p.numel() for p in model.parameters()) / 1e6, 3)})

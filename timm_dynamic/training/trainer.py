@@ -446,7 +446,8 @@ class Trainer:
         return evaluate(
             model, self.eval_loader, self.accelerator,
             create_evaluator=lambda device, **kwargs: self.task.create_evaluator(**kwargs),
-            channels_last=self.args.channels_last, tta=self.args.tta, desc='validation' + (' (EMA)' if ema else ''))
+            channels_last=self.args.channels_last, dtype=model_dtype(self.args), tta=self.args.tta,
+            desc='validation' + (' (EMA)' if ema else ''))
 
     def _write_results(self, row: dict[str, Any], value: float | None, ema: bool) -> None:
         summary = self.folder / 'summary.csv'
@@ -454,7 +455,8 @@ class Trainer:
         write_rows(summary, [*rows, row])
         plot_curve(self.folder / 'curve.png', [*rows, row], self.metric)
 
-        state_dict = unwrap_model(self.task.get_eval_model(ema=True)).state_dict() if ema else None
+        weights = unwrap_model(self.task.get_eval_model(ema=ema)).state_dict()
+        state_dict = {k: v for k, v in weights.items() if '.aux_bn.' not in k}  # of --split-bn, for training only
         names = self.loader.class_to_idx
         labels = sorted(names, key=lambda k: names[k]) if names and len(names) == self.model.num_classes else None
         save_pretrained(

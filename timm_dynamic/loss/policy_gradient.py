@@ -1,0 +1,110 @@
+"""Policy gradient: how a patch policy learns from what its patches did for the prediction.
+
+Papers:
+* `Proximal Policy Optimization Algorithms` - Schulman et al., https://arxiv.org/abs/1707.06347
+* `Glance and Focus: a Dynamic Approach to Reducing Spatial Redundancy in Image Classification` - Wang et al.,
+  NeurIPS 2020, https://arxiv.org/abs/2010.05300
+
+Pure functions. S = T - 1 actions are taken for each of B images; everything is computed in float32.
+"""
+import math
+from typing import NamedTuple
+
+import torch
+
+
+def compute_rewards(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Reward of an action: how much more probable the true class has become.
+
+    Args:
+        logits: Logits of all steps [S + 1, B, C].
+        target: Class indices [B], int64.
+
+    Returns:
+        Rewards [S, B], without gradient.
+    """
+    confidence = logits.detach().float().softmax(dim=-1)[:, torch.arange(len(target), device=target.device), target]
+    return confidence.diff(dim=0)
+
+
+def compute_returns(rewards: torch.Tensor, gamma: float = 0.7) -> torch.Tensor:
+    """Discounted sum of an action's reward and those that follow.
+
+    Args:
+        rewards: Rewards [S, B].
+        gamma: Discount.
+
+    Returns:
+        Returns [S, B].
+    """
+    returns, following = torch.empty_like(rewards), torch.zeros_like(rewards[0])
+    for s in reversed(range(len(rewards))):
+        following = returns[s] = rewards[s] + gamma * following
+    return returns
+
+
+def normalise_returns(returns: torch.Tensor, eps: float = 1e-5) -> torch.Tensor:
+    """Shift and scale to mean 0 and (unbiased) standard deviation 1 over all actions and images [S, B]."""
+    centred = returns - returns.mean()
+    return centred / (returns.std() + eps) if returns.numel() > 1 else centred
+
+
+def compute_log_prob(actions: torch.Tensor, means: torch.Tensor, std: float = 0.1) -> torch.Tensor:
+    """Log-density of actions under independent normal distributions.
+
+    Args:
+        actions: Actions as taken, i.e. clamped to [0, 1] [S, B, 2]. No gradient flows into them.
+        means: What the policy proposed [S, B, 2].
+        std: Standard deviation of each coordinate.
+
+    Returns:
+        Log-densities [S, B]. Those of clamped actions are taken where they were clamped to.
+    """
+    z = (actions.detach().float() - means.float()) / std
+    return -0.5 * z.square().sum(dim=-1) - means.shape[-1] * math.log(std * math.sqrt(2 * math.pi))
+
+
+class PolicyGradientTerms(NamedTuple):
+    """Loss and what tells how learning goes, all scalars."""
+    loss: torch.Tensor
+    policy: torch.Tensor  # clipped surrogate
+    value: torch.Tensor  # mean squared error of the critic
+    entropy: torch.Tensor
+    approx_kl: torch.Tensor  # of the new policy from the old one
+    clipped: torch.Tensor  # share of actions whose ratio is out of range
+
+
+def compute_ppo_terms(
+        log_prob: torch.Tensor,
+        old_log_prob: torch.Tensor,
+        values: torch.Tensor,
+        returns: torch.Tensor,
+        std: float = 0.1,
+        clip: float = 0.2,
+        value_weight: float = 0.5,
+        entropy_weight: float = 0.01,
+) -> PolicyGradientTerms:
+    """Clipped surrogate loss, with a critic.
+
+    Args:
+        log_prob: Log-densities of the actions under the policy [S, B].
+        old_log_prob: The same when they were taken. No gradient flows into them.
+        values: Returns as the critic expects them [S, B]; the advantage is what it did not expect.
+        returns: Normalised returns [S, B].
+        std: Standard deviation of the policy; it fixes the entropy, which is a constant and there for the record.
+        clip: Range of the ratio of new to old density that is learned from: 1 ± clip.
+        value_weight: Weight of the critic's mean squared error.
+        entropy_weight: Weight of the entropy.
+    """
+    log_ratio = log_prob.float() - old_log_prob.detach().float()
+    ratio = log_ratio.exp()
+    values = values.float()
+    advantage = returns - values.detach()
+    policy = -torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage).mean()
+    value = (values - returns).square().mean()
+    entropy = torch.full_like(value, 1 + math.log(2 * math.pi) + 2 * math.log(std))  # of two coordinates
+    with torch.no_grad():
+        approx_kl = (ratio - 1 - log_ratio).mean()
+        clipped = ((ratio - 1).abs() > clip).float().mean()
+    loss = policy + value_weight * value - entropy_weight * entropy
+    return PolicyGradientTerms(loss, policy, value, entropy, approx_kl, clipped)
