@@ -1,10 +1,10 @@
 import pytest
 import torch
 from PIL import Image
+from timm.data import FastCollateMixup
 from torch.utils.data import IterableDataset
 
 from timm_dynamic.data import create_dataset, create_train_loader
-from timm.data import FastCollateMixup
 
 ARGS = dict(input_size=(3, 32, 32), batch_size=8, re_prob=0.5, re_mode='pixel', device=torch.device('cpu'))
 
@@ -74,8 +74,9 @@ def test_every_image_once_an_epoch_over_all_processes(image_folder, monkeypatch)
 
 def test_mixup_ends_when_told_in_workers_too(image_folder):
     loader = _loader(image_folder, workers=1, mixup_off_epoch=1)
-    hard = [bool(((y.max(dim=1).values) > 0.9).all()) for epoch in (0, 1) for y in [torch.cat([y for _, y in _epoch(loader, epoch)])]]
-    assert hard == [False, True]
+    for epoch, hard in ((0, False), (1, True)):
+        targets = torch.cat([y for _, y in _epoch(loader, epoch)])
+        assert bool((targets.max(dim=1).values > 0.9).all()) == hard
 
 
 def test_unreadable_images_are_skipped_and_counted(tmp_path, image_folder):

@@ -11,8 +11,8 @@ def test_terms_by_hand():
     # One sample, two classes, z = (0, 0), b = (ln 3, 0), target 1, no smoothing.
     # softmax(z) = (1/2, 1/2); softmax(b) = (3/4, 1/4); z + softmax(z) - softmax(b) = (-1/4, 1/4).
     # classification: -log softmax((-1/4, 1/4))_1 = log(1 + e^(-1/2)).
-    # attention: softmax(b / 2) = (sqrt 3, 1) / (1 + sqrt 3) = (0.634, 0.366): only class 0 is above 1/2. With the target
-    # that makes both classes, 1/2 each: -(1/2) (log 1/2 + log 1/2) = log 2.
+    # attention: softmax(b / 2) = (sqrt 3, 1) / (1 + sqrt 3) = (0.634, 0.366): only class 0 is above 1/2. With the
+    # target that makes both classes, 1/2 each: -(1/2) (log 1/2 + log 1/2) = log 2.
     # negentropy: 2 * (1/2) log(1/2) = -log 2.
     terms = FocusPickingLoss(smoothing=0).terms(
         torch.zeros(1, 2), torch.tensor([1]), torch.tensor([[math.log(3), 0.]]))
@@ -65,7 +65,9 @@ def test_half_precision_is_widened():
     (((4, 5), (4, 6), (4, 5)), r'targets .*\(4, 6\)'),
 ])
 def test_shapes_that_do_not_belong_together(shapes, message):
-    logits, target, baseline = (torch.zeros(s, dtype=torch.long if i == 1 and len(s) == 1 else None) for i, s in enumerate(shapes))
+    logits, target, baseline = map(torch.zeros, shapes)
+    if target.ndim == 1:
+        target = target.long()
     with pytest.raises(ValueError, match=message):
         FocusPickingLoss()(logits, target, baseline)
 

@@ -9,13 +9,13 @@ import pytest
 import timm
 import torch
 import torchvision
+from helpers import run_python
 
 import timm_dynamic
-from helpers import run_python
 from timm_dynamic.utils import CheckpointError, save_pretrained
 
 NAMES = ['focusnet_resnet18', 'focusnet_resnet34', 'focusnet_mobilenetv2_100', 'test_focusnet']
-TWINS = {'focusnet_resnet18': 'resnet18', 'focusnet_resnet34': 'resnet34', 'focusnet_mobilenetv2_100': 'mobilenetv2_100'}
+TWINS = {name: name.removeprefix('focusnet_') for name in NAMES[:3]}
 
 
 @pytest.mark.parametrize('name', NAMES)
@@ -45,7 +45,8 @@ def test_configs():
     for name in NAMES[:3]:
         cfg = timm.get_pretrained_cfg(f'{name}.paper_in1k')
         assert cfg.hf_hub_id == f'timm-dynamic/{name}.paper_in1k'
-        assert (cfg.input_size, cfg.interpolation, cfg.crop_pct, cfg.num_classes) == ((3, 224, 224), 'bilinear', 0.875, 1000)
+        assert (cfg.input_size, cfg.num_classes) == ((3, 224, 224), 1000)
+        assert (cfg.interpolation, cfg.crop_pct) == ('bilinear', 0.875)
         assert 'FocusNet' in cfg.paper_name
         assert cfg.origin_url
     assert sum(p.numel() for p in timm.create_model('test_focusnet').parameters()) < 1e6
@@ -56,8 +57,10 @@ def test_mobilenet_checkpoint_of_the_authors(tmp_path):
     import numpy as np
     original = torchvision.models.mobilenet_v2(num_classes=12).eval()
     file = tmp_path / 'model_best.pth.tar'
-    torch.save({'state_dict': {f'module.{k}': v for k, v in original.state_dict().items()}, 'best_acc1': np.float64(66.3)}, file)
-    create = partial(timm.create_model, 'focusnet_mobilenetv2_100', pretrained=True, pretrained_cfg_overlay=dict(file=file))
+    weights = {f'module.{k}': v for k, v in original.state_dict().items()}
+    torch.save({'state_dict': weights, 'best_acc1': np.float64(66.3)}, file)
+    overlay = dict(file=file)
+    create = partial(timm.create_model, 'focusnet_mobilenetv2_100', pretrained=True, pretrained_cfg_overlay=overlay)
     model = create(num_classes=12).eval()
     x = torch.randn(2, 3, 96, 96)
     with torch.inference_mode():
@@ -80,7 +83,8 @@ def test_features_only_with_weights():
 
 def test_foreign_checkpoint_names_first_keys():
     foreign = timm.create_model('test_efficientnet').state_dict()
-    with pytest.raises(CheckpointError, match=r"missing \(first: 'conv1.weight'\).*unexpected \(first: 'conv_stem.weight'\)"):
+    message = r"missing \(first: 'conv1.weight'\).*unexpected \(first: 'conv_stem.weight'\)"
+    with pytest.raises(CheckpointError, match=message):
         timm.create_model(
             'focusnet_resnet18', num_classes=10, pretrained=True, pretrained_cfg_overlay=dict(state_dict=foreign))
 

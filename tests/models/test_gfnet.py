@@ -263,7 +263,7 @@ def test_small_batches(tiny, batch):
     x = torch.randn(batch, 3, 96, 96)
     with torch.inference_mode():
         assert tiny(x).shape == (batch, 10)
-        assert tiny(x, all_steps=True)['logits'].shape == (4, batch, 10)
+        assert tiny(x, all_steps=True)['logits'].shape == (3, batch, 10)
 
 
 def test_autocast_keeps_positions(tiny):
@@ -302,26 +302,26 @@ class TestAllSteps:
     """What training recipes ask a model for, in one call."""
 
     def test_given_actions(self, tiny):
-        x, actions = torch.randn(2, 3, 96, 96), torch.rand(3, 2, 2)
+        x, actions = torch.randn(2, 3, 96, 96), torch.rand(2, 2, 2)
         out = tiny(x, all_steps=True, actions=actions)
         assert out.keys() == {'logits', 'features', 'actions', 'coords'}
         assert torch.equal(out['actions'], actions)
         assert torch.equal(out['coords'], (actions * 64).floor().long())
-        assert out['features'].shape == (4, 2, 96)
+        assert out['features'].shape == (3, 2, 96)
         out['logits'].sum().backward()
         assert {n.split('.')[0] for n, p in tiny.named_parameters() if p.grad is not None} == {
             'global_encoder', 'local_encoder', 'classifier'}
         tiny.zero_grad()
 
     def test_sampled_actions_and_what_the_policy_learns_from(self, tiny):
-        x, noise = torch.randn(2, 3, 96, 96), 2 * torch.randn(3, 2, 2)
+        x, noise = torch.randn(2, 3, 96, 96), 2 * torch.randn(2, 2, 2)
         out = tiny(x, all_steps=True, noise=noise)
         torch.testing.assert_close(out['actions'], (out['action_means'] + noise).clamp(0, 1))
         assert not out['actions'].requires_grad
         assert not out['maps'].requires_grad
         # states and hidden states are those that the policy had
         hidden = None
-        for t in range(3):
+        for t in range(2):
             mean, hidden = tiny.policy(out['maps'][t], hidden)
             torch.testing.assert_close(mean, out['action_means'][t])
             torch.testing.assert_close(hidden, out['policy_hidden'][t])
@@ -346,8 +346,8 @@ class TestAllSteps:
 
     def test_wrong_shapes(self, tiny):
         for name in ('actions', 'noise'):
-            with pytest.raises(ValueError, match=rf'Expected {name} \[3, 2, 2\], got \[4, 2, 2\]'):
-                tiny(torch.zeros(2, 3, 96, 96), all_steps=True, **{name: torch.zeros(4, 2, 2)})
+            with pytest.raises(ValueError, match=rf'Expected {name} \[2, 2, 2\], got \[3, 2, 2\]'):
+                tiny(torch.zeros(2, 3, 96, 96), all_steps=True, **{name: torch.zeros(3, 2, 2)})
 
     def test_first_head_comes_with_what_the_rnn_would_have_said(self):
         model = create_small(first_head=True).eval()
@@ -494,7 +494,7 @@ def test_no_weights_yet():
 def test_hub_weights_bring_their_exit_policies(tiny, tmp_path, monkeypatch):
     model = copy.deepcopy(tiny)
     budget = tiny.step_macs[1] / 1e9
-    model.store_budgets([{'gmacs': budget, 'policy': [0.5] * 4}])
+    model.store_budgets([{'gmacs': budget, 'policy': [0.5] * 3}])
     snapshot = tmp_path / 'snapshots/abc123'
     save_pretrained(model, snapshot)
     asked = []

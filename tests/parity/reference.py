@@ -70,7 +70,9 @@ def make_images(shape: tuple[int, int, int, int], seed: int) -> torch.Tensor:
         contrast = rng.uniform(0.8, 1.25)
         offset = rng.standard_normal((channels, 1, 1)) * 0.5
         envelope = np.clip(1 + 0.35 * upsample(rng.standard_normal((4, 4))), 0.2, 2)
-        image = sum(amplitude * upsample(rng.standard_normal((channels, grid, grid))) for grid, amplitude in ((5, 1.0), (13, 0.7)))
+        image = sum(
+            amplitude * upsample(rng.standard_normal((channels, grid, grid)))
+            for grid, amplitude in ((5, 1.0), (13, 0.7)))
         noise = rng.standard_normal((channels, height, width)) * 0.25
         out[i] = contrast * envelope * (image + noise) + offset
     return _quantise(out)

@@ -42,7 +42,10 @@ def test_baseline_sees_images_normalised_its_own_way():
 
     class Recorder(nn.Module):
         num_classes, in_chans = 5, 3
-        pretrained_cfg = {'mean': (0.5, 0.5, 0.5), 'std': (0.25, 0.25, 0.25), 'input_size': (3, 32, 32)}
+
+        def __init__(self):
+            super().__init__()
+            self.pretrained_cfg = {'mean': (0.5, 0.5, 0.5), 'std': (0.25, 0.25, 0.25), 'input_size': (3, 32, 32)}
 
         def forward(self, x):
             seen['x'] = x

@@ -38,7 +38,8 @@ def main() -> int:
         if self.updates == 3:
             sums = gathered(torch.stack(seen))
             content = {
-                'weights_equal': equal(self.model), 'data_differ': not torch.equal(sums[0], sums[1]), 'updates': self.updates,
+                'weights_equal': equal(self.model), 'data_differ': not torch.equal(sums[0], sums[1]),
+                'updates': self.updates,
                 'averages_equal': equal(self.task.get_trainable_module(ema=True)) if self.task.has_ema() else None,
             }
             if dist.get_rank() == 0:

@@ -14,7 +14,7 @@ def _state(value=1.0):
     shared = torch.arange(6.)
     return {
         'model': {'a': shared, 'b': shared[:3], 'half': torch.ones(2, dtype=torch.bfloat16)},
-        'optimizer': {'state': {0: {'step': torch.tensor(3.), 'buf': torch.randn(2, 3).to(memory_format=torch.contiguous_format)}},
+        'optimizer': {'state': {0: {'step': torch.tensor(3.), 'buf': torch.randn(3, 2).t()}},
                       'param_groups': [{'lr': value, 'betas': (0.9, 0.99), 'foreach': None, 'params': [0, 1]}]},
         'empty': {}, 'none': None, 'number': np.float64(2.5), 'inf': float('inf'),
     }

@@ -708,6 +708,9 @@ OURS = {
     '--focus-attention-weight': built(loss, '3', base=FOCUS),
     '--focus-negentropy-weight': built(loss, '3', base=FOCUS),
     '--test-split': ran(lambda r: {(row['split'], row['images']) for row in r.table}, 'extra', gives={('extra', 6)}),
+    '--demo-digit-scale': built(
+        lambda t: list(t.loader.dataset.dataset.digit_scale), '12', '20', gives=[12, 20], base=DEMO),
+    '--demo-clutter': built(lambda t: t.loader.dataset.dataset.clutter, '0.25', gives=0.25, base=DEMO),
     '--checkpoint-interval': TRAIN['--recovery-interval'],
     '--log-with': ran(
         lambda r: any(b'classification/eval_top1' in path.read_bytes() for path in r.folder.rglob('events.*')),

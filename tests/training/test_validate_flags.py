@@ -352,6 +352,9 @@ VALIDATE = {
     '--naflex-max-seq-len': NAFLEX,
 }
 OURS = {
+    '--demo-digit-scale': opened(
+        lambda seen: list(seen.loader.dataset.digit_scale), '12', '20', gives=[12, 20], base=DEMO),
+    '--demo-clutter': opened(lambda seen: seen.loader.dataset.clutter, '0.25', gives=0.25, base=DEMO),
     '--compare': evaluated(lambda seen: [row['model'].rpartition('/')[2] for row in seen.rows], 'local-dir:{other}',
                            gives=['weights', 'other']),
 }

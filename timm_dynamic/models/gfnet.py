@@ -705,8 +705,8 @@ def gfnet_efficientnet_b3_144(pretrained: bool = False, **kwargs: Any) -> GFNet:
 
 @register_model
 def test_gfnet(pretrained: bool = False, **kwargs: Any) -> GFNet:
-    """A GFNet of 0.9 M parameters for demonstration and tests, over the ResNet of test_focusnet."""
+    """A GFNet of 0.7 M parameters for demonstration and tests, over the ResNet of test_focusnet."""
     model_args = dict(
-        backbone='test_focusnet', backbone_args=dict(output_stride=16), patch_size=32, num_steps=4, img_size=96,
+        backbone='test_focusnet', backbone_args=dict(output_stride=16), patch_size=32, num_steps=3, img_size=96,
         classifier_hidden=128, policy='conv', policy_hidden=128)
     return _create_gfnet('test_gfnet', pretrained, **dict(model_args, **kwargs))

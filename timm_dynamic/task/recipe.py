@@ -122,9 +122,9 @@ _FOCUS_PAPER = dict(
 )
 # For minutes on a CPU with the embedded demo set. Digits must not be flipped, nor cropped away.
 _FOCUS_DEMO = dict(
-    epochs=12, global_batch_size=64, opt='momentum', momentum=0.9, lr_base=0.1, lr_base_size=64, weight_decay=5e-4,
-    sched='cosine', warmup_epochs=1, warmup_lr=0.01, color_jitter=0., train_interpolation='bilinear',
-    hflip=0., scale=[0.75, 1.0], ratio=[0.9, 1.1], workers=2,
+    epochs=5, global_batch_size=64, opt='adamw', lr=3e-3, weight_decay=0.05, sched='cosine', warmup_epochs=1,
+    warmup_lr=1e-3, color_jitter=0., train_interpolation='bilinear', hflip=0., scale=[0.75, 1.0], ratio=[0.9, 1.1],
+    demo_digit_scale=[24, 44], demo_clutter=0.5, workers=2, channels_last=True,
 )
 
 

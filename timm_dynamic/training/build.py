@@ -134,6 +134,8 @@ def _open_dataset(
         num_samples=samples,
         trust_remote_code=args.dataset_trust_remote_code,
         img_size=data_config['input_size'][-1],
+        digit_scale=args.demo_digit_scale,
+        clutter=args.demo_clutter,
     )
 
 

@@ -76,6 +76,8 @@ def _dataset_options(g: Any, split_names: bool) -> None:
         g.add_argument('--test-split', metavar='NAME', help='split for the final table (that of --val-split)')
         g.add_argument('--train-num-samples', type=int, metavar='N', help='samples to train on, for iterable datasets')
         g.add_argument('--val-num-samples', type=int, metavar='N', help='samples to validate on, for iterable datasets')
+    g.add_argument('--demo-digit-scale', type=int, nargs=2, metavar=('LO', 'HI'), help='side of the digits in the embedded demo set, in pixels')
+    g.add_argument('--demo-clutter', type=float, metavar='X', help='amount of clutter in the embedded demo set')
     g.add_argument('--dataset-download', action='store_true', help='let torch/ and tfds/ datasets download themselves')
     g.add_argument('--class-map', default='', metavar='FILE', help='file that maps class names to indices')
     g.add_argument('--input-img-mode', metavar='MODE', help='PIL mode that images are read in (RGB, or L for one channel)')

@@ -73,6 +73,8 @@ class TrainOptions:
         recipe = dict(stage.defaults)
         global_batch = recipe.pop('global_batch_size', None)
         own = {**self.config, **self.given, **self.for_one_stage.get(stage.name, {})}
+        if 'opt_kwargs' in own:  # adds to the recipe's, does not undo them
+            own['opt_kwargs'] = {**recipe.get('opt_kwargs', {}), **own['opt_kwargs']}
         args = argparse.Namespace(**{**self.defaults, **recipe, **own})
         if global_batch and 'batch_size' not in own:
             parts = num_processes * max(1, args.grad_accum_steps)
