@@ -103,11 +103,10 @@ def test_more_epochs_after_the_end(image_folder, tmp_path, how):
     run_training(_args(image_folder, tmp_path / 'long', '--epochs', 2, *options))
     run_training(_args(image_folder, tmp_path / 'short', '--epochs', 1, *options))
     run = tmp_path / 'short' / 'run'
-    state = StateStore(run / 'state').load()
-    # a finished stage stays finished; taken back to "not finished", it goes on
-    state['run']['results'].clear()
-    StateStore(run / 'state').save(state, 'reopened')
-    path = {'auto': 'auto', 'folder': run, 'state': run / 'state' / 'reopened'}[how]
+    path = {'auto': 'auto', 'folder': run, 'state': next((run / 'state').glob('classification-*'))}[how]
+    before = _weights(run)
+    run_training(_args(image_folder, tmp_path / 'short', '--epochs', 1, *options, '--resume', path))
+    assert _weights(run) == before  # finished is finished
     run_training(_args(image_folder, tmp_path / 'short', '--epochs', 2, *options, '--resume', path))
     assert _weights(run) == _weights(tmp_path / 'long' / 'run')
 
@@ -158,10 +157,11 @@ def test_stop_saves_and_resumes_bit_identical(image_folder, tmp_path, signum):
     reference = [str(tmp_path / 'reference') if a == str(tmp_path) else a for a in args]
     run_training(reference)
     process = subprocess.Popen(
-        [sys.executable, 'train.py', *args], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        [sys.executable, 'train.py', *args], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True)
     for line in process.stdout:
         if 'epoch 1 update 3' in line:
-            process.send_signal(signum)
+            os.killpg(process.pid, signum)  # the loader's workers, too, as a scheduler and Ctrl-C do
             break
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 128 + signum

@@ -1,5 +1,13 @@
 from .cluttered_digits import ClutteredDigits
 from .dataset_factory import DEMO_DATASET, class_to_idx, create_dataset
-from .loader import TrainLoader, create_train_loader
+from .loader import TrainLoader, WorkerInit, create_train_loader
 
-__all__ = ['DEMO_DATASET', 'ClutteredDigits', 'TrainLoader', 'class_to_idx', 'create_dataset', 'create_train_loader']
+__all__ = [
+    'DEMO_DATASET',
+    'ClutteredDigits',
+    'TrainLoader',
+    'WorkerInit',
+    'class_to_idx',
+    'create_dataset',
+    'create_train_loader',
+]

@@ -4,6 +4,7 @@ Not on the number of workers, not on what was prefetched, not on whether the run
 """
 import logging
 import multiprocessing
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import Any, NamedTuple
@@ -160,6 +161,25 @@ class _SeededErasing:
             return self.random_erasing(images)
 
 
+class WorkerInit:
+    """Starts a loader's worker as timm does, and lets the main process alone decide when it ends.
+
+    A scheduler's SIGTERM, or Ctrl-C, goes to the workers too; were they to die of it, the run could not end in order.
+
+    Args:
+        worker_init_fn: What the loader would have called.
+    """
+
+    def __init__(self, worker_init_fn: Callable[[int], Any] | None) -> None:
+        self.worker_init_fn = worker_init_fn
+
+    def __call__(self, worker_id: int) -> None:
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(signum, signal.SIG_IGN)
+        if self.worker_init_fn is not None:
+            self.worker_init_fn(worker_id)
+
+
 class TrainLoader:
     """Training batches of a timm loader, repeatable and resumable.
 
@@ -200,7 +220,7 @@ class TrainLoader:
                 num_workers=inner.num_workers,
                 collate_fn=_SeededCollate(inner.collate_fn, seed, rank, mixup_off_epoch),
                 pin_memory=inner.pin_memory,
-                worker_init_fn=inner.worker_init_fn,
+                worker_init_fn=WorkerInit(inner.worker_init_fn),
                 persistent_workers=inner.persistent_workers,
             )
             if prefetched:

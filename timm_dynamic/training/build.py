@@ -12,7 +12,7 @@ from timm.models import is_model, list_models, parse_model_name, resolve_model_i
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from torch import nn
 
-from ..data import DEMO_DATASET, TrainLoader, class_to_idx, create_dataset, create_train_loader
+from ..data import DEMO_DATASET, TrainLoader, WorkerInit, class_to_idx, create_dataset, create_train_loader
 from ..models._builder import checkpoint_filter_of
 from ..task.recipe import mixes
 from ..utils import load_weights, seeded
@@ -297,6 +297,8 @@ def build_eval_loader(
         use_prefetcher=not args.no_prefetcher,
         **kwargs,
     )
+    inner = getattr(loader, 'loader', loader)
+    inner.worker_init_fn = WorkerInit(inner.worker_init_fn)
     loader.class_to_idx = class_to_idx(dataset)
     return loader
 

@@ -202,10 +202,14 @@ def run_training(argv: Sequence[str] | None = None) -> dict[str, Any]:
     results = run_state['results']
     with StopRequest() as stop:
         for stage in stages:
-            if stage.name in results:
-                _logger.info(f'Stage {stage.name} is finished.')
-                continue
             args = options.for_stage(stage, accelerator.num_processes)
+            if stage.name in results:
+                # The stage that the state is of may be given more epochs.
+                last = state is not None and state['identity']['stage'] == stage.name
+                if state is None or not last or args.epochs <= state['progress']['epoch']:
+                    _logger.info(f'Stage {stage.name} is finished.')
+                    continue
+                del results[stage.name]
             trainer = Trainer(
                 stage, args, accelerator, _stage_folder(folder, recipe, stage), store, identity,
                 StageContext(stage_weights=weights), run_state)
