@@ -6,7 +6,14 @@ import pytest
 import torch
 from torch import nn
 
-from timm_dynamic.models.dynamic_net import DynamicNet, join_rows, num_rows, select_rows, split_rows
+from timm_dynamic.models.dynamic_net import (
+    DynamicNet,
+    join_rows,
+    num_rows,
+    register_exit_policy,
+    select_rows,
+    split_rows,
+)
 
 
 class Refiner(DynamicNet):
@@ -171,6 +178,46 @@ def test_exit_cfg_is_plain_json_and_brings_everything_back(model):
     assert torch.equal(again(x), model(x))
     assert again.set_budget(gmacs=20e-9)['top1'] == 60.
     assert again._model_args['exit_cfg']['exit'] == pytest.approx([0.4, 0.5, 0.])  # the recorded argument follows
+
+
+@register_exit_policy
+class NotWorse:
+    """Stops as soon as the confidence is no higher than at the step before, or above a bound."""
+
+    def __init__(self, bound):
+        self.bound = bound
+
+    def __call__(self, history):
+        return (history[:, -1] > self.bound) | (history.diff(dim=1) <= 0).any(dim=1)
+
+    def state_dict(self):
+        return {'bound': torch.tensor(self.bound)}
+
+    @classmethod
+    def from_state_dict(cls, state):
+        return cls(**state)
+
+
+def test_richer_policies_are_kept_too(model, caplog):
+    model.set_exit(NotWorse(0.5))
+    model.store_budgets([{'gmacs': 40e-9, 'policy': NotWorse(0.75)}])
+    kept = json.loads(json.dumps(model.exit_cfg))
+    assert kept['exit'] == {'type': 'NotWorse', 'bound': 0.5}
+    again = Refiner(exit_cfg=kept).eval()
+    again.load_state_dict(model.state_dict())
+    x = torch.randn(8, 4, 1, 1)
+    assert torch.equal(again(x), model(x))
+    again.set_budget(gmacs=45e-9)
+    assert again.exit_cfg['exit']['bound'] == 0.75
+
+    model.set_exit(lambda history: history[:, -1] > 0.5)  # works, but a function cannot be exported
+    assert 'function is no registered exit policy: it will not be exported' in caplog.text
+    assert model(x).shape == (8, 3)
+    assert 'exit' not in model.exit_cfg
+    with pytest.raises(ValueError, match='function is no registered exit policy, and cannot be kept'):
+        model.store_budgets([{'gmacs': 40e-9, 'policy': lambda history: history[:, -1] > 0.5}])
+    Refiner(exit_cfg={'exit': {'type': 'Unknown'}})
+    assert "dropped: there is no exit policy of the type 'Unknown'" in caplog.text
 
 
 def test_other_classes_drop_budgets_with_a_notice(model, caplog):

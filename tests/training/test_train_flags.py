@@ -642,8 +642,8 @@ TRAIN = {
     '--model-ema-decay': built(lambda t: ema(t).get_decay(100), '0.5', gives=0.5, base=EMA),
     '--model-ema-warmup': built(lambda t: ema(t).get_decay(100), gives=lambda decay: 0 < decay < 0.99, base=EMA),
     '--seed': built(lambda t: torch.cat([t.model.conv1[0].weight.flatten(), images(t).flatten()]), '7'),
-    '--worker-seeding': built(lambda t: torch_loader(t).worker_init_fn.keywords['worker_seeding'], 'part',
-                              gives='part'),
+    '--worker-seeding': built(
+        lambda t: torch_loader(t).worker_init_fn.worker_init_fn.keywords['worker_seeding'], 'part', gives='part'),
     '--log-interval': ran(lambda r: r.log.count(' update '), '1', gives=3),
     '--val-interval': ran(lambda r: [row['eval_top1'] is None for row in r.rows], '2', gives=[True, False], base=TWO),
     '--recovery-interval': ran(lambda r: [s for s in r.saves if s.endswith('-0000-0000002')], '2',

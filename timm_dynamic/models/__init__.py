@@ -1,1 +1,2 @@
 from .focusnet import *
+from .gfnet import *

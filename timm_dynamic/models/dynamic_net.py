@@ -224,13 +224,19 @@ class DynamicNet(nn.Module):
         """Let `forward` exit early in eval mode.
 
         Args:
-            policy: T thresholds, as a float tensor or a sequence, or an `ExitPolicy`.
+            policy: T thresholds, as a float tensor or a sequence, or an `ExitPolicy`. Any other stop rule works, too,
+                but is not exported.
 
         Raises:
             ValueError: The policy does not fit the model.
         """
         self._stop_rule = self.make_stop_rule(policy)
-        self.exit_cfg.update(exit=_to_json(policy), num_classes=self.num_classes)
+        kept = _to_json(policy)
+        if kept is None:
+            self.exit_cfg.pop('exit', None)
+            _logger.warning(f'{type(policy).__name__} is no registered exit policy: it will not be exported.')
+        else:
+            self.exit_cfg.update(exit=kept, num_classes=self.num_classes)
 
     def clear_exit(self) -> None:
         """Let `forward` run all steps."""
@@ -250,7 +256,10 @@ class DynamicNet(nn.Module):
         kept = []
         for budget in budgets:
             self.make_stop_rule(budget['policy'])
-            kept.append({**budget, 'gmacs': float(budget['gmacs']), 'policy': _to_json(budget['policy'])})
+            policy = _to_json(budget['policy'])
+            if policy is None:
+                raise ValueError(f"{type(budget['policy']).__name__} is no registered exit policy, and cannot be kept.")
+            kept.append({**budget, 'gmacs': float(budget['gmacs']), 'policy': policy})
         self.exit_cfg.update(budgets=sorted(kept, key=lambda b: b['gmacs']), num_classes=self.num_classes)
 
     def set_budget(self, gmacs: float) -> dict[str, Any]:
@@ -327,14 +336,36 @@ class DynamicNet(nn.Module):
         self._check_exit_cfg()
 
 
+_exit_policies: dict[str, Any] = {}
+
+
+def register_exit_policy(cls: Any) -> Any:
+    """Class decorator: let models keep policies of this class, by its name.
+
+    Its instances are stop rules with a `state_dict()`, of numbers, texts, tensors and lists of them; the class has a
+    `from_state_dict` that makes an instance of it.
+    """
+    _exit_policies[cls.__name__] = cls
+    return cls
+
+
 def _to_json(policy: Any) -> Any:
-    if hasattr(policy, 'state_dict'):
-        return policy.state_dict()
-    return torch.as_tensor(policy, dtype=torch.float32).detach().tolist()
+    """A policy as plain JSON; None of a rule that cannot be kept."""
+    if not callable(policy):
+        return torch.as_tensor(policy, dtype=torch.float32).detach().tolist()
+    name = type(policy).__name__
+    if name not in _exit_policies:
+        return None
+    state = policy.state_dict().items()
+    return {'type': name, **{k: v.tolist() if isinstance(v, torch.Tensor) else v for k, v in state}}
 
 
 def _from_json(policy: Any) -> Any:
-    return policy
+    if not isinstance(policy, Mapping):
+        return policy
+    if policy.get('type') not in _exit_policies:
+        raise ValueError(f"there is no exit policy of the type {policy.get('type')!r}")
+    return _exit_policies[policy['type']].from_state_dict({k: v for k, v in policy.items() if k != 'type'})
 
 
 def on_meta(model: Any) -> Any:
