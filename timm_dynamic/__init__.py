@@ -2,5 +2,6 @@
 
 Importing it registers its models with timm.
 """
+from . import exits as exits  # its policies come with models' configs
 from . import models as models
 from .version import __version__ as __version__

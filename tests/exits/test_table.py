@@ -1,0 +1,342 @@
+import json
+import os
+import threading
+
+import numpy as np
+import pytest
+import torch
+from helpers import SHARED
+from safetensors.torch import save_file
+
+from timm_dynamic.exits import ExitPolicy, ExitTable, solve_curve, solve_policy, solve_thresholds
+
+OFFICIAL = SHARED / 'parity' / 'anchornet'
+NEED_OFFICIAL = pytest.mark.skipif(
+    not (OFFICIAL / 'official_table.npz').exists(),
+    reason='not run: the official AnchorNet table of 50,000 images is not beside the repository (../shared)')
+
+# Four samples, three steps of 1, 2 and 4 GMACs.
+CONFIDENCE = [[0.9, 0.1, 0.2], [0.5, 0.8, 0.9], [0.5, 0.6, 0.1], [0.2, 0.3, 0.4]]
+CORRECT = [[True, True, True], [False, True, True], [True, False, False], [False, False, True]]
+TOP5 = [[True, True, True], [True, True, True], [True, True, False], [False, False, True]]
+MACS = [10**9, 2 * 10**9, 4 * 10**9]
+
+
+@pytest.fixture
+def table():
+    return ExitTable(CONFIDENCE, CORRECT, MACS, TOP5)
+
+
+@pytest.mark.parametrize(('thresholds', 'strict', 'steps', 'top1', 'top5'), [
+    # The first sample stops at once (0.9 >= 0.6), the second and third at step 2 (0.8 and 0.6 >= 0.6), the fourth runs
+    # to the end although 0.4 < 9: hits 1, 1, 0, 1. The cost is (1 + 2 + 2 + 4) / 4.
+    ([0.6, 0.6, 9], False, [1, 2, 2, 3], 75., 100.),
+    # 0.6 > 0.6 does not hold: the third sample goes on to step 3, where it is wrong, and not among the best five.
+    ([0.6, 0.6, 9], True, [1, 2, 3, 3], 75., 75.),
+    ([0, 0, 0], False, [1, 1, 1, 1], 50., 75.),
+    ([2, 2, 2], False, [3, 3, 3, 3], 75., 75.),
+    ([2, 0, float('nan')], False, [2, 2, 2, 2], 50., 75.),  # the last threshold is ignored, whatever it is
+    ([0.9, float('inf'), 0], True, [3, 3, 3, 3], 75., 75.),  # 0.9 as float32 does not exceed itself
+])
+def test_thresholds_by_hand(table, thresholds, strict, steps, top1, top5):
+    point = table.evaluate(thresholds, strict=strict)
+    assert point.steps_used.tolist() == steps
+    assert table.steps_used(torch.tensor(thresholds), strict).tolist() == steps
+    assert (point.top1, point.top5) == (top1, top5)
+    assert point.gmacs == sum([1, 2, 4][s - 1] for s in steps) / 4
+    assert point.exit_shares.tolist() == [steps.count(t) / 4 for t in (1, 2, 3)]
+    assert point.thresholds.dtype == torch.float32
+    torch.testing.assert_close(point.thresholds, torch.tensor(thresholds, dtype=torch.float32), equal_nan=True)
+
+
+class Falling(ExitPolicy):
+    """Stop when the confidence falls."""
+    num_steps = 3
+
+    def __call__(self, history):
+        return history[:, -1] < history[:, 0]
+
+    def state_dict(self):
+        return {}
+
+    @classmethod
+    def from_state_dict(cls, state):
+        return cls()
+
+
+def test_policy_by_hand(table):
+    # Nothing has fallen after step 1. After step 2: 0.1 < 0.9, no other. So the first stops there.
+    point = table.evaluate(Falling())
+    assert point.steps_used.tolist() == [2, 3, 3, 3]
+    assert point.thresholds is None
+    assert isinstance(point.policy, Falling)
+    with pytest.raises(ValueError, match='strict'):
+        table.evaluate(Falling(), strict=True)
+    with pytest.raises(ValueError, match='policy for 2 steps, got one for 3'):
+        ExitTable([[0.5, 0.6]], [[True, True]], [1, 2]).evaluate(Falling())
+
+
+def test_anytime_by_hand(table):
+    points = table.anytime()
+    assert [p.top1 for p in points] == [50., 50., 75.]
+    assert [p.top5 for p in points] == [75., 75., 75.]
+    assert [p.gmacs for p in points] == [1., 2., 4.]
+    for t, point in enumerate(points):
+        again = table.evaluate(point.thresholds)
+        assert (again.top1, again.steps_used.tolist()) == (point.top1, [t + 1] * 4)
+
+
+def test_without_top5_and_with_one_step():
+    table = ExitTable(np.float32([[0.3], [0.4]]), np.array([[True], [False]]), torch.tensor([7]))
+    point = table.evaluate([0.5])
+    assert (point.top1, point.top5, point.gmacs, point.exit_shares.tolist()) == (50., None, 7e-9, [1.])
+    assert table.step_macs == (7,)
+    assert '2 samples, 1 steps' in repr(table)
+
+
+def test_not_a_number_is_never_confident():
+    table = ExitTable([[float('nan'), 0.5], [0.4, 0.5]], [[True, False], [True, True]], [1, 2])
+    assert table.steps_used([0., 0.]).tolist() == [2, 1]
+    assert [p.steps_used.tolist() for p in table.anytime()] == [[1, 1], [2, 2]]
+
+
+def test_a_table_keeps_its_own_numbers():
+    confidence, correct = torch.full((2, 2), 0.5), torch.ones(2, 2, dtype=torch.bool)
+    table = ExitTable(confidence, correct, [1, 2])
+    confidence.fill_(0)
+    correct.fill_(False)
+    assert (table.confidence.min().item(), table.correct.all().item()) == (0.5, True)
+
+
+@pytest.mark.parametrize(('arguments', 'message'), [
+    ((torch.zeros(0, 3), torch.zeros(0, 3, dtype=torch.bool), MACS), r'at least one sample.*\[0, 3\]'),
+    ((torch.zeros(4), torch.zeros(4, dtype=torch.bool), MACS), r'shape \[4\]'),
+    ((CONFIDENCE, [[True, True]] * 4, MACS), r'Expected correct as bool of shape \[4, 3\].*bool of shape \[4, 2\]'),
+    ((CONFIDENCE, [[1, 5, 7]] * 4, MACS), r'Expected correct as bool of shape \[4, 3\].*int64'),
+    ((CONFIDENCE, CORRECT, MACS, [[True]]), r'Expected correct_top5 as bool .*\[1, 1\]'),
+    ((CONFIDENCE, CORRECT, MACS[:2]), 'Expected 3 integers for step_macs'),
+    ((CONFIDENCE, CORRECT, [1.5, 2, 3]), 'Expected 3 integers for step_macs'),
+    ((CONFIDENCE, CORRECT, [2, 1, 3]), 'not falling'),
+    ((CONFIDENCE, CORRECT, [0, 1, 3]), 'positive'),
+    ((CONFIDENCE, CORRECT, [1, 2, float('inf')]), 'not falling'),
+    ((CONFIDENCE, CORRECT, [float('nan'), 2, 3]), 'positive'),
+])
+def test_bad_tables(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        ExitTable(*arguments)
+
+
+@pytest.mark.parametrize(('thresholds', 'message'), [
+    ([0.5, 0.5], r'Expected 3 thresholds, one a step, got a tensor of shape \[2\]'),
+    (0.5, r'Expected 3 thresholds'),
+    ([0.5, float('nan'), 0.5], 'must be numbers'),
+    (['a', 'b', 'c'], 'Expected 3 thresholds or an ExitPolicy, got list'),
+    (None, 'Expected 3 thresholds or an ExitPolicy, got NoneType'),
+])
+def test_bad_thresholds(table, thresholds, message):
+    with pytest.raises(ValueError, match=message):
+        table.evaluate(thresholds)
+
+
+@pytest.mark.parametrize('solve', [
+    solve_thresholds, solve_policy, lambda table, gmacs: solve_curve(table, [2., gmacs])])
+@pytest.mark.parametrize('gmacs', [0.99, 4.01, -1, float('nan'), float('inf')])
+def test_bad_budgets(table, solve, gmacs):
+    with pytest.raises(ValueError, match='GMACs is out of range: the first step costs 1, all steps 4'):
+        solve(table, gmacs)
+
+
+def test_subset_and_split(table):
+    assert table.subset([2, 0]).confidence.tolist() == torch.tensor(CONFIDENCE)[[2, 0]].tolist()
+    part = table.subset(torch.tensor([True, False, False, True]))
+    assert (part.correct.tolist(), part.correct_top5.tolist()) == ([CORRECT[0], CORRECT[3]], [TOP5[0], TOP5[3]])
+    assert part.step_macs == tuple(MACS)
+    with pytest.raises(ValueError, match='at least one sample'):
+        table.subset([])
+    big = ExitTable(torch.arange(20.)[:, None] / 20, torch.ones(20, 1, dtype=torch.bool), [1])
+    a, b = big.split(0.3, seed=1)
+    assert (len(a), len(b)) == (6, 14)
+    assert sorted(torch.cat([a.confidence, b.confidence]).flatten().tolist()) == big.confidence.flatten().tolist()
+    assert torch.equal(big.split(0.3, seed=1)[0].confidence, a.confidence)
+    assert not torch.equal(big.split(0.3, seed=2)[0].confidence, a.confidence)
+    for fraction in (0, 1, 0.01):
+        with pytest.raises(ValueError, match='leaves nothing on one side'):
+            big.split(fraction)
+
+
+# Files
+
+@pytest.mark.parametrize('top5', [TOP5, None])
+def test_file_round_trip(tmp_path, top5):
+    table = ExitTable(CONFIDENCE, CORRECT, MACS, top5)
+    table.save(tmp_path / 'table.safetensors')
+    again = ExitTable.load(tmp_path / 'table.safetensors')
+    assert torch.equal(again.confidence, table.confidence)
+    assert torch.equal(again.correct, table.correct)
+    assert again.step_macs == tuple(MACS)
+    assert (again.correct_top5 is None) == (top5 is None)
+    if top5:
+        assert torch.equal(again.correct_top5, table.correct_top5)
+    first = ExitTable.load(tmp_path / 'table.safetensors', steps=2)
+    assert (first.step_macs, first.num_steps) == (tuple(MACS[:2]), 2)
+    assert os.listdir(tmp_path) == ['table.safetensors']  # nothing temporary is left
+
+
+def test_saving_is_all_or_nothing(table, tmp_path, monkeypatch):
+    table.save(tmp_path / 'table.safetensors')
+    before = (tmp_path / 'table.safetensors').read_bytes()
+
+    def fail(*args, **kwargs):
+        raise OSError('disk full')
+
+    monkeypatch.setattr('timm_dynamic.exits.table.save_file', fail)
+    with pytest.raises(OSError, match='disk full'):
+        table.subset([0]).save(tmp_path / 'table.safetensors')
+    assert os.listdir(tmp_path) == ['table.safetensors']
+    assert (tmp_path / 'table.safetensors').read_bytes() == before
+
+
+def test_bad_files(table, tmp_path):
+    file = tmp_path / 'table.safetensors'
+    table.save(file)
+    whole = file.read_bytes()
+    for size in (0, 1, 5, 100, len(whole) - 1):
+        file.write_bytes(whole[:size])
+        with pytest.raises(ValueError, match=r'table.safetensors cannot be read as an exit table: truncated'):
+            ExitTable.load(file)
+    file.write_text('{"json": 1}')
+    with pytest.raises(ValueError, match='cannot be read as an exit table'):
+        ExitTable.load(file)
+    save_file({'weight': torch.zeros(2)}, file)
+    with pytest.raises(ValueError, match=r"its format is not .* it holds \['weight'\]"):
+        ExitTable.load(file)
+    form = {'format': 'timm_dynamic.exit_table.1'}
+    save_file({'confidence': torch.zeros(2, 2)}, file, metadata=form)
+    with pytest.raises(ValueError, match=r"\['correct', 'step_macs'\] missing"):
+        ExitTable.load(file)
+    good = {'confidence': torch.zeros(2, 2), 'correct': torch.zeros(2, 2, dtype=torch.bool),
+            'step_macs': torch.tensor([1, 2])}
+    for change, message in [
+            ({'correct': torch.zeros(2, 3, dtype=torch.bool)}, 'got bool of shape'),
+            ({'correct': torch.zeros(4, dtype=torch.bool)}, 'got bool of shape'),
+            ({'confidence': torch.zeros(2)}, r'shape \[2\]'),
+            ({'step_macs': torch.tensor([1])}, 'Expected 2 integers'),
+            ({'confidence': torch.tensor([[0., 1.], [torch.nan, 0.]])}, '1 of 2 samples .* not numbers'),
+    ]:
+        save_file({**good, **change}, file, metadata=form)
+        with pytest.raises(ValueError, match=message):
+            ExitTable.load(file)
+    with pytest.raises(FileNotFoundError):
+        ExitTable.load(tmp_path / 'none.safetensors')
+    save_file(good, file, metadata=form)
+    with pytest.raises(ValueError, match='3 steps asked for'):
+        ExitTable.load(file, steps=3)
+    with pytest.raises(ValueError, match='AnchorNet tables only'):
+        ExitTable.load(file, step_macs=[1, 2])
+    with pytest.raises(ValueError, match='not numbers'):
+        ExitTable([[torch.nan]], [[True]], [1]).save(file)
+
+
+@pytest.mark.parametrize('zipped', [True, False])
+def test_anchornet_tables(table, tmp_path, zipped):
+    file = tmp_path / 'densenet201_95_0.3_0.pth'
+    table.save_anchornet(file, 'densenet201_95_[0.3, 0.3]')
+    values = torch.load(file, weights_only=True)
+    assert {k: getattr(v, 'dtype', v) for k, v in values.items()} == {
+        'setup': 'densenet201_95_[0.3, 0.3]', 'thresholds': torch.float32, 'predictions': torch.bool}
+    torch.save(values, file, _use_new_zipfile_serialization=zipped)  # the original's torch 1.8 can write either
+    again = ExitTable.load(file)
+    assert torch.equal(again.confidence, table.confidence)
+    assert torch.equal(again.correct, table.correct)
+    assert again.step_macs == (790_000_000, 1_640_000_000, 2_430_000_000)  # 0.79, then 0.06 + 0.79 t
+    assert ExitTable.load(file, anchor_macs=80_000_000).step_macs[1] == 1_660_000_000
+    assert ExitTable.load(file, step_macs=[1, 2, 3]).step_macs == (1, 2, 3)
+    assert ExitTable.load(file, steps=2).confidence.shape == (4, 2)
+    table.save_anchornet(file, 'resnet50_95_[0.3, 0.3]')
+    assert ExitTable.load(file).step_macs[0] == 752_000_000
+
+
+def test_bad_anchornet_tables(table, tmp_path):
+    file = tmp_path / 'table.pth'
+    table.save_anchornet(file, 'vgg_95')
+    with pytest.raises(ValueError, match=r"costs of its setup 'vgg_95' are not known.*give step_macs"):
+        ExitTable.load(file)
+    with pytest.raises(ValueError, match='it has 3 columns, step_macs has 2'):
+        ExitTable.load(file, step_macs=[1, 2])
+    whole = file.read_bytes()
+    for size in (3, 200, len(whole) - 30):
+        file.write_bytes(whole[:size])
+        with pytest.raises(ValueError, match=r'table.pth cannot be read as an exit table: truncated'):
+            ExitTable.load(file)
+    torch.save({'net': {}, 'epoch': 3}, file)
+    with pytest.raises(ValueError, match=r"has \['predictions', 'setup', 'thresholds'\], found \['epoch', 'net'\]"):
+        ExitTable.load(file)
+    torch.save([1], file)
+    with pytest.raises(ValueError, match='found list'):
+        ExitTable.load(file)
+    setup, ok = 'densenet201_95', torch.zeros(2, 3, dtype=torch.bool)
+    for thresholds, predictions, message in [
+            (torch.zeros(2, 3), torch.zeros(2, 3, dtype=torch.int64), 'got int64'),  # labels, as its README says
+            (torch.zeros(2, 3), torch.zeros(2, 2, dtype=torch.bool), 'got bool of shape'),
+            (torch.zeros(3), ok, r'shape \[3\]'),
+            (torch.full((2, 3), torch.nan), ok, '2 of 2 samples .* not numbers'),
+            ([[0.5]], ok, 'not both tensors'),
+    ]:
+        torch.save({'setup': setup, 'thresholds': thresholds, 'predictions': predictions}, file)
+        with pytest.raises(ValueError, match=message):
+            ExitTable.load(file)
+
+
+def test_foreign_code_is_not_run(tmp_path):
+    class Harmful:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / 'harm'),)
+
+    torch.save({'setup': Harmful(), 'thresholds': torch.zeros(1, 1), 'predictions': torch.zeros(1, 1)},
+               tmp_path / 'table.pth')
+    with pytest.raises(ValueError, match='cannot be read as an exit table'):
+        ExitTable.load(tmp_path / 'table.pth')
+    assert not (tmp_path / 'harm').exists()
+
+
+@NEED_OFFICIAL
+@pytest.mark.parametrize(('anchor_macs', 'costs_reproduced'), [(80_000_000, 34), (60_000_000, 21)])
+def test_published_points_of_anchornet(tmp_path, anchor_macs, costs_reproduced):
+    """All 34 accuracies, and all costs with the charge the published list was made with, to the printed digit."""
+    arrays = np.load(OFFICIAL / 'official_table.npz')
+    six = {  # the file as released has a sixth column
+        'setup': 'densenet201_95_[0.3, 0.3, 0.3, 0.3]',
+        'thresholds': torch.tensor(np.concatenate([arrays['thresholds'], arrays['thresholds_column6'][:, None]], 1)),
+        'predictions': torch.tensor(np.concatenate([arrays['predictions'], arrays['predictions_column6'][:, None]], 1)),
+    }
+    torch.save(six, tmp_path / 'official.pth')
+    table = ExitTable.load(tmp_path / 'official.pth', steps=5, anchor_macs=anchor_macs)
+    assert (len(table), table.num_steps) == (50_000, 5)
+    rows = json.loads((OFFICIAL / 'official_acc_flops.json').read_text())['rows']
+    costs = 0
+    for row in rows:
+        point = table.evaluate(row['thresholds'], strict=True)
+        assert round(point.top1 / 100, 4) == row['acc']
+        assert (point.exit_shares * 50_000).round().long().tolist() == row['stage_num']
+        assert table.evaluate(row['thresholds']).top1 == point.top1  # >= gives the same on real data
+        costs += round(point.gmacs, 2) == row['gflops']
+    assert costs == costs_reproduced
+
+
+def test_threads_share_a_table():
+    generator = torch.Generator().manual_seed(0)
+    confidence = torch.rand(500, 3, generator=generator)
+    table = ExitTable(confidence, torch.rand(500, 3, generator=generator) < confidence, MACS)
+    expected = [ExitTable(table.confidence, table.correct, MACS).evaluate(
+        solve_policy(ExitTable(table.confidence, table.correct, MACS), g)).top1 for g in (1.5, 2.5)]
+    found = {}
+
+    def run(i):
+        found[i] = [table.evaluate(solve_policy(table, g)).top1 for g in (1.5, 2.5)]
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert list(found.values()) == [expected] * 4

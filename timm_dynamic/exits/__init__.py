@@ -1,0 +1,18 @@
+from .engine import collect_exit_table, early_exit
+from .policy import ExitPolicy, ValuePolicy
+from .table import ExitPoint, ExitTable
+from .thresholds import geometric_thresholds, judge_solver, solve_curve, solve_policy, solve_thresholds
+
+__all__ = [
+    'ExitPoint',
+    'ExitPolicy',
+    'ExitTable',
+    'ValuePolicy',
+    'collect_exit_table',
+    'early_exit',
+    'geometric_thresholds',
+    'judge_solver',
+    'solve_curve',
+    'solve_policy',
+    'solve_thresholds',
+]
