@@ -245,7 +245,7 @@ def test_policy_by_hand():
     # Confidence 0.9 at step 1 is 0.75 of the scale -0.6..1.4. Weights that make change(x) = 0.002 + 0.998 / 2,
     # benefit(x) = 0.2 + x - 0.6, cost(x) = 0.3, at most 0.25: 0.501 * 0.35 <= 0.25, so it stops. With x = 1 (1.4
     # and above): 0.501 * 0.6 = 0.3006 > 0.25, it goes on.
-    zeros = [0.] * 12
+    zeros = [0.] * 6
     policy = ValuePolicy((-0.6, 1.4), [[0.] * 7], [[0.2, 1., *zeros]], [[0.3, 0., *zeros]], [(0.1, 0.25)])
     assert policy.num_steps == 2
     assert policy(torch.tensor([[0.9], [1.4], [2.], [math.nan]])).tolist() == [True, False, False, True]

@@ -7,7 +7,8 @@ import torch
 
 from ..models.dynamic_net import register_exit_policy
 
-NUM_KNOTS = 12
+_VALUE_KNOTS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)  # none above, where a change is too rare to tell a bend from noise
+NUM_KNOTS = len(_VALUE_KNOTS)
 _LOGIT_KNOTS = (-0.5, 0.5, 1.5, 3.0, 5.0)
 _LOGIT_CLIP = 1e-4
 _MIN_CHANGE = 0.002
@@ -74,7 +75,7 @@ def value_basis(history: torch.Tensor) -> torch.Tensor:
         [n, 2 + NUM_KNOTS + t - 1].
     """
     last = history[:, -1:]
-    knots = torch.arange(1, NUM_KNOTS + 1, dtype=history.dtype, device=history.device) / (NUM_KNOTS + 1)
+    knots = torch.tensor(_VALUE_KNOTS, dtype=history.dtype).to(history.device, non_blocking=True)
     return torch.cat([torch.ones_like(last), last - 0.6, (last - knots).clamp(min=0), history[:, :-1] - 0.6], dim=1)
 
 

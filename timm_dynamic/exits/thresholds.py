@@ -43,7 +43,7 @@ _PEN_LINE = 3.0  # height and slope, from those of all steps together
 _PEN_HISTORY = 10.0  # influence of earlier confidences
 _PEN_CHANGE = 1.0  # all weights of the probability of a change
 # Samples that would have stopped before count less, down to this. The odds of a change at which half of them stop.
-_LEAST_WEIGHT = 0.3
+_LEAST_WEIGHT = 0.5
 _REACH_ODDS = 0.07
 _CHUNK = 4_000_000  # samples x prices held at once
 
