@@ -122,7 +122,8 @@ def create_train_parser() -> argparse.ArgumentParser:
     p.add_argument('-c', '--config', default='', metavar='FILE', help='YAML file with options')
 
     g = p.add_argument_group('Recipe')
-    g.add_argument('--recipe', metavar='NAME', help="'classification' or 'focusnet' (default: by the other options)")
+    g.add_argument('--recipe', metavar='NAME', help=(
+        "'classification', 'focusnet', 'gfnet' or 'end-to-end' (default: by the model and the other options)"))
     g.add_argument('--stage', nargs='+', metavar='NAME', help='run only these stages of the recipe')
     g.add_argument('--stage-args', nargs='+', default=[], metavar='STAGE.OPTION=VALUE',
                    help='options for one stage, e.g. baseline.epochs=5')
@@ -135,6 +136,26 @@ def create_train_parser() -> argparse.ArgumentParser:
                    help="softens the baseline's probabilities when confused classes are picked (%(default)s)")
     g.add_argument('--focus-attention-weight', type=float, default=1.0, metavar='W', help='(%(default)s)')
     g.add_argument('--focus-negentropy-weight', type=float, default=1.0, metavar='W', help='(%(default)s)')
+
+    g.add_argument('--init-local', metavar='SOURCE', help=(
+        "weights that a GFNet's local encoder starts from: a timm model, a folder or file with weights of the backbone, "
+        "or 'scratch' to train it on whole images first (default: the backbone's pretrained weights if they can be "
+        'had; the demo set: scratch)'))
+    g.add_argument('--init-global', metavar='SOURCE', help='the same for the global encoder (as --init-local)')
+    g.add_argument('--init-from', default='', metavar='PATH', help=(
+        "weights of a whole GFNet that the first stage starts from: a stage's folder, a file, or an authors' checkpoint"))
+    g.add_argument('--aux-weight', type=float, default=1.0, metavar='W', help="of the encoders' auxiliary losses (%(default)s)")
+    g.add_argument('--freeze-global', action=argparse.BooleanOptionalAction, default=False, help='the global encoder does not learn')
+    g.add_argument('--classifier-lr-scale', type=float, default=1.0, metavar='S',
+                   help="the classifier's learning rate, as a multiple of --lr (%(default)s)")
+    g.add_argument('--policy-std', type=float, default=0.1, metavar='S', help='standard deviation of actions in training (%(default)s)')
+    g.add_argument('--policy-gamma', type=float, default=0.7, metavar='G', help='discount of later rewards (%(default)s)')
+    g.add_argument('--policy-clip', type=float, default=0.2, metavar='E', help='range of PPO ratios that count (%(default)s)')
+    g.add_argument('--policy-value-weight', type=float, default=0.5, metavar='W', help="of the critic's loss (%(default)s)")
+    g.add_argument('--policy-entropy-weight', type=float, default=0.01, metavar='W', help='(%(default)s)')
+    g.add_argument('--policy-updates', type=int, default=1, metavar='K', help='policy updates per batch (%(default)s)')
+    g.add_argument('--save-patches', type=int, default=0, metavar='N',
+                   help='after every validation, draw where a GFNet looks in N images')
 
     g = p.add_argument_group('Dataset')
     _dataset_options(g, split_names=True)

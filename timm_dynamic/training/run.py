@@ -16,13 +16,13 @@ import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
-from timm.models import safe_model_name
+from timm.models import is_model_in_modules, parse_model_name, safe_model_name
 from timm.utils import setup_default_logging
 
 from ..task import Recipe, Stage, StageContext, create_baseline, create_recipe
 from ..utils import CheckpointError, clean_partial_files
 from .accelerator import create_accelerator
-from .build import build_eval_loader, check_model_name, model_dtype, training_data_config, uses_demo_data
+from .build import build_eval_loader, build_model, check_model_name, model_dtype, training_data_config, uses_demo_data
 from .evaluate import evaluate
 from .options import create_train_parser, given_options, read_config, typed_value
 from .report import format_table, write_rows
@@ -76,6 +76,9 @@ class TrainOptions:
         if 'opt_kwargs' in own:  # adds to the recipe's, does not undo them
             own['opt_kwargs'] = {**recipe.get('opt_kwargs', {}), **own['opt_kwargs']}
         args = argparse.Namespace(**{**self.defaults, **recipe, **own})
+        if stage.model is not None:
+            args.model, args.model_kwargs = stage.model, dict(stage.model_kwargs)
+            args.pretrained, args.pretrained_path, args.initial_checkpoint = False, None, ''
         if global_batch and 'batch_size' not in own:
             parts = num_processes * max(1, args.grad_accum_steps)
             if global_batch % parts:
@@ -172,7 +175,7 @@ def run_training(argv: Sequence[str] | None = None) -> dict[str, Any]:
         importlib.import_module(module)
     check_model_name(base.model)
     demo = uses_demo_data(base)
-    recipe = create_recipe(base, demo)
+    recipe = create_recipe(base, demo, _model_with_recipes(base))
     stages = _select_stages(recipe, base, options)
 
     # Accelerate needs the accumulation steps before stages are resolved; a recipe's own would come too late.
@@ -198,11 +201,14 @@ def run_training(argv: Sequence[str] | None = None) -> dict[str, Any]:
     if main:
         _show_stages(stages, options, accelerator.num_processes)
     weights = {s.name: _stage_folder(folder, recipe, s) / 'best' for s in recipe.stages}
+    begins_with = next((s.name for s in stages if s.model is None), None)  # what --init-from is for
 
     results = run_state['results']
     with StopRequest() as stop:
         for stage in stages:
             args = options.for_stage(stage, accelerator.num_processes)
+            if stage.name != begins_with:
+                args.init_from = ''
             if stage.name in results:
                 # The stage that the state is of may be given more epochs.
                 last = state is not None and state['identity']['stage'] == stage.name
@@ -210,11 +216,12 @@ def run_training(argv: Sequence[str] | None = None) -> dict[str, Any]:
                     _logger.info(f'Stage {stage.name} is finished.')
                     continue
                 del results[stage.name]
+            resume_from = state if state is not None and state['identity']['stage'] not in results else None
             trainer = Trainer(
                 stage, args, accelerator, _stage_folder(folder, recipe, stage), store, identity,
-                StageContext(stage_weights=weights), run_state)
-            if state is not None and state['identity']['stage'] not in results:
-                trainer.load_state_dict(state)
+                StageContext(stage_weights=weights, resumed=resume_from is not None), run_state)
+            if resume_from is not None:
+                trainer.load_state_dict(resume_from)
                 if main:
                     _logger.info(f'Continuing stage {stage.name} at epoch {trainer.epoch}, batch {trainer.batch}.')
             elif timm_checkpoint:
@@ -232,6 +239,14 @@ def run_training(argv: Sequence[str] | None = None) -> dict[str, Any]:
                      f"Load them with: timm.create_model('local-dir:{folder / 'best'}', pretrained=True)")
     accelerator.end_training()
     return {'folder': folder, 'results': dict(results), 'table': table}
+
+
+def _model_with_recipes(args: argparse.Namespace) -> Any:
+    """The model, if it is of a family that has recipes of its own."""
+    source, name = parse_model_name(args.model)
+    if source is None and not is_model_in_modules(name.split('.')[0], ['gfnet']):
+        return None
+    return build_model(args)
 
 
 def _select_stages(recipe: Recipe, args: argparse.Namespace, options: TrainOptions) -> list[Stage]:
@@ -281,7 +296,7 @@ def _compare(
     """Evaluate the best weights of every stage, and the recipe's references, on the same images."""
     models: list[tuple[str, Any]] = [
         (s.label or s.name, timm.create_model(f'local-dir:{weights[s.name]}', pretrained=True))
-        for s in stages if (weights[s.name] / 'config.json').exists()
+        for s in stages if s.shown and (weights[s.name] / 'config.json').exists()
     ]
     args = options.for_stage(stages[-1], accelerator.num_processes)
     split = args.test_split or ('test' if uses_demo_data(args) else args.val_split)
