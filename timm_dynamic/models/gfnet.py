@@ -64,8 +64,8 @@ _logger = logging.getLogger(__name__)
 _BACKBONES = {'mobilenetv3_large_125': partial(_gen_mobilenet_v3, 'mobilenetv3_large_100', 1.25)}
 
 
-def create_encoder(backbone: str, in_chans: int, patch_size: int, **kwargs: Any) -> Any:
-    """Create a network that ends with its feature vector, for images of the size of a patch.
+def create_encoder(backbone: str, in_chans: int, patch_size: int, num_classes: int = 0, **kwargs: Any) -> Any:
+    """Create a network for images of the size of a patch, which ends with its feature vector.
 
     Raises:
         ValueError: There is no such backbone, or it does not take these arguments.
@@ -79,7 +79,7 @@ def create_encoder(backbone: str, in_chans: int, patch_size: int, **kwargs: Any)
         kwargs = {'img_size': patch_size, **kwargs}
     create_fn: Any = _BACKBONES.get(name) or partial(timm.create_model, backbone)
     try:
-        return create_fn(num_classes=0, in_chans=in_chans, **kwargs)
+        return create_fn(num_classes=num_classes, in_chans=in_chans, **kwargs)
     except TypeError as e:
         raise ValueError(f"The backbone '{backbone}' cannot be made with {kwargs}: {e}") from e
 

@@ -19,8 +19,8 @@ from ..models.gfnet import (
     read_gfnet_checkpoint,
     training_state_from_checkpoint,
 )
-from ..utils import CheckpointError, load_weights, read_task_state
-from .glance_focus import EndToEndTask, GlanceFocusTask, PatchPolicyTask
+from ..utils import CheckpointError, load_weights, read_state_dict, read_task_state
+from .glance_focus import OWN_FIRST_HEADS, EndToEndTask, GlanceFocusTask, PatchPolicyTask
 from .stage import Recipe, Stage, StageContext
 
 _logger = logging.getLogger(__name__)
@@ -53,10 +53,10 @@ _DEMO_COMMON: dict[str, Any] = dict(
 )
 _DEMO: dict[str, dict[str, Any]] = {
     'static': dict(_DEMO_COMMON, epochs=6),
-    'warmup': dict(_DEMO_COMMON, epochs=4),
+    'warmup': dict(_DEMO_COMMON, epochs=4, lr=1e-3, warmup_epochs=0, classifier_lr_scale=3.),
     'policy': dict(_DEMO_COMMON, epochs=3, opt='adam', lr=1e-3, weight_decay=0., warmup_epochs=0),
-    'finetune': dict(_DEMO_COMMON, epochs=4, lr=1e-3),
-    'end-to-end': dict(_DEMO_COMMON, epochs=11, policy_std=0.),
+    'finetune': dict(_DEMO_COMMON, epochs=4, lr=1e-3, warmup_epochs=0),
+    'end-to-end': dict(_DEMO_COMMON, epochs=11, lr=1e-3, policy_std=0.),
 }
 
 
@@ -118,57 +118,70 @@ def load_training_checkpoint(model: GFNet, source: str | Path, needs_policy: boo
     return read_task_state(path if path.is_dir() else path.parent)
 
 
-def load_encoder(encoder: Any, source: str | Path, model: GFNet) -> None:
-    """Load an encoder with weights of its backbone; a classifier among them is left out.
+def load_encoder(encoder: Any, source: str | Path, model: GFNet) -> dict[str, torch.Tensor]:
+    """Load an encoder with weights of its backbone.
 
     Args:
         encoder: The encoder.
         source: A timm model name, 'hf-hub:ORG/NAME', or a folder or file with weights of the backbone.
         model: What the encoder is part of.
 
+    Returns:
+        'weight' and 'bias' of the classifier that was among them, if it is one for the model's classes.
+
     Raises:
         CheckpointError: There are no such weights, they cannot be reached, or they do not fit.
     """
     text = str(source).removeprefix('local-dir:')
     cfg = encoder.pretrained_cfg
-    classifier = cfg.get('classifier') or ()
-    names = (classifier,) if isinstance(classifier, str) else tuple(classifier)
-    family_filter = checkpoint_filter_of(cfg['architecture']) if is_model(cfg['architecture']) else None
-
-    def keep(state_dict: dict[str, torch.Tensor], net: Any) -> dict[str, torch.Tensor]:
-        state_dict = family_filter(state_dict, net) if family_filter else state_dict
-        return {k: v for k, v in state_dict.items() if not k.startswith(tuple(f'{n}.' for n in names))}
-
+    architecture, head = cfg['architecture'], cfg.get('classifier') or ''
     if Path(text).exists():
-        load_weights(encoder, text, keep, adapt=True)
-        return
-    try:
-        if text.startswith('hf-hub:'):
-            net = timm.create_model(text, pretrained=True, num_classes=0, in_chans=model.in_chans)
-        else:
-            net = create_encoder(text, model.in_chans, model.patch_size, pretrained=True, **model.backbone_args)
-    except (OSError, RuntimeError, ValueError) as e:
-        reason = str(e).strip().splitlines()[0]
-        raise CheckpointError(f"The weights of '{text}' are not to be had: {reason}") from e
-    load_weights(encoder, net.state_dict(), label=f"'{text}'")
+        filter_fn = checkpoint_filter_of(architecture) if is_model(architecture) else None
+        state_dict = read_state_dict(text)
+        state_dict = dict(filter_fn(state_dict, encoder)) if filter_fn else state_dict
+    else:
+        try:
+            if text.startswith('hf-hub:'):
+                net = timm.create_model(text, pretrained=True, in_chans=model.in_chans)
+            else:
+                net = create_encoder(
+                    text, model.in_chans, model.patch_size, model.num_classes, pretrained=True, **model.backbone_args)
+        except (OSError, RuntimeError, ValueError) as e:
+            reason = str(e).strip().splitlines()[0]
+            raise CheckpointError(f"The weights of '{text}' are not to be had: {reason}") from e
+        state_dict = net.state_dict()
+        if net.pretrained_cfg['num_classes'] != model.num_classes:
+            state_dict = {k: v for k, v in state_dict.items() if k.rpartition('.')[0] != head}
+    weights = {k: v for k, v in state_dict.items() if k.rpartition('.')[0] != head}
+    load_weights(encoder, weights, adapt=True, label=f"'{text}'")
+    classifier = {k.rpartition('.')[2]: v for k, v in state_dict.items() if k.rpartition('.')[0] == head}
+    fits = {'weight': (model.num_classes, model.feature_size), 'bias': (model.num_classes,)}
+    return classifier if {k: tuple(v.shape) for k, v in classifier.items()} == fits else {}
 
 
 def _init_encoders(model: GFNet, args: argparse.Namespace, context: StageContext) -> Mapping[str, Any] | None:
+    """The encoders' weights; their classifiers become auxiliary heads, or the head of step 1 if that is what they are."""
     if args.init_from:
         return load_training_checkpoint(model, args.init_from, needs_policy=False)
     local = args.init_local
     if local == 'scratch':
         local = context.stage_weights['static']
+    heads = {}
     for name, source in (('local', local), ('global', args.init_global or local)):
         encoder = getattr(model, f'{name}_encoder')
-        if source:
-            load_encoder(encoder, source, model)
-            continue
         try:
-            load_encoder(encoder, model.backbone, model)
+            classifier = load_encoder(encoder, source or model.backbone, model)
         except CheckpointError as e:
+            if source:
+                raise
             _logger.warning(f'The {name} encoder starts from random weights. {e} Give others with --init-{name}.')
-    return None
+            continue
+        if classifier:
+            heads[f'{name}_aux'] = classifier
+    first = model.classifier.head_name(0)
+    if 'global_aux' in heads and first in OWN_FIRST_HEADS:
+        model.classifier.heads[first].load_state_dict(heads.pop('global_aux'))
+    return heads
 
 
 def _load_init_from(model: GFNet, args: argparse.Namespace, context: StageContext, needs_policy: bool) -> Any:

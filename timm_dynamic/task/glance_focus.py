@@ -32,6 +32,8 @@ from ..models.gfnet import GFNet
 
 _logger = logging.getLogger(__name__)
 
+OWN_FIRST_HEADS = ('first', '1')  # of step classifiers that predict step 1 from the glance's features alone
+
 
 class GlanceFocusModule(nn.Module):
     """A GFNet and what only its training needs, as one module: whoever wraps it sees all that learns.
@@ -48,7 +50,7 @@ class GlanceFocusModule(nn.Module):
     def __init__(self, model: GFNet) -> None:
         super().__init__()
         self.model = model
-        self.own_first_head = model.classifier.head_name(0) in ('first', '1')
+        self.own_first_head = model.classifier.head_name(0) in OWN_FIRST_HEADS
         names = ['local_aux'] if self.own_first_head else ['global_aux', 'local_aux']
         dd = get_device_dtype(model)
         self.heads = nn.ModuleDict({name: nn.Linear(model.feature_size, model.num_classes, **dd) for name in names})
@@ -239,8 +241,8 @@ class GlanceFocusTask(_GlanceFocusTask):
         positions: Where patches are cut: 'random' (uniformly, stage 1) or 'policy' (drawn around what the policy
             proposes, which does not learn, stage 3).
         aux_weight: Weight of the auxiliary losses.
-        freeze_global: The global encoder does not learn, and stays in eval mode; nor does the head of step 1 where it
-            is the encoder's own.
+        freeze_global: The global encoder does not learn, and stays in eval mode; nor does its own classifier, if it
+            comes with the encoder's published weights: as many classes as those have.
         std: Standard deviation of the policy's actions.
         smoothing: Label smoothing.
         device: Device of the task.
@@ -266,11 +268,11 @@ class GlanceFocusTask(_GlanceFocusTask):
         self.positions, self.aux_weight, self.std = positions, aux_weight, std
         if freeze_global:
             module = self.module
-            self.frozen.append(module.model.global_encoder)
-            if module.own_first_head:
-                self.frozen.append(module.model.classifier.heads[module.model.classifier.head_name(0)])
-            else:
-                self.frozen.append(module.heads['global_aux'])
+            self.frozen.append(model.global_encoder)
+            if model.num_classes == model.global_encoder.pretrained_cfg['num_classes']:
+                heads = model.classifier.heads
+                self.frozen.append(
+                    heads[model.classifier.head_name(0)] if module.own_first_head else module.heads['global_aux'])
             for part in self.frozen:
                 part.requires_grad_(False)
 
