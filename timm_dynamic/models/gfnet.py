@@ -139,8 +139,7 @@ class GFNet(DynamicNet):
         height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
         if height != width:
             raise ValueError(f'GFNet takes square images, got img_size {height}x{width}.')
-        if not 0 < patch_size <= height:
-            raise ValueError(f'patch_size must be between 1 and img_size {height}, got {patch_size}.')
+        _check_patch_size(patch_size, height)
         if num_steps < 2:
             raise ValueError(f'num_steps must be at least 2, a glance and a patch, got {num_steps}.')
         if step_classifier not in ('recurrent', 'concat'):
@@ -197,6 +196,10 @@ class GFNet(DynamicNet):
         x = encoder.forward_features(view)
         feature = encoder.forward_head(x, pre_logits=True)
         return (x.permute(0, 3, 1, 2) if _is_nhwc(encoder) else x), feature
+
+    def set_input_size(self, img_size: int | tuple[int, int]) -> None:
+        _check_patch_size(self.patch_size, img_size if isinstance(img_size, int) else min(img_size))
+        super().set_input_size(img_size)
 
     def init_state(self, x: torch.Tensor) -> State:
         if x.ndim != 4 or x.shape[1] != self.in_chans:
@@ -363,6 +366,11 @@ class GFNet(DynamicNet):
 
 def _of_both(names: Iterable[str]) -> tuple[str, ...]:
     return tuple(f'{encoder}.{name}' for encoder in ('global_encoder', 'local_encoder') for name in names)
+
+
+def _check_patch_size(patch_size: int, img_size: int) -> None:
+    if not 0 < patch_size <= img_size:
+        raise ValueError(f'patch_size must be between 1 and img_size {img_size}, got {patch_size}.')
 
 
 def _check_pool(global_pool: str, num_classes: int) -> str:
@@ -592,7 +600,7 @@ default_cfgs = generate_default_cfgs({
         input_size=(3, 300, 300), pool_size=(5, 5), crop_pct=0.904),
     'gfnet.untrained': _cfg(heads='rnn', origin_url=None),
     'test_gfnet.untrained': _cfg(
-        first_conv='conv1.0', heads='rnn', num_classes=10, input_size=(3, 96, 96), pool_size=(2, 2), crop_pct=1.0,
+        first_conv='conv1.0', heads='rnn', num_classes=10, input_size=(3, 96, 96), pool_size=(3, 3), crop_pct=1.0,
         origin_url=None),
 })
 
@@ -726,6 +734,6 @@ def gfnet_efficientnet_b3_144(pretrained: bool = False, **kwargs: Any) -> GFNet:
 def test_gfnet(pretrained: bool = False, **kwargs: Any) -> GFNet:
     """A GFNet of 0.7 M parameters for demonstration and tests, over the ResNet of test_focusnet."""
     model_args = dict(
-        backbone='test_focusnet', backbone_args=dict(output_stride=16), patch_size=32, num_steps=3, img_size=96,
+        backbone='test_focusnet', backbone_args=dict(output_stride=16), patch_size=48, num_steps=3, img_size=96,
         classifier_hidden=128, policy='conv', policy_hidden=128)
     return _create_gfnet('test_gfnet', pretrained, **dict(model_args, **kwargs))

@@ -53,10 +53,11 @@ _DEMO_COMMON: dict[str, Any] = dict(
 )
 _DEMO: dict[str, dict[str, Any]] = {
     'static': dict(_DEMO_COMMON, epochs=6),
-    'warmup': dict(_DEMO_COMMON, epochs=4, lr=1e-3, warmup_epochs=0, classifier_lr_scale=3.),
+    'warmup': dict(
+        _DEMO_COMMON, epochs=4, lr=1e-3, warmup_epochs=0, classifier_lr_scale=3., init_local='scratch'),
     'policy': dict(_DEMO_COMMON, epochs=3, opt='adam', lr=1e-3, weight_decay=0., warmup_epochs=0),
     'finetune': dict(_DEMO_COMMON, epochs=4, lr=1e-3, warmup_epochs=0),
-    'end-to-end': dict(_DEMO_COMMON, epochs=11, lr=1e-3, policy_std=0.),
+    'end-to-end': dict(_DEMO_COMMON, epochs=11, lr=1e-3, policy_std=0., init_local='scratch'),
 }
 
 
@@ -208,26 +209,26 @@ def _check(args: argparse.Namespace, model: Any, recipe: str) -> None:
             f"The recipe '{recipe}' trains GFNet models, e.g. --model gfnet_resnet50_96; got '{args.model}'.")
 
 
-def _static_stages(args: argparse.Namespace, model: GFNet, defaults: Mapping[str, Any]) -> tuple[Stage, ...]:
-    if args.init_local != 'scratch':
+def _static_stages(
+        args: argparse.Namespace,
+        model: GFNet,
+        defaults: Mapping[str, Mapping[str, Any]],
+) -> tuple[Stage, ...]:
+    if (args.init_local or defaults['warmup'].get('init_local')) != 'scratch':
         if args.init_global == 'scratch':
             raise ValueError('--init-global scratch: it is --init-local scratch that trains a net to start from.')
         return ()
     return (Stage(
-        'static', create_static_task, dict(defaults), model=model.backbone, model_kwargs=model.backbone_args,
+        'static', create_static_task, defaults['static'], model=model.backbone, model_kwargs=model.backbone_args,
         label=f'{model.backbone}, whole images'),)
 
 
 def create_gfnet_recipe(args: argparse.Namespace, demo: bool, model: Any) -> Recipe:
     """Warm-up, policy, finetune; with `--init-local scratch` after a static net that the encoders start from."""
     _check(args, model, 'gfnet')
-    if demo:
-        args.init_local = args.init_local or 'scratch'
-        defaults = _DEMO
-    else:
-        defaults = _paper_defaults(model)
+    defaults = _DEMO if demo else _paper_defaults(model)
     return Recipe('gfnet', (
-        *_static_stages(args, model, defaults['static']),
+        *_static_stages(args, model, defaults),
         Stage('warmup', create_glance_focus_task, defaults['warmup'], prepare=_init_encoders, shown=False),
         Stage('policy', create_policy_task, defaults['policy'], starts_from='warmup', shown=False,
               prepare=partial(_load_init_from, needs_policy=False)),
@@ -239,12 +240,8 @@ def create_gfnet_recipe(args: argparse.Namespace, demo: bool, model: Any) -> Rec
 def create_end_to_end_recipe(args: argparse.Namespace, demo: bool, model: Any) -> Recipe:
     """One stage in which the policy learns through patches cut between pixels."""
     _check(args, model, 'end-to-end')
-    if demo:
-        args.init_local = args.init_local or 'scratch'
-        defaults = _DEMO
-    else:
-        defaults = _paper_defaults(model)
+    defaults = _DEMO if demo else _paper_defaults(model)
     return Recipe('end-to-end', (
-        *_static_stages(args, model, defaults['static']),
+        *_static_stages(args, model, defaults),
         Stage('end-to-end', create_end_to_end_task, defaults['end-to-end'], prepare=_init_encoders, label=args.model),
     ))

@@ -28,6 +28,7 @@ from ..data import (
     worker_context,
 )
 from ..models._builder import checkpoint_filter_of
+from ..models.dynamic_net import DynamicNet
 from ..task.recipe import mixes
 from ..utils import load_weights, seeded
 
@@ -72,7 +73,11 @@ def build_model(args: argparse.Namespace, **kwargs: Any) -> Any:
         global_pool=args.gp,
         **{**args.model_kwargs, **{k: v for k, v in kwargs.items() if v is not None}},
     )
-    return timm.create_model(**resolved)
+    model = timm.create_model(**resolved)
+    size = args.img_size or (tuple(args.input_size[1:]) if args.input_size else None)
+    if isinstance(model, DynamicNet) and size:
+        model.set_input_size(size)
+    return model
 
 
 def build_training_model(args: argparse.Namespace) -> Any:
