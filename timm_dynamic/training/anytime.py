@@ -227,12 +227,23 @@ def budget_rows(
     Raises:
         ValueError: A budget is below the cost of the first step or above that of all.
     """
-    fitted = solve_curve(calibration, budgets, num, method)
-    asked = [point.gmacs for point in fitted] if budgets is None else budgets
     return [
         point_row('budget', table.evaluate(point.policy), budget=budget, **more)
-        for budget, point in zip(asked, fitted)
+        for budget, point in _solve(calibration, budgets, method, num)
     ]
+
+
+def _solve(
+        calibration: ExitTable,
+        budgets: Sequence[float] | None,
+        method: str,
+        num: int,
+) -> list[tuple[float, ExitPoint]]:
+    """Budgets and what was solved for them; of those that nobody asked for, every one once."""
+    points = solve_curve(calibration, budgets, num, method)
+    if budgets is not None:
+        return list(zip(budgets, points))
+    return list({point.gmacs: (point.gmacs, point) for point in points}.values())
 
 
 def geometric_rows(calibration: ExitTable, table: ExitTable, **more: Any) -> list[Row]:
@@ -256,7 +267,7 @@ def budgets_to_keep(
         it gives on `table` and the further entries.
     """
     kept = []
-    for point in solve_curve(calibration, budgets, num, method):
+    for _, point in _solve(calibration, budgets, method, num):
         judged = point_row('budget', table.evaluate(point.policy), **more)
         judged = {k: v for k, v in judged.items() if k not in ('point', 'thresholds')}
         kept.append({'gmacs': point.gmacs, 'policy': point.policy, 'judged': judged})
