@@ -11,7 +11,7 @@ from timm_dynamic.training.build import build_optimizer, resolve_learning_rate
 from timm_dynamic.training.run import TrainOptions
 from timm_dynamic.utils import CheckpointError, save_pretrained
 
-PAPER = {  # spec of the paper: backbone lr, classifier lr in stages 1 and 3, epochs, weight decay, auxiliary weight, frozen
+PAPER = {  # backbone lr, classifier lr in stages 1 and 3, epochs, weight decay, auxiliary weight, frozen
     'gfnet_resnet50_96': (0.01, 0.1, 0.01, 60, 1e-4, 1, False),
     'gfnet_densenet121_96': (0.01, 0.1, 0.01, 60, 1e-4, 1, False),
     'gfnet_regnety_006_96': (0.02, 0.1, 0.01, 60, 5e-5, 1, False),
@@ -42,7 +42,8 @@ def test_the_papers_settings(name):
         assert args.batch_size == 128
         assert resolve_learning_rate(args, 256) == pytest.approx(lr)
         assert args.classifier_lr_scale * lr == pytest.approx(classifier_lr)
-        assert (args.epochs, args.weight_decay, args.aux_weight, args.freeze_global) == (epochs, weight_decay, aux, frozen)
+        assert (args.epochs, args.weight_decay) == (epochs, weight_decay)
+        assert (args.aux_weight, args.freeze_global) == (aux, frozen)
         assert (args.opt, args.momentum, args.sched, args.min_lr, args.warmup_epochs) == ('sgd', 0.9, 'cosine', 0, 0)
         assert (args.smoothing, args.color_jitter, args.hflip, args.scale) == (0, 0, 0.5, [0.08, 1.0])
     assert (policy.epochs, policy.opt, policy.opt_betas, policy.sched) == (15, 'adam', [0.9, 0.999], 'none')

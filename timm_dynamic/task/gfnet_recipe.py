@@ -161,7 +161,7 @@ def load_encoder(encoder: Any, source: str | Path, model: GFNet) -> dict[str, to
 
 
 def _init_encoders(model: GFNet, args: argparse.Namespace, context: StageContext) -> Mapping[str, Any] | None:
-    """The encoders' weights; their classifiers become auxiliary heads, or the head of step 1 if that is what they are."""
+    """Load the encoders. Their classifiers become auxiliary heads, or the head of step 1 if that is what they are."""
     if args.init_from:
         return load_training_checkpoint(model, args.init_from, needs_policy=False)
     local = args.init_local

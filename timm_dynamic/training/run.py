@@ -19,13 +19,24 @@ from accelerate.utils import broadcast_object_list
 from timm.models import is_model_in_modules, parse_model_name, safe_model_name
 from timm.utils import setup_default_logging
 
+from ..exits import ExitTable
+from ..models.dynamic_net import DynamicNet
 from ..task import Recipe, Stage, StageContext, create_baseline, create_recipe
-from ..utils import CheckpointError, clean_partial_files
+from ..utils import CheckpointError, clean_partial_files, save_exit_cfg
 from .accelerator import create_accelerator
+from .anytime import (
+    budget_curve,
+    budget_rows,
+    budgets_to_keep,
+    count_macs,
+    evaluate_dynamic,
+    step_curve,
+    step_rows,
+)
 from .build import build_eval_loader, build_model, check_model_name, model_dtype, training_data_config, uses_demo_data
 from .evaluate import evaluate
 from .options import create_train_parser, given_options, read_config, typed_value
-from .report import format_table, write_rows
+from .report import format_table, plot_accuracy_over_macs, write_rows
 from .signals import Stopped, StopRequest
 from .state import StateError, StateStore
 from .trainer import NonFiniteLoss, Trainer, check_identity
@@ -303,6 +314,7 @@ def _compare(
     if not split:
         return []
     rows = []
+    dynamic: list[tuple[str, Any, Any]] = []  # label, model, table of its exits
     references = [(label, create_baseline(source, models[-1][1])) for label, source in recipe.references.items()]
     for label, model in [*references, *models]:
         model = model.eval().to(accelerator.device, model_dtype(args))
@@ -310,16 +322,68 @@ def _compare(
         loader = build_eval_loader(
             args, split, data_config, model.num_classes, accelerator.device, accelerator.num_processes,
             samples=args.val_num_samples)
-        metrics = evaluate(
-            model, loader, accelerator, channels_last=args.channels_last, dtype=model_dtype(args),
-            desc=f'{split}: {label}')
+        common: dict[str, Any] = dict(
+            channels_last=args.channels_last, dtype=model_dtype(args), desc=f'{split}: {label}')
+        if isinstance(model, DynamicNet):
+            metrics, exits = evaluate_dynamic(model, loader, accelerator, **common)
+            dynamic.append((label, model, exits))
+        else:
+            metrics = evaluate(model, loader, accelerator, **common)
+        macs = count_macs(model, data_config['input_size'])
         rows.append({
-            'model': label, **{k: round(v, 4) for k, v in metrics.items() if k != 'count'}, 'split': split,
-            'images': metrics['count'], 'params_m': round(sum(p.numel() for p in model.parameters()) / 1e6, 3)})
+            'model': label, **{k: round(v, 4) for k, v in metrics.items() if k not in ('count', 'gmacs')},
+            'split': split, 'images': metrics['count'], 'params_m': round(sum(p.numel() for p in model.parameters()) / 1e6, 3),
+            **({'gmacs': round(macs / 1e9, 6)} if macs is not None else {})})
     if accelerator.is_main_process:
         write_rows(folder / 'results.csv', rows)
         write_rows(folder / 'results.json', rows)
+    if dynamic:
+        static = {r['model']: [(r['gmacs'], r['top1'])] for r in rows if r['model'] != dynamic[-1][0] and 'gmacs' in r}
+        _judge_exits(*dynamic[-1], args, split, accelerator, folder, static)
     return rows
+
+
+def _judge_exits(
+        label: str,
+        model: DynamicNet,
+        table: ExitTable,
+        args: argparse.Namespace,
+        split: str,
+        accelerator: Accelerator,
+        folder: Path,
+        static: dict[str, list[tuple[float, float]]],
+) -> None:
+    """Show what every budget gets, and keep the budgets with the weights. Exits are fitted on the validation split."""
+    rows = step_rows(table, split=split)
+    text = f'{label}, all images stopped after the same step:\n{format_table(rows)}'
+    curves, points = {}, {f'{label}, same step': step_curve(table), **static}
+    if args.val_split and args.val_split != split:
+        data_config = training_data_config(args, model)
+        loader = build_eval_loader(
+            args, args.val_split, data_config, model.num_classes, accelerator.device, accelerator.num_processes,
+            samples=args.val_num_samples)
+        _, calibration = evaluate_dynamic(
+            model, loader, accelerator, channels_last=args.channels_last, dtype=model_dtype(args),
+            desc=f'{args.val_split}: {label}')
+        fitted = dict(split=split, fitted_on=args.val_split)
+        budgets = budget_rows(calibration, table, **fitted)
+        text += (f"\n\n{label}, budgets (exits fitted on '{args.val_split}', judged on '{split}'):\n"
+                 + format_table(budgets))
+        curves[f'{label}, budgets'] = budget_curve(calibration, table)
+        rows += budgets
+        if accelerator.is_main_process:
+            model.store_budgets(budgets_to_keep(calibration, table, **fitted))
+            save_exit_cfg(folder / 'best', model.exit_cfg)
+    else:
+        text += (f"\n\nFor budgets, exits must be fitted on other images than '{split}': "
+                 f"validate.py --model local-dir:{folder / 'best'} --budget G ... --calibrate-split NAME")
+    if accelerator.is_main_process:
+        write_rows(folder / 'budgets.csv', rows)
+        write_rows(folder / 'budgets.json', rows)
+        picture = folder / 'accuracy_over_macs.png'
+        if plot_accuracy_over_macs(picture, curves, points, title=f'{split}, {len(table)} images'):
+            text += f'\n\nAccuracy over multiply-adds: {picture}'
+        _logger.info('\n' + text)
 
 
 def run_script(script: Callable[[], int]) -> int:

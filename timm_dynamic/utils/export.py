@@ -1,4 +1,5 @@
 """Folders that `timm.create_model('local-dir:FOLDER', pretrained=True)` loads."""
+import json
 import os
 import shutil
 import tempfile
@@ -12,7 +13,7 @@ from timm.models import save_for_hf
 from torch import nn
 
 from .checkpoint import read_checkpoint
-from .files import atomic_write
+from .files import atomic_write, write_json
 
 WEIGHTS = 'model.safetensors'
 CONFIG = 'config.json'
@@ -67,6 +68,14 @@ def save_pretrained(
         for name in names:
             with atomic_write(folder / name) as target:
                 os.replace(Path(tmp) / name, target)
+
+
+def save_exit_cfg(folder: str | Path, exit_cfg: Mapping[str, Any]) -> None:
+    """Note in an exported folder what is known about stopping, see `DynamicNet.exit_cfg`."""
+    path = Path(folder) / CONFIG
+    config = json.loads(path.read_text(encoding='utf-8'))
+    config.setdefault('model_args', {})['exit_cfg'] = dict(exit_cfg)
+    write_json(path, config)
 
 
 def read_task_state(folder: str | Path) -> dict[str, dict[str, torch.Tensor]]:
