@@ -362,13 +362,13 @@ def stored_rows(model: DynamicNet, name: str) -> list[Row]:
                 row['gmacs'] = round(costs[t] * scale, 6)
             rows.append({**row, 'top1': top1, 'split': "the authors'"})
     for budget in model.exit_cfg.get('budgets', ()):
-        judged = budget.get('judged', {})
-        policy = budget['policy']
-        more = {'split': "the authors'", 'fitted_on': "the authors'"} if not judged else {}
-        more |= {'thresholds': policy} if isinstance(policy, list) else {}
-        rows.append({
-            'point': 'budget', 'budget': round(budget['gmacs'], 6), 'gmacs': round(budget['gmacs'], 6),
-            **{k: budget[k] for k in ('top1', 'top5') if k in budget}, **judged, **more})
+        gmacs, policy = round(budget['gmacs'], 6), budget['policy']
+        row = {'point': 'budget', 'budget': gmacs, 'gmacs': gmacs}
+        row.update({k: budget[k] for k in ('top1', 'top5') if k in budget})
+        row.update(budget.get('judged') or {'split': "the authors'", 'fitted_on': "the authors'"})
+        if isinstance(policy, list):
+            row['thresholds'] = policy
+        rows.append(row)
     if not rows:
         raise ValueError(
             f'--stored-results: {name} keeps no results. The authors\' checkpoints and models of --save-budgets do.')
