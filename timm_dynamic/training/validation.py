@@ -133,7 +133,7 @@ def validate_model(
         if only_stored(args):
             report = Report(None)
             caption = f'{short_name(name)}, results kept in the model (nothing was run):'
-            report.add(name, caption, stored_rows(model, name))
+            report.add(name, caption, stored_rows(model, name), hide=())
             return report
     num_classes = model.num_classes
     data_config = resolve_data_config(vars(args), model=model, use_test_size=not args.use_train_size)
