@@ -47,7 +47,6 @@ def count_macs(model: Any, input_size: Sequence[int]) -> int | None:
     return None
 
 
-@torch.inference_mode()
 def evaluate_dynamic(
         model: Any,
         loader: Any,

@@ -47,10 +47,10 @@ class Report:
     curves: dict[str, Curve] = field(default_factory=dict)
     markers: dict[str, Curve] = field(default_factory=dict)
 
-    def add(self, model: str, caption: str, rows: Sequence[Row]) -> None:
-        """Add rows that belong together. What is the same for all of them is left to the caption."""
+    def add(self, model: str, caption: str, rows: Sequence[Row], hide: Sequence[str] = ('split', 'fitted_on')) -> None:
+        """Add rows that belong together. What the caption says is not shown again."""
         self.points += [{'model': model, **row} for row in rows]
-        shown = [{k: v for k, v in row.items() if k not in ('images', 'split', 'fitted_on')} for row in rows]
+        shown = [{k: v for k, v in row.items() if k not in ('images', *hide)} for row in rows]
         self.text.append(f'{caption}\n{format_table(shown)}')
 
 
@@ -291,7 +291,7 @@ def report_points(
     """
     label = short_name(name)
     if args.stored_results and model is not None:
-        report.add(name, f'{label}, results kept in the model:', stored_rows(model, name))
+        report.add(name, f'{label}, results kept in the model:', stored_rows(model, name), hide=())
     given: list[Row] = []
     if args.thresholds:
         given.append(policy_row(table, args.thresholds, 'thresholds', split=split, fitted_on='given'))
@@ -299,7 +299,7 @@ def report_points(
         assert model is not None
         given += stored_policies(model, name, table, split)
     if given:
-        report.add(name, f'{label}, given exits judged on {split} ({len(table)} images):', given)
+        report.add(name, f'{label}, given exits judged on {split} ({len(table)} images):', given, hide=['split'])
         report.markers[f'{label}: given exits'] = [(row['gmacs'], row['top1']) for row in given]
     if calibration is None:
         return
@@ -362,13 +362,13 @@ def stored_rows(model: DynamicNet, name: str) -> list[Row]:
                 row['gmacs'] = round(costs[t] * scale, 6)
             rows.append({**row, 'top1': top1, 'split': "the authors'"})
     for budget in model.exit_cfg.get('budgets', ()):
-        judged = budget.get('judged', {})
-        policy = budget['policy']
-        more = {'split': "the authors'", 'fitted_on': "the authors'"} if not judged else {}
-        more |= {'thresholds': policy} if isinstance(policy, list) else {}
-        rows.append({
-            'point': 'budget', 'budget': round(budget['gmacs'], 6), 'gmacs': round(budget['gmacs'], 6),
-            **{k: budget[k] for k in ('top1', 'top5') if k in budget}, **judged, **more})
+        gmacs, policy = round(budget['gmacs'], 6), budget['policy']
+        row = {'point': 'budget', 'budget': gmacs, 'gmacs': gmacs}
+        row.update({k: budget[k] for k in ('top1', 'top5') if k in budget})
+        row.update(budget.get('judged') or ({'split': "the authors'", 'fitted_on': "the authors'"} if origin else {}))
+        if isinstance(policy, list):
+            row['thresholds'] = policy
+        rows.append(row)
     if not rows:
         raise ValueError(
             f'--stored-results: {name} keeps no results. The authors\' checkpoints and models of --save-budgets do.')

@@ -96,9 +96,9 @@ def _open_model(args: argparse.Namespace, checkpoint: str) -> Any:
         exit_cfg_fn = getattr(family, 'exit_cfg_from_checkpoint', None)
         source = read_checkpoint(checkpoint) if exit_cfg_fn else None
         exit_cfg = exit_cfg_fn(source) if exit_cfg_fn and isinstance(source, Mapping) else {}
+        weights: Any = source if exit_cfg else checkpoint
         load_weights(
-            model, source if exit_cfg else checkpoint, checkpoint_filter_of(architecture), use_ema=args.use_ema,
-            label=f"'{checkpoint}'")
+            model, weights, checkpoint_filter_of(architecture), use_ema=args.use_ema, label=f"'{checkpoint}'")
         if exit_cfg:
             model.load_exit_cfg(exit_cfg)
     if args.reparam:
@@ -133,7 +133,7 @@ def validate_model(
         if only_stored(args):
             report = Report(None)
             caption = f'{short_name(name)}, results kept in the model (nothing was run):'
-            report.add(name, caption, stored_rows(model, name))
+            report.add(name, caption, stored_rows(model, name), hide=())
             return report
     num_classes = model.num_classes
     data_config = resolve_data_config(vars(args), model=model, use_test_size=not args.use_train_size)
