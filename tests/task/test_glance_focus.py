@@ -154,6 +154,22 @@ def test_log_prob_is_of_the_action_taken():
     torch.testing.assert_close(memory['log_prob'], compute_log_prob(memory['actions'], means))
 
 
+def test_policy_is_float32_under_autocast():
+    task = PatchPolicyTask(make(), verbose=False).train()
+    x, target = batch()
+    with torch.autocast('cpu', torch.bfloat16):
+        result = task(x, target)
+        out = task.trainable_module(x)
+    assert out['logits'].dtype == torch.bfloat16
+    assert out['action_means'].dtype == out['values'].dtype == result['loss'].dtype == torch.float32
+    result['loss'].backward()
+    for warm in (GlanceFocusTask(make(), verbose=False), EndToEndTask(make(), verbose=False)):
+        with torch.autocast('cpu', torch.bfloat16):
+            loss = warm.train()(x, target)['loss']
+        assert loss.dtype == torch.float32
+        loss.backward()
+
+
 def test_state_goes_round():
     task = PatchPolicyTask(make(), verbose=False)
     assert set(task.get_task_state()) == {'global_aux', 'local_aux', 'critic'}

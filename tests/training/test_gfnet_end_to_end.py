@@ -109,6 +109,13 @@ def test_end_to_end_recipe(image_folder, tmp_path):
     assert 'eval_top1_step3' in _rows(tmp_path / 'run')[0]
 
 
+def test_mixed_precision(image_folder, tmp_path):
+    run_training(_args(image_folder, tmp_path, '--amp', '--amp-dtype', 'bfloat16'))
+    for folder in ('warmup', 'policy', '.'):
+        row, = _rows(tmp_path / 'run' / folder)
+        assert 0 < abs(float(row['train_loss'])) < 10
+
+
 # After 6 updates of the static net, at 9 images a batch: in each stage in mid-epoch, and while a state is written.
 KILLS = ['update:2', 'update:8', 'tensors:3', 'update:2', 'rename:3', 'update:8', 'values:2']
 
