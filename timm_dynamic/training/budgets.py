@@ -316,7 +316,9 @@ def report_points(
         report.add(name, f"{label}, GFNet's geometric rule: {caption}", rows)
         report.markers[f'{label}: geometric'] = [(row['gmacs'], row['top1']) for row in rows]
     if args.curve:
-        report.curves[f'{label}: budgets'] = budget_curve(fit, judge, args.budget_rule)
+        fitted_on = calibration.fitted_on.partition(' of ')[0]
+        report.curves[f'{label}: steps'] = step_curve(judge)  # on the same half, if it is one
+        report.curves[f'{label}: budgets, fitted on {fitted_on}'] = budget_curve(fit, judge, args.budget_rule)
     if args.save_budgets:
         assert model is not None
         model.store_budgets(budgets_to_keep(fit, judge, args.budget, args.budget_rule, **more))
