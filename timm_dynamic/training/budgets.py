@@ -299,7 +299,10 @@ def report_points(
         assert model is not None
         given += stored_policies(model, name, table, split)
     if given:
-        report.add(name, f'{label}, given exits judged on {split} ({len(table)} images):', given, hide=['split'])
+        caption = f'{label}, given exits judged on {split} ({len(table)} images):'
+        if any(same_split(row['fitted_on'], split) for row in given):
+            caption += f'\nSome were fitted on a split {split} themselves: if on these very images, this flatters them.'
+        report.add(name, caption, given, hide=['split'])
         report.markers[f'{label}: given exits'] = [(row['gmacs'], row['top1']) for row in given]
     if calibration is None:
         return
