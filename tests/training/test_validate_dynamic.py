@@ -196,6 +196,15 @@ def test_stored_fresh_and_stored_results_agree(run, tmp_path):
             assert rows[0][key] == rows[1][key] == rows[2][key], key
 
 
+def test_stored_exits_judged_where_they_were_fitted(run, tmp_path, caplog):
+    caplog.set_level('INFO')
+    run('--budget', 0.001, '--save-budgets', tmp_path / 'kept')
+    for split, noted in (('test', False), ('train', True)):
+        caplog.clear()
+        run('--stored-thresholds', '--split', split, model=tmp_path / 'kept')
+        assert ('Some were fitted on a split train themselves' in caplog.text) == noted
+
+
 def test_policies_can_be_kept(run, tmp_path):
     fresh, = of(run('--budget', 0.0013, '--budget-rule', 'policy', '--save-budgets', tmp_path / 'kept'), 'budget')
     again, = of(run('--stored-thresholds', model=tmp_path / 'kept'), 'stored')

@@ -359,10 +359,11 @@ def curve(lab, flag):
     drawn = {}
     lab.monkeypatch.setattr(
         validation_module, 'plot_accuracy_over_macs',
-        lambda path, curves, points: drawn.update(path=path, curves=curves, points=points))
+        lambda path, curves, points, title: drawn.update(curves=curves, points=points, title=title))
     seen = lab.evaluated(*DYNAMIC, '--geometric', '--compare', 'local-dir:{other}', flag, '{tmp}/c.png')
     name = '/'.join(lab.paths['{dynamic}'].parts[-2:])
-    assert list(drawn['curves']) == [f'{name}: steps', f'{name}: budgets']
+    assert list(drawn['curves']) == [f'{name}: steps', f'{name}: budgets, fitted on a random half']
+    assert drawn['title'] == 'judged on validation'
     other = '/'.join(lab.paths['{other}'].parts[-2:])
     assert list(drawn['points']) == [f'{name}: geometric', other]
     (gmacs, top1), = drawn['points'][other]

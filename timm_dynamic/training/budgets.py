@@ -299,7 +299,10 @@ def report_points(
         assert model is not None
         given += stored_policies(model, name, table, split)
     if given:
-        report.add(name, f'{label}, given exits judged on {split} ({len(table)} images):', given, hide=['split'])
+        caption = f'{label}, given exits judged on {split} ({len(table)} images):'
+        if any(same_split(row['fitted_on'], split) for row in given):
+            caption += f'\nSome were fitted on a split {split} themselves: if on these very images, this flatters them.'
+        report.add(name, caption, given, hide=['split'])
         report.markers[f'{label}: given exits'] = [(row['gmacs'], row['top1']) for row in given]
     if calibration is None:
         return
@@ -316,7 +319,9 @@ def report_points(
         report.add(name, f"{label}, GFNet's geometric rule: {caption}", rows)
         report.markers[f'{label}: geometric'] = [(row['gmacs'], row['top1']) for row in rows]
     if args.curve:
-        report.curves[f'{label}: budgets'] = budget_curve(fit, judge, args.budget_rule)
+        fitted_on = calibration.fitted_on.partition(' of ')[0]
+        report.curves[f'{label}: steps'] = step_curve(judge)  # on the same half, if it is one
+        report.curves[f'{label}: budgets, fitted on {fitted_on}'] = budget_curve(fit, judge, args.budget_rule)
     if args.save_budgets:
         assert model is not None
         model.store_budgets(budgets_to_keep(fit, judge, args.budget, args.budget_rule, **more))

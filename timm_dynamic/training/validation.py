@@ -453,7 +453,7 @@ def _show(reports: Sequence[Report], args: argparse.Namespace) -> None:
     if args.curve:
         curves = {label: curve for r in reports for label, curve in r.curves.items()}
         markers = {label: curve for r in reports for label, curve in r.markers.items()}
-        plot_accuracy_over_macs(args.curve, curves, markers)
+        plot_accuracy_over_macs(args.curve, curves, markers, f'judged on {args.exit_table or args.split}')
         _logger.info(f'Accuracy over multiply-adds: {args.curve}')
 
 
