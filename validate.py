@@ -3,6 +3,7 @@
 
     python validate.py --help
     python validate.py --model resnet18.tv_in1k --data-dir IMAGENET --compare resnet34.tv_in1k
+    python validate.py --model local-dir:FOLDER --data-dir IMAGENET --budget 1 2 --curve curve.png
 """
 import sys
 

@@ -107,6 +107,18 @@ def make_weights(folder: Path, value: float = 0.25, **kwargs: Any) -> Path:
     return folder
 
 
+def make_dynamic(folder: Path, kept: bool = False) -> Path:
+    """Export a GFNet of three steps for three classes, at will with one budget that it keeps."""
+    torch.manual_seed(0)
+    model: Any = timm.create_model('test_gfnet', num_classes=3, img_size=32, patch_size=16)
+    with torch.no_grad():
+        model.classifier.heads['rnn'].weight.mul_(30)  # images differ in confidence
+    if kept:
+        model.store_budgets([{'gmacs': model.step_macs[2] / 1e9, 'policy': [2., 2., 0.], 'judged': {'top1': 77}}])
+    save_pretrained(model, folder)
+    return folder
+
+
 def marks(model: Any) -> tuple[float, float]:
     """First convolution's and classifier's mark; (0.25, 0.25) of `make_weights`."""
     return tuple(round(p.mean().item(), 6) for p in (model.conv1[0].weight, model.fc.bias))

@@ -1,9 +1,14 @@
 """What tests share."""
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import psutil
 from PIL import Image
 
 ROOT = Path(__file__).parents[1]
@@ -24,13 +29,23 @@ def make_images(folder: Path, counts: dict[str, int], classes: int = 3, size: tu
     return folder
 
 
-def run_python(*args, processes: int = 1, check: bool = True, **kwargs) -> subprocess.CompletedProcess:
+def run_python(*args, processes: int = 1, check: bool = True, env: Any = None) -> subprocess.CompletedProcess:
     """Run a Python script in the repository's root, by torchrun if there are to be several processes."""
     command = [sys.executable]
     if processes > 1:
         command += ['-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', str(processes)]
-    result = subprocess.run(
-        [*command, *map(str, args)], cwd=ROOT, capture_output=True, text=True, timeout=200, check=False, **kwargs)
-    if check and result.returncode:
-        raise AssertionError(f'exit status {result.returncode}\n{result.stdout[-4000:]}\n{result.stderr[-4000:]}')
-    return result
+    process = subprocess.Popen(
+        [*command, *map(str, args)], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        env={**(env or os.environ), 'PYTHONFAULTHANDLER': '1'})
+    try:
+        stdout, stderr = process.communicate(timeout=300)
+    except subprocess.TimeoutExpired:
+        for child in reversed(psutil.Process(process.pid).children(recursive=True)):
+            child.send_signal(signal.SIGABRT)  # each says where it stood
+            time.sleep(0.5)
+        process.kill()
+        stdout, stderr = process.communicate()
+        raise AssertionError(f'still running after 300 s\n{stdout[-4000:]}\n{stderr[-12000:]}') from None
+    if check and process.returncode:
+        raise AssertionError(f'exit status {process.returncode}\n{stdout[-4000:]}\n{stderr[-4000:]}')
+    return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)

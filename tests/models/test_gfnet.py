@@ -173,7 +173,7 @@ def test_bad_arguments(arguments, message):
 
 @pytest.mark.parametrize(('shape', 'message'), [
     ((2, 3, 96, 80), 'square images, got 96x80'),
-    ((2, 3, 24, 24), 'Images of 24 pixels are smaller than the patches of 32'),
+    ((2, 3, 24, 24), 'Images of 24 pixels are smaller than the patches of 48'),
     ((2, 1, 96, 96), r'Expected images \[batch, 3, height, width\], got \[2, 1, 96, 96\]'),
     ((3, 96, 96), r'Expected images \[batch, 3, height, width\], got \[3, 96, 96\]'),
 ])
@@ -252,8 +252,8 @@ def test_a_step_sees_glance_and_patches(tiny):
     for hook in hooks:
         hook.remove()
     assert list(state) == ['image']
-    assert torch.equal(seen[0], get_glance(x, 32))
-    assert torch.equal(seen[1], crop_patches(x, second['coords'], 32))
+    assert torch.equal(seen[0], get_glance(x, 48))
+    assert torch.equal(seen[1], crop_patches(x, second['coords'], 48))
     assert all(len(v) == 3 for s in (first, second) for v in s.values())
     assert not first['map'].requires_grad
 
@@ -306,7 +306,7 @@ class TestAllSteps:
         out = tiny(x, all_steps=True, actions=actions)
         assert out.keys() == {'logits', 'features', 'actions', 'coords'}
         assert torch.equal(out['actions'], actions)
-        assert torch.equal(out['coords'], (actions * 64).floor().long())
+        assert torch.equal(out['coords'], (actions * 48).floor().long())
         assert out['features'].shape == (3, 2, 96)
         out['logits'].sum().backward()
         assert {n.split('.')[0] for n, p in tiny.named_parameters() if p.grad is not None} == {

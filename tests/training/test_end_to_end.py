@@ -129,7 +129,7 @@ def test_killed_ten_times_ends_bit_identical(image_folder, baseline, tmp_path):
     args = [*_args(
         image_folder, tmp_path, '--focus-baseline', baseline, '--epochs', 4, '-j', 2, '--hflip', 0.5,
         '--mixup', 0.4, '--reprob', 0.5, '--model-ema', '--model-ema-decay', 0.9, '--grad-accum-steps', 2,
-        '--checkpoint-interval', 3,         '--drop', 0.1, '--batch-size', 6)]
+        '--checkpoint-interval', 3, '--drop', 0.1, '--batch-size', 6)]
 
     def run(kill, name):
         given = [name if a == 'run' else a for a in args]
@@ -191,8 +191,8 @@ def test_two_processes(tmp_path, baseline):
     args = _args(
         images, tmp_path, '--focus-baseline', baseline, '--batch-size', 4, '--model-ema', '--grad-accum-steps', 2)
     run_python(HERE / 'ddp_driver.py', tmp_path / 'report.json', *args, processes=2)
-    assert json.loads((tmp_path / 'report.json').read_text()) == {
-        'weights_equal': True, 'averages_equal': True, 'data_differ': True, 'updates': 3}
+    assert json.loads((tmp_path / 'report.json').read_text()) == {'focus': {
+        'weights_equal': True, 'weights_learned': True, 'averages_equal': True, 'data_differ': True, 'updates': 3}}
 
     command = ['--model', f'local-dir:{tmp_path / "run" / "last"}', '--data-dir', str(images), '-b', '4', '-j', '0',
                '--device', 'cpu', '--metrics-avg', 'macro']
@@ -210,7 +210,8 @@ def test_two_processes(tmp_path, baseline):
 def test_resume_in_two_processes_is_exact(tmp_path):
     images = make_images(tmp_path / 'images', {'train': 17, 'val': 7})
     args = _args(
-        images, tmp_path, '--batch-size', 4, '--epochs', 2, '--reprob', 0.5, '-j', 1, '--checkpoint-interval', 2)
+        images, tmp_path, '--batch-size', 4, '--epochs', 2, '--reprob', 0.5, '-j', 1, '--checkpoint-interval', 2,
+        '--val-interval', 2)
     reference = [str(tmp_path / 'reference') if a == str(tmp_path) else a for a in args]
     run_python('train.py', *reference, processes=2)
     assert run_python(HERE / 'kill_driver.py', 'update:4', *args, processes=2, check=False).returncode != 0

@@ -10,6 +10,7 @@ from functools import partial
 from types import SimpleNamespace
 
 import pytest
+import timm
 import timm.layers
 import torch
 from accelerate.utils import LoggerType
@@ -35,6 +36,7 @@ from timm_dynamic.training import trainer as trainer_module
 from timm_dynamic.training.options import create_train_parser
 from timm_dynamic.training.report import read_rows
 from timm_dynamic.training.state import StateStore
+from timm_dynamic.utils import save_pretrained
 
 BASE = {
     '--data-dir': '{data}', '--model': 'test_resnet', '--num-classes': '3', '--img-size': '32', '-b': '4', '-j': '0',
@@ -54,7 +56,8 @@ class Lab:
 
     def __init__(self, tmp_path, data, weights, monkeypatch, capsys, caplog):
         self.tmp, self.monkeypatch, self.capsys, self.caplog = tmp_path, monkeypatch, capsys, caplog
-        self.paths = {'{data}': data, '{tmp}': tmp_path, '{weights}': weights, '{file}': weights / 'model.safetensors'}
+        self.paths = {'{data}': data, '{tmp}': tmp_path, '{weights}': weights, '{file}': weights / 'model.safetensors',
+                      '{gfnet}': weights / 'gfnet'}
         self.parser = create_train_parser()
         self.base = dict(BASE)
         self.runs = 0
@@ -144,7 +147,12 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def weights(tmp_path_factory):
-    return make_weights(tmp_path_factory.mktemp('weights'))
+    folder = make_weights(tmp_path_factory.mktemp('weights'))
+    model = timm.create_model('test_gfnet', num_classes=3, img_size=32, patch_size=16, backbone='test_resnet')
+    with torch.no_grad():
+        model.local_encoder.conv1[0].weight.fill_(0.125)
+    save_pretrained(model, folder / 'gfnet')
+    return folder
 
 
 @pytest.fixture
@@ -479,8 +487,28 @@ def recipe(lab, flag):
         lab.built(flag, 'focus')
 
 
+def local_mark(trainer):
+    """Of the local encoder: 0.25 by the weights of `make_weights`, 0.125 by those of a whole GFNet."""
+    return round(trainer.model.local_encoder.conv1[0].weight.mean().item(), 6)
+
+
+def global_mark(trainer):
+    return round(trainer.model.global_encoder.conv1[0].weight.mean().item(), 6)
+
+
+def classifier_lr(trainer):
+    return [g['lr'] for g in trainer.raw_optimizer.param_groups for p in g['params'] if p is trainer.model.fc.weight]
+
+
+def policy_update(name, *value, gives):
+    """One of the settings of the policy's task."""
+    return built(lambda t: getattr(t.task, name), *value, gives=gives, base=[*GFNET, '--stage', 'policy', *WHOLE])
+
+
 # The tables
 
+GFNET = ['--model', 'test_gfnet', '--model-kwargs', 'patch_size=16', 'backbone=test_resnet', 'backbone_args=None']
+WHOLE = ['--init-from', '{gfnet}']
 DEMO = ['--dataset', 'cluttered_digits', '--num-classes', '10']
 REMOTE = ['--dataset', 'wds/somewhere']
 EFFICIENTNET = ['--model', 'test_efficientnet']
@@ -711,6 +739,20 @@ OURS = {
     '--demo-digit-scale': built(
         lambda t: list(t.loader.dataset.dataset.digit_scale), '12', '20', gives=[12, 20], base=DEMO),
     '--demo-clutter': built(lambda t: t.loader.dataset.dataset.clutter, '0.25', gives=0.25, base=DEMO),
+    '--init-local': built(local_mark, '{weights}', gives=0.25, base=GFNET),
+    '--init-global': built(global_mark, '{weights}', gives=0.25, base=GFNET),
+    '--init-from': built(local_mark, '{gfnet}', gives=0.125, base=GFNET),
+    '--aux-weight': built(lambda t: t.task.aux_weight, '3', gives=3.0, base=GFNET),
+    '--freeze-global': built(lambda t: len(t.task.frozen), gives=1, base=GFNET),
+    '--no-freeze-global': built(lambda t: len(t.task.frozen), gives=0, base=[*GFNET, '--freeze-global']),
+    '--classifier-lr-scale': built(classifier_lr, '10', gives=[1.0], base=['--lr', '0.1']),
+    '--policy-std': policy_update('std', '0.2', gives=0.2),
+    '--policy-gamma': policy_update('gamma', '0.5', gives=0.5),
+    '--policy-clip': policy_update('clip', '0.3', gives=0.3),
+    '--policy-value-weight': policy_update('value_weight', '1', gives=1.0),
+    '--policy-entropy-weight': policy_update('entropy_weight', '0.1', gives=0.1),
+    '--policy-updates': policy_update('num_updates', '4', gives=4),
+    '--save-patches': ran(lambda r: (r.folder / 'patches.png').exists(), '2', gives=True, base=[*GFNET, *WHOLE]),
     '--checkpoint-interval': TRAIN['--recovery-interval'],
     '--log-with': ran(
         lambda r: any(b'classification/eval_top1' in path.read_bytes() for path in r.folder.rglob('events.*')),

@@ -12,10 +12,12 @@ import timm
 import timm.layers
 import torch
 from flag_tables import (
+    DIFFERS,
     accelerator_kwargs,
     effect,
     fresh_accelerate,
     has,
+    make_dynamic,
     make_weights,
     marks,
     named,
@@ -26,6 +28,7 @@ from flag_tables import (
 from helpers import make_images
 
 from timm_dynamic.data import dataset_factory
+from timm_dynamic.exits import ExitTable
 from timm_dynamic.training import build, run_validation
 from timm_dynamic.training import evaluate as evaluate_module
 from timm_dynamic.training import validation as validation_module
@@ -54,6 +57,7 @@ class Lab:
         patch = self.monkeypatch.setattr
         create_dataset, create_loader = dataset_factory.create_timm_dataset, build.create_loader
         build_model, evaluate, tqdm = validation_module.build_model, validation_module.evaluate, evaluate_module.tqdm
+        evaluate_dynamic = validation_module.evaluate_dynamic
 
         def watched_create_dataset(name, **kwargs):
             self.seen.opened = kwargs
@@ -75,6 +79,11 @@ class Lab:
                 raise _Opened
             return evaluate(model, loader, accelerator, **kwargs)
 
+        def watched_evaluate_dynamic(model, loader, accelerator, **kwargs):
+            metrics, table = evaluate_dynamic(model, loader, accelerator, **kwargs)
+            self.seen.tables.append(table)
+            return metrics, table
+
         def watched_tqdm(*args, **kwargs):
             self.seen.bar = kwargs
             return tqdm(*args, **kwargs)
@@ -87,6 +96,7 @@ class Lab:
         patch(build, 'create_loader', watched_create_loader)
         patch(validation_module, 'build_model', watched_build_model)
         patch(validation_module, 'evaluate', watched_evaluate)
+        patch(validation_module, 'evaluate_dynamic', watched_evaluate_dynamic)
         patch(evaluate_module, 'tqdm', watched_tqdm)
         patch(torch, 'compile', watched_compile)
 
@@ -97,7 +107,7 @@ class Lab:
         return argv
 
     def _run(self, *options, drop=()):
-        self.seen = SimpleNamespace(compiled=[])
+        self.seen = SimpleNamespace(compiled=[], tables=[])
         fresh_accelerate()
         timm.layers.set_fast_norm(False)
         return run_validation(self.argv(*options, drop=drop))
@@ -127,6 +137,7 @@ def paths(tmp_path_factory):
     return {
         '{data}': make_images(folder / 'data', {'val': 3, 'extra': 2}),
         '{weights}': weights, '{file}': weights / 'model.safetensors', '{other}': other,
+        '{dynamic}': make_dynamic(folder / 'dynamic'), '{kept}': make_dynamic(folder / 'kept', kept=True),
     }
 
 
@@ -279,8 +290,92 @@ def seed(lab, flag):
     assert torch.equal(first, again)
 
 
+def dynamic(probe, *value, gives=DIFFERS, base=()):
+    """The effect on a dynamic model."""
+    return evaluated(probe, *value, gives=gives, base=[*DYNAMIC, *base])
+
+
+def points(seen):
+    return [row['point'] for row in seen.rows if 'point' in row]
+
+
+def last(key):
+    return lambda seen: seen.rows[-1].get(key)
+
+
+def anytime(lab, flag):
+    """It is what dynamic models get anyway, and nothing that others can be asked for."""
+    for given in ([flag], []):
+        assert points(lab.evaluated(*DYNAMIC, *given)) == ['step 1', 'step 2', 'step 3']
+    with pytest.raises(ValueError, match=f'{flag}: .* makes one prediction'):
+        lab.opened(flag)
+
+
+def stored_results(lab, flag):
+    """Without data, unless something else is asked for, too."""
+    row, = lab._run('--model', 'local-dir:{kept}', flag, drop=['--data-dir'])
+    assert (row['point'], row['top1'], lab.seen.tables) == ('budget', 77, [])
+    seen = lab.evaluated('--model', 'local-dir:{kept}', flag, '--anytime')
+    assert points(seen) == ['step 1', 'step 2', 'step 3', 'budget']
+    assert points(lab.evaluated('--model', 'local-dir:{kept}')) == ['step 1', 'step 2', 'step 3']
+
+
+def exit_table(lab, flag):
+    lab.evaluated(*DYNAMIC, '--save-exit-table', '{tmp}/t.safetensors')
+    seen = lab._run('--thresholds', '0.34', '0.34', '0', flag, '{tmp}/t.safetensors', drop=['--data-dir', '--model'])
+    assert lab.seen.tables == []
+    again = lab.evaluated(*DYNAMIC, '--thresholds', '0.34', '0.34', '0').rows
+    for key in ('top1', 'gmacs', 'exit_shares'):
+        assert seen[-1][key] == again[-1][key]
+
+
+def calibrate_table(lab, flag):
+    lab.evaluated(*DYNAMIC, '--split', 'extra', '--save-exit-table', '{tmp}/t.safetensors')
+    dynamic(last('fitted_on'), '{tmp}/t.safetensors', gives=has('t.safetensors'), base=['--budget', '0.001'])(lab, flag)
+    assert len(lab.evaluated(*DYNAMIC, '--budget', '0.001', flag, '{tmp}/t.safetensors').tables) == 1
+
+
+def save_exit_table(lab, flag):
+    table, = lab.evaluated(*DYNAMIC, flag, '{tmp}/new/t.safetensors').tables
+    saved = ExitTable.load(lab.tmp / 'new/t.safetensors')
+    assert torch.equal(saved.confidence, table.confidence)
+    assert saved.step_macs == table.step_macs
+
+
+def save_budgets(lab, flag):
+    rows = lab.evaluated(*DYNAMIC, flag, '{tmp}/kept', '--budget', '0.001', '0.0015').rows
+    model = timm.create_model(f'local-dir:{lab.tmp / "kept"}', pretrained=True)
+    source = timm.create_model(f'local-dir:{lab.paths["{dynamic}"]}', pretrained=True)
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), source.state_dict().values()))
+    assert [b['judged']['top1'] for b in model.exit_cfg['budgets']] == [row['top1'] for row in rows[-2:]]
+    assert model.set_budget(gmacs=0.001)['policy'] == pytest.approx(rows[-2]['thresholds'])
+    grid = lab.evaluated(*DYNAMIC, flag, '{tmp}/grid').rows  # without --budget
+    model = timm.create_model(f'local-dir:{lab.tmp / "grid"}', pretrained=True)
+    assert len(model.exit_cfg['budgets']) == points(SimpleNamespace(rows=grid)).count('budget') >= 1
+
+
+def curve(lab, flag):
+    """With steps, budgets and the static models."""
+    drawn = {}
+    lab.monkeypatch.setattr(
+        validation_module, 'plot_accuracy_over_macs',
+        lambda path, curves, points, title: drawn.update(curves=curves, points=points, title=title))
+    seen = lab.evaluated(*DYNAMIC, '--geometric', '--compare', 'local-dir:{other}', flag, '{tmp}/c.png')
+    name = '/'.join(lab.paths['{dynamic}'].parts[-2:])
+    assert list(drawn['curves']) == [f'{name}: steps', f'{name}: budgets, fitted on a random half']
+    assert drawn['title'] == 'judged on validation'
+    other = '/'.join(lab.paths['{other}'].parts[-2:])
+    assert list(drawn['points']) == [f'{name}: geometric', other]
+    (gmacs, top1), = drawn['points'][other]
+    assert (round(gmacs, 6), top1) == (seen.rows[1]['gmacs'], seen.rows[1]['top1'])
+    lab.monkeypatch.undo()
+    assert run_validation(lab.argv(*DYNAMIC, flag, '{tmp}/c.png'))
+    assert (lab.tmp / 'c.png').read_bytes().startswith(b'\x89PNG')
+
+
 # The tables
 
+DYNAMIC = ['--model', 'local-dir:{dynamic}']
 DEMO = ['--dataset', 'cluttered_digits', '--num-classes', '10']
 REMOTE = ['--dataset', 'wds/somewhere']
 NAFLEX = refused('python -m timm_dynamic', 'validate.py --naflex-loader')
@@ -357,6 +452,26 @@ OURS = {
     '--demo-clutter': opened(lambda seen: seen.loader.dataset.clutter, '0.25', gives=0.25, base=DEMO),
     '--compare': evaluated(lambda seen: [row['model'].rpartition('/')[2] for row in seen.rows], 'local-dir:{other}',
                            gives=['weights', 'other']),
+    '--anytime': anytime,
+    '--budget': dynamic(lambda seen: [row.get('budget') for row in seen.rows][4:], '0.001', '0.0015',
+                        gives=[0.001, 0.0015]),
+    '--budget-rule': dynamic(lambda seen: 'thresholds' in seen.rows[-1], 'policy', gives=False,
+                             base=['--budget', '0.0015']),
+    '--thresholds': dynamic(lambda seen: (points(seen)[-1], last('exit_shares')(seen)), '2', '0', '0',
+                            gives=('thresholds', [0, 1, 0])),
+    '--geometric': dynamic(lambda seen: len(points(seen)), gives=3 + 39),
+    '--stored-results': stored_results,
+    '--stored-thresholds': dynamic(
+        lambda seen: [(row['point'], row['exit_shares']) for row in seen.rows if 'exit_shares' in row],
+        gives=[('stored', [0, 0, 1])], base=['--model', 'local-dir:{kept}']),
+    '--calibrate-split': dynamic(last('fitted_on'), 'extra', gives='extra', base=['--budget', '0.001']),
+    '--calibrate-samples': dynamic(lambda seen: len(seen.tables[-1]), '5', gives=5,
+                                   base=['--budget', '0.001', '--calibrate-split', 'extra']),
+    '--exit-table': exit_table,
+    '--calibrate-table': calibrate_table,
+    '--save-exit-table': save_exit_table,
+    '--save-budgets': save_budgets,
+    '--curve': curve,
 }
 
 

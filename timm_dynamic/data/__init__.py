@@ -1,6 +1,6 @@
 from .cluttered_digits import ClutteredDigits
 from .dataset_factory import DEMO_DATASET, class_to_idx, create_dataset
-from .loader import TrainLoader, WorkerInit, create_train_loader
+from .loader import TrainLoader, WorkerInit, create_train_loader, worker_context
 
 __all__ = [
     'DEMO_DATASET',
@@ -10,4 +10,5 @@ __all__ = [
     'class_to_idx',
     'create_dataset',
     'create_train_loader',
+    'worker_context',
 ]

@@ -71,9 +71,9 @@ class EpochBatchSampler(Sampler[BatchKey]):
 class _SkipCounter(logging.Handler):
     """Counts the images that timm's datasets skip because they cannot be read, over all worker processes."""
 
-    def __init__(self) -> None:
+    def __init__(self, context: Any = None) -> None:
         super().__init__()
-        self.count = multiprocessing.Value('q', 0)
+        self.count = (context or multiprocessing).Value('q', 0)
 
     def emit(self, record: logging.LogRecord) -> None:
         if str(record.msg).startswith('Skipped sample'):
@@ -96,14 +96,22 @@ class SeededDataset(Dataset):
         seed: Seed of the run.
         rank: Process number; only matters where a sample is drawn several times in an epoch (`repeated`).
         repeated: Samples recur within an epoch, as with repeated augmentation.
+        context: Of the processes that will share it, as `worker_context` gives it.
     """
 
-    def __init__(self, dataset: Dataset, seed: int = 0, rank: int = 0, repeated: bool = False) -> None:
+    def __init__(
+            self,
+            dataset: Dataset,
+            seed: int = 0,
+            rank: int = 0,
+            repeated: bool = False,
+            context: Any = None,
+    ) -> None:
         self.dataset = dataset
         self.seed = seed
         self.rank = rank
         self.repeated = repeated
-        self.skipped = _SkipCounter()
+        self.skipped = _SkipCounter(context)
 
     def __getitems__(self, key: Sequence[Any]) -> list[Any]:
         logger = logging.getLogger('timm.data.dataset')
@@ -161,6 +169,16 @@ class _SeededErasing:
             return self.random_erasing(images)
 
 
+def worker_context(world_size: int = 1) -> Any:
+    """How loaders start their workers; None for torch's default, which on Linux may be to fork.
+
+    A process that talks to others has threads that do, and a fork of it may wait for ever for a lock that one of them
+    held: see the note on DataLoader in the documentation of DistributedDataParallel. Of the other ways, a fork server
+    would keep workers alive where their process is killed.
+    """
+    return torch.multiprocessing.get_context('spawn') if world_size > 1 else None
+
+
 class WorkerInit:
     """Starts a loader's worker as timm does, and lets the main process alone decide when it ends.
 
@@ -191,9 +209,17 @@ class TrainLoader:
         seed: Seed of the run.
         rank: This process.
         mixup_off_epoch: First epoch without mixup, 0 for never.
+        context: As `worker_context` gives it.
     """
 
-    def __init__(self, loader: Any, seed: int = 0, rank: int = 0, mixup_off_epoch: int = 0) -> None:
+    def __init__(
+            self,
+            loader: Any,
+            seed: int = 0,
+            rank: int = 0,
+            mixup_off_epoch: int = 0,
+            context: Any = None,
+    ) -> None:
         prefetched = not isinstance(loader, DataLoader)
         inner: DataLoader = loader.loader if prefetched else loader
         self.resumable = not isinstance(inner.dataset, IterableDataset)
@@ -213,7 +239,7 @@ class TrainLoader:
                 sampler.seed = seed
             self.batch_sampler = EpochBatchSampler(batches)
             self.dataset: Any = SeededDataset(
-                inner.dataset, seed, rank, repeated=not isinstance(sampler, DistributedSampler))
+                inner.dataset, seed, rank, repeated=not isinstance(sampler, DistributedSampler), context=context)
             inner = type(inner)(
                 self.dataset,
                 batch_sampler=self.batch_sampler,  # type: ignore[arg-type]
@@ -222,6 +248,7 @@ class TrainLoader:
                 pin_memory=inner.pin_memory,
                 worker_init_fn=WorkerInit(inner.worker_init_fn),
                 persistent_workers=inner.persistent_workers,
+                multiprocessing_context=context if inner.num_workers else None,
             )
             if prefetched:
                 loader.loader = inner
@@ -229,6 +256,7 @@ class TrainLoader:
                 loader = inner
         else:
             self.dataset = inner.dataset
+            inner.multiprocessing_context = context if inner.num_workers else None
         self.erasing = None
         if prefetched and loader.random_erasing is not None:
             self.erasing = loader.random_erasing = _SeededErasing(loader.random_erasing, seed, rank, loader.device)
@@ -292,4 +320,4 @@ def create_train_loader(
     """
     loader = create_loader(
         dataset, input_size, batch_size, is_training=True, distributed=world_size > 1, batch_choice_seed=seed, **kwargs)
-    return TrainLoader(loader, seed, rank, mixup_off_epoch)
+    return TrainLoader(loader, seed, rank, mixup_off_epoch, worker_context(world_size))

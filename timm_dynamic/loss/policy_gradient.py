@@ -8,6 +8,7 @@ Papers:
 Pure functions. S = T - 1 actions are taken for each of B images; everything is computed in float32.
 """
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -43,10 +44,24 @@ def compute_returns(rewards: torch.Tensor, gamma: float = 0.7) -> torch.Tensor:
     return returns
 
 
-def normalise_returns(returns: torch.Tensor, eps: float = 1e-5) -> torch.Tensor:
-    """Shift and scale to mean 0 and (unbiased) standard deviation 1 over all actions and images [S, B]."""
-    centred = returns - returns.mean()
-    return centred / (returns.std() + eps) if returns.numel() > 1 else centred
+def normalise_returns(
+        returns: torch.Tensor,
+        eps: float = 1e-5,
+        reduce: Callable[[torch.Tensor], torch.Tensor] | None = None,
+) -> torch.Tensor:
+    """Shift and scale to mean 0 and (unbiased) standard deviation 1 over all actions and images [S, B].
+
+    Args:
+        returns: Returns [S, B].
+        eps: Added to the standard deviation.
+        reduce: Adds a tensor up over all processes that share the batch.
+    """
+    sums = torch.stack([torch.ones_like(returns).sum(), returns.sum()])
+    count, total = reduce(sums) if reduce else sums
+    centred = returns - total / count
+    squares = centred.square().sum()
+    squares = reduce(squares) if reduce else squares
+    return centred / ((squares / (count - 1).clamp(min=1)).sqrt() + eps)
 
 
 def compute_log_prob(actions: torch.Tensor, means: torch.Tensor, std: float = 0.1) -> torch.Tensor:

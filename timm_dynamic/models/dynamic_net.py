@@ -145,6 +145,18 @@ class DynamicNet(nn.Module):
             self._step_macs = _count_step_macs(self)
         return self._step_macs
 
+    def set_input_size(self, img_size: int | tuple[int, int]) -> None:
+        """Set the side of the images that costs are counted for, as the argument `img_size` would.
+
+        Raises:
+            ValueError: The model cannot take images of this size.
+        """
+        height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
+        if height != width:
+            raise ValueError(f'{type(self).__name__} takes square images, got img_size {height}x{width}.')
+        self.img_size, self._step_macs = height, None
+        self._traits: dict[str, Any] = {**getattr(self, '_traits', {}), 'img_size': (height, height)}  # timm exports it
+
     # Running it
 
     def forward_steps(self, x: Any) -> Iterator[torch.Tensor]:

@@ -64,17 +64,22 @@ _logger = logging.getLogger(__name__)
 _BACKBONES = {'mobilenetv3_large_125': partial(_gen_mobilenet_v3, 'mobilenetv3_large_100', 1.25)}
 
 
-def _create_encoder(backbone: str, in_chans: int, patch_size: int, **kwargs: Any) -> Any:
-    """Create a network that ends with its feature vector, for images of the size of a patch."""
-    if backbone not in _BACKBONES and not is_model(backbone):
+def create_encoder(backbone: str, in_chans: int, patch_size: int, num_classes: int = 0, **kwargs: Any) -> Any:
+    """Create a network for images of the size of a patch, which ends with its feature vector.
+
+    Raises:
+        ValueError: There is no such backbone, or it does not take these arguments.
+    """
+    name = backbone.split('.')[0]
+    if name not in _BACKBONES and not is_model(name):
         near = difflib.get_close_matches(backbone, [*list_models(), *_BACKBONES], n=3)
         raise ValueError(f"Unknown backbone '{backbone}'." + (f" Did you mean {' or '.join(near)}?" if near else ''))
     cfg = get_pretrained_cfg(backbone)
     if cfg is not None and cfg.fixed_input_size:
         kwargs = {'img_size': patch_size, **kwargs}
-    create_fn: Any = _BACKBONES.get(backbone) or partial(timm.create_model, backbone)
+    create_fn: Any = _BACKBONES.get(name) or partial(timm.create_model, backbone)
     try:
-        return create_fn(num_classes=0, in_chans=in_chans, **kwargs)
+        return create_fn(num_classes=num_classes, in_chans=in_chans, **kwargs)
     except TypeError as e:
         raise ValueError(f"The backbone '{backbone}' cannot be made with {kwargs}: {e}") from e
 
@@ -134,8 +139,7 @@ class GFNet(DynamicNet):
         height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
         if height != width:
             raise ValueError(f'GFNet takes square images, got img_size {height}x{width}.')
-        if not 0 < patch_size <= height:
-            raise ValueError(f'patch_size must be between 1 and img_size {height}, got {patch_size}.')
+        _check_patch_size(patch_size, height)
         if num_steps < 2:
             raise ValueError(f'num_steps must be at least 2, a glance and a patch, got {num_steps}.')
         if step_classifier not in ('recurrent', 'concat'):
@@ -144,16 +148,18 @@ class GFNet(DynamicNet):
             raise ValueError(f"glance_mode must be 'bicubic' or 'bilinear', got {glance_mode!r}.")
         super().__init__(num_steps, num_classes, in_chans, height, exit_cfg)
         self.backbone = backbone
+        self.backbone_args = dict(backbone_args or {})
         self.patch_size = patch_size
         self.glance_mode = glance_mode
         self.drop_rate = drop_rate
         self.global_pool = _check_pool(global_pool, num_classes)
 
         encoder_args = dict({'drop_path_rate': drop_path_rate} if drop_path_rate else {}, **(backbone_args or {}), **dd)
-        create = partial(_create_encoder, backbone, in_chans, patch_size, **encoder_args)
+        create = partial(create_encoder, backbone, in_chans, patch_size, **encoder_args)
         self.global_encoder: Any = create()
         self.local_encoder: Any = create()
         map_shape, feature_size = self._probe()
+        self.feature_size = feature_size
         self.policy = PatchPolicy(map_shape[0], map_shape[1:], policy, policy_hidden, **dd)
         self.classifier: StepClassifier
         if step_classifier == 'recurrent':
@@ -190,6 +196,10 @@ class GFNet(DynamicNet):
         x = encoder.forward_features(view)
         feature = encoder.forward_head(x, pre_logits=True)
         return (x.permute(0, 3, 1, 2) if _is_nhwc(encoder) else x), feature
+
+    def set_input_size(self, img_size: int | tuple[int, int]) -> None:
+        _check_patch_size(self.patch_size, img_size if isinstance(img_size, int) else min(img_size))
+        super().set_input_size(img_size)
 
     def init_state(self, x: torch.Tensor) -> State:
         if x.ndim != 4 or x.shape[1] != self.in_chans:
@@ -358,6 +368,11 @@ def _of_both(names: Iterable[str]) -> tuple[str, ...]:
     return tuple(f'{encoder}.{name}' for encoder in ('global_encoder', 'local_encoder') for name in names)
 
 
+def _check_patch_size(patch_size: int, img_size: int) -> None:
+    if not 0 < patch_size <= img_size:
+        raise ValueError(f'patch_size must be between 1 and img_size {img_size}, got {patch_size}.')
+
+
 def _check_pool(global_pool: str, num_classes: int) -> str:
     if global_pool not in ('avg', '') or (not global_pool and num_classes):
         raise ValueError(
@@ -398,22 +413,32 @@ def _encoder_state_dict(state_dict: Mapping[str, torch.Tensor]) -> dict[str, tor
     return out
 
 
-def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: Any) -> dict[str, torch.Tensor]:
+def checkpoint_filter_fn(
+        state_dict: Mapping[str, Any],
+        model: Any,
+        needs_policy: bool = True,
+) -> dict[str, torch.Tensor]:
     """Map an authors' checkpoint, as it was read, onto the model's keys. Other weights pass as they are.
 
     Critic, auxiliary classifiers and heads of steps that the model does not take are left out.
 
+    Args:
+        state_dict: An authors' checkpoint, or weights.
+        model: The model.
+        needs_policy: Refuse a file of the authors' first training stage, which holds no policy. Otherwise the policy
+            is left as it is in the model.
+
     Raises:
         CheckpointError: It is one of another variant, or lacks a part.
     """
-    out = _map_authors(state_dict, model) if _is_authors(state_dict) else dict(state_dict)
+    out = _map_authors(state_dict, model, needs_policy) if _is_authors(state_dict) else dict(state_dict)
     if not model.num_classes:
         out = {k: v for k, v in out.items() if not k.startswith('classifier.heads.')}
     return out
 
 
-def _map_authors(checkpoint: Mapping[str, Any], model: Any) -> dict[str, torch.Tensor]:
-    _check_authors_variant(checkpoint, model)
+def _map_authors(checkpoint: Mapping[str, Any], model: Any, needs_policy: bool) -> dict[str, torch.Tensor]:
+    _check_authors_variant(checkpoint, model, ('fc', 'policy') if needs_policy else ('fc',))
     out: dict[str, torch.Tensor] = {}
     dropped = set()
     first = model.classifier.head_name(0)
@@ -436,7 +461,9 @@ def _map_authors(checkpoint: Mapping[str, Any], model: Any) -> dict[str, torch.T
             out[f'classifier.heads.{module.removeprefix("fc_")}.{leaf}'] = value
         else:
             dropped.add(f'fc.{module}')
-    for key, value in clean_state_dict(dict(checkpoint['policy'])).items():
+    if not checkpoint.get('policy'):
+        out.update({f'policy.{k}': v for k, v in model.policy.state_dict().items()})
+    for key, value in clean_state_dict(dict(checkpoint.get('policy') or {})).items():
         if key.startswith('critic.'):
             dropped.add('policy.critic')
         else:
@@ -445,8 +472,8 @@ def _map_authors(checkpoint: Mapping[str, Any], model: Any) -> dict[str, torch.T
     return out
 
 
-def _check_authors_variant(checkpoint: Mapping[str, Any], model: GFNet) -> None:
-    missing = [part for part in ('fc', 'policy') if not checkpoint.get(part)]
+def _check_authors_variant(checkpoint: Mapping[str, Any], model: GFNet, parts: tuple[str, ...]) -> None:
+    missing = [part for part in parts if not checkpoint.get(part)]
     if missing:
         raise CheckpointError(f"it holds no {' and no '.join(missing)}: a file of the authors' first training stage?")
     patch_size, name = checkpoint.get('patch_size'), checkpoint.get('model_name')
@@ -521,7 +548,7 @@ def training_state_from_checkpoint(source: str | Path | Mapping[str, Any]) -> di
     return {**out, 'critic': critic} if critic else out
 
 
-def _read(path: str | Path) -> Mapping[str, Any]:
+def read_gfnet_checkpoint(path: str | Path) -> Mapping[str, Any]:
     """Read an authors' checkpoint whole, and of any other its weights."""
     checkpoint = read_checkpoint(path)
     return checkpoint if isinstance(checkpoint, Mapping) and _is_authors(checkpoint) else read_state_dict(path)
@@ -573,7 +600,7 @@ default_cfgs = generate_default_cfgs({
         input_size=(3, 300, 300), pool_size=(5, 5), crop_pct=0.904),
     'gfnet.untrained': _cfg(heads='rnn', origin_url=None),
     'test_gfnet.untrained': _cfg(
-        first_conv='conv1.0', heads='rnn', num_classes=10, input_size=(3, 96, 96), pool_size=(2, 2), crop_pct=1.0,
+        first_conv='conv1.0', heads='rnn', num_classes=10, input_size=(3, 96, 96), pool_size=(3, 3), crop_pct=1.0,
         origin_url=None),
 })
 
@@ -589,8 +616,8 @@ def _create_gfnet(variant: str, pretrained: bool = False, **kwargs: Any) -> GFNe
     if kwargs.pop('features_only', False):
         raise RuntimeError('features_only is not implemented for GFNet models: the maps are of different patches.')
     return build_dynamic_model(
-        partial(_create, variant=variant), variant, pretrained, filter_fn=checkpoint_filter_fn, read_fn=_read,
-        exit_cfg_fn=exit_cfg_from_checkpoint, **kwargs)
+        partial(_create, variant=variant), variant, pretrained, filter_fn=checkpoint_filter_fn,
+        read_fn=read_gfnet_checkpoint, exit_cfg_fn=exit_cfg_from_checkpoint, **kwargs)
 
 
 _DENSENET = dict(patch_size=96, glance_mode='bilinear')
@@ -707,6 +734,6 @@ def gfnet_efficientnet_b3_144(pretrained: bool = False, **kwargs: Any) -> GFNet:
 def test_gfnet(pretrained: bool = False, **kwargs: Any) -> GFNet:
     """A GFNet of 0.7 M parameters for demonstration and tests, over the ResNet of test_focusnet."""
     model_args = dict(
-        backbone='test_focusnet', backbone_args=dict(output_stride=16), patch_size=32, num_steps=3, img_size=96,
+        backbone='test_focusnet', backbone_args=dict(output_stride=16), patch_size=48, num_steps=3, img_size=96,
         classifier_hidden=128, policy='conv', policy_hidden=128)
     return _create_gfnet('test_gfnet', pretrained, **dict(model_args, **kwargs))

@@ -1,4 +1,17 @@
 from .focus_picking import FocusPickingTask, create_baseline
-from .recipe import RECIPES, Recipe, Stage, StageContext, create_recipe
+from .glance_focus import EndToEndTask, GlanceFocusTask, PatchPolicyTask
+from .recipe import RECIPES, create_recipe
+from .stage import Recipe, Stage, StageContext
 
-__all__ = ['RECIPES', 'FocusPickingTask', 'Recipe', 'Stage', 'StageContext', 'create_baseline', 'create_recipe']
+__all__ = [
+    'RECIPES',
+    'EndToEndTask',
+    'FocusPickingTask',
+    'GlanceFocusTask',
+    'PatchPolicyTask',
+    'Recipe',
+    'Stage',
+    'StageContext',
+    'create_baseline',
+    'create_recipe',
+]

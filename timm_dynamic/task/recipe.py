@@ -4,12 +4,9 @@ A stage names its task, what of the model it trains, where its weights start, an
 loop knows only `task(input, target) -> {'loss', 'output', ...}`.
 """
 import argparse
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
-import torch
 from timm.task import (
     ClassificationTask,
     FeatureDistillationTask,
@@ -20,55 +17,10 @@ from timm.task import (
 from torch import nn
 
 from ..loss import FocusPickingLoss
-from ..utils import seeded
+from ..models.gfnet import GFNet
 from .focus_picking import FocusPickingTask
-
-
-@dataclass
-class StageContext:
-    """What a task may need beside the model and the options."""
-    device: torch.device = field(default_factory=lambda: torch.device('cpu'))
-    dtype: torch.dtype | None = None
-    data_config: Mapping[str, Any] = field(default_factory=dict)
-    stage_weights: Mapping[str, Path] = field(default_factory=dict)  # exported weights of earlier stages, by stage
-    verbose: bool = True
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One stage of a recipe.
-
-    Attributes:
-        name: For `--stage`, folders and tables.
-        create_task: Makes the task from a model, the stage's options and a context.
-        defaults: Options that differ from timm's. `global_batch_size` stands for the batch over all processes and
-            accumulation steps.
-        starts_from: Earlier stage whose weights this one starts from; None for a new model.
-        trains: Tells by its name whether a parameter of the model learns; None if all do.
-        label: What a table calls the result.
-        seed_offset: Added to `--seed`, so that two stages that train the same net do not make the very same one.
-    """
-    name: str
-    create_task: Callable[[nn.Module, argparse.Namespace, StageContext], TrainingTask]
-    defaults: Mapping[str, Any] = field(default_factory=dict)
-    starts_from: str | None = None
-    trains: Callable[[str], bool] | None = None
-    label: str = ''
-    seed_offset: int = 0
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """Stages in order. What the last one makes is the result of the run.
-
-    Attributes:
-        name: For `--recipe`.
-        stages: In the order in which they run.
-        references: Models to show beside the results in the final table, as label -> model name.
-    """
-    name: str
-    stages: tuple[Stage, ...]
-    references: Mapping[str, str] = field(default_factory=dict)
+from .gfnet_recipe import create_end_to_end_recipe, create_gfnet_recipe
+from .stage import Recipe, Stage, StageContext
 
 
 def mixes(args: argparse.Namespace) -> bool:
@@ -91,10 +43,9 @@ def create_classification_task(model: nn.Module, args: argparse.Namespace, conte
         return ClassificationTask(model, **common)
     common.update(distill_loss_weight=args.distill_loss_weight, task_loss_weight=args.task_loss_weight)
     if args.kd_distill_type == 'feature':
-        with seeded(args.seed, 'task'):  # it has a projection with initial values
-            return FeatureDistillationTask(
-                model, args.kd_model_name, student_feature_dim=args.kd_student_feature_dim,
-                teacher_feature_dim=args.kd_teacher_feature_dim, **common)
+        return FeatureDistillationTask(
+            model, args.kd_model_name, student_feature_dim=args.kd_student_feature_dim,
+            teacher_feature_dim=args.kd_teacher_feature_dim, **common)
     common['temperature'] = args.kd_temperature
     if args.kd_distill_type == 'token':
         return TokenDistillationTask(model, args.kd_model_name, distill_type=args.kd_token_distill_type, **common)
@@ -128,7 +79,7 @@ _FOCUS_DEMO = dict(
 )
 
 
-def _focusnet(args: argparse.Namespace, demo: bool) -> Recipe:
+def _focusnet(args: argparse.Namespace, demo: bool, model: Any) -> Recipe:
     if args.focus_baseline is None:
         raise ValueError(
             'The recipe focusnet needs a baseline: --focus-baseline MODEL (e.g. resnet18.tv_in1k), or '
@@ -145,29 +96,41 @@ def _focusnet(args: argparse.Namespace, demo: bool) -> Recipe:
     return Recipe('focusnet', tuple(stages), {} if scratch else {'baseline (frozen)': args.focus_baseline})
 
 
-def _classification(args: argparse.Namespace, demo: bool) -> Recipe:
+def _classification(args: argparse.Namespace, demo: bool, model: Any) -> Recipe:
     return Recipe('classification', (Stage('classification', create_classification_task, label=args.model),))
 
 
-RECIPES: dict[str, Callable[[argparse.Namespace, bool], Recipe]] = {
+RECIPES: dict[str, Callable[[argparse.Namespace, bool, Any], Recipe]] = {
     'classification': _classification,
     'focusnet': _focusnet,
+    'gfnet': create_gfnet_recipe,
+    'end-to-end': create_end_to_end_recipe,
+}
+# Options that only some recipes know.
+_OWN_OPTIONS = {
+    'focus_baseline': ('focusnet',), 'focus_plain': ('focusnet',),
+    **dict.fromkeys(('init_global', 'init_local', 'init_from'), ('gfnet', 'end-to-end')),
 }
 
 
-def create_recipe(args: argparse.Namespace, demo: bool = False) -> Recipe:
-    """Choose the recipe by `--recipe`, else by the other options: a baseline makes it 'focusnet'.
+def create_recipe(args: argparse.Namespace, demo: bool = False, model: Any = None) -> Recipe:
+    """Choose the recipe by `--recipe`, else by the other options: a baseline makes it 'focusnet'; else by the model.
 
     Args:
         args: Options, without any recipe's defaults.
         demo: The embedded demo set is trained on.
+        model: The model, if it is of a family that has recipes of its own.
 
     Raises:
         ValueError: There is no such recipe, or it lacks something.
     """
-    name = args.recipe or ('focusnet' if args.focus_baseline else 'classification')
+    own = 'gfnet' if isinstance(model, GFNet) else 'classification'
+    name = args.recipe or ('focusnet' if args.focus_baseline else own)
     if name not in RECIPES:
         raise ValueError(f"There is no recipe '{name}': choose from {', '.join(RECIPES)}.")
-    if name == 'classification' and (args.focus_baseline or args.focus_plain):
-        raise ValueError(f"--focus-baseline and --focus-plain belong to the recipe 'focusnet', not to '{name}'.")
-    return RECIPES[name](args, demo)
+    for option, recipes in _OWN_OPTIONS.items():
+        if getattr(args, option) and name not in recipes:
+            raise ValueError(
+                f"--{option.replace('_', '-')} belongs to the recipe {' and '.join(map(repr, recipes))}, "
+                f"not to '{name}'.")
+    return RECIPES[name](args, demo, model)

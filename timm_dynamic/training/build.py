@@ -2,6 +2,7 @@
 import argparse
 import difflib
 import logging
+from functools import partial
 from typing import Any
 
 import timm
@@ -9,11 +10,25 @@ import torch
 from timm.data import AugMixDataset, FastCollateMixup, Mixup, create_loader, resolve_data_config
 from timm.layers import convert_splitbn_model, convert_sync_batchnorm, set_fast_norm
 from timm.models import is_model, list_models, parse_model_name, resolve_model_input_args
-from timm.optim import create_optimizer_v2, optimizer_kwargs
+from timm.optim import (
+    create_optimizer_v2,
+    optimizer_kwargs,
+    param_groups_layer_decay,
+    param_groups_weight_decay,
+)
 from torch import nn
 
-from ..data import DEMO_DATASET, TrainLoader, WorkerInit, class_to_idx, create_dataset, create_train_loader
+from ..data import (
+    DEMO_DATASET,
+    TrainLoader,
+    WorkerInit,
+    class_to_idx,
+    create_dataset,
+    create_train_loader,
+    worker_context,
+)
 from ..models._builder import checkpoint_filter_of
+from ..models.dynamic_net import DynamicNet
 from ..task.recipe import mixes
 from ..utils import load_weights, seeded
 
@@ -58,7 +73,11 @@ def build_model(args: argparse.Namespace, **kwargs: Any) -> Any:
         global_pool=args.gp,
         **{**args.model_kwargs, **{k: v for k, v in kwargs.items() if v is not None}},
     )
-    return timm.create_model(**resolved)
+    model = timm.create_model(**resolved)
+    size = args.img_size or (tuple(args.input_size[1:]) if args.input_size else None)
+    if isinstance(model, DynamicNet) and size:
+        model.set_input_size(size)
+    return model
 
 
 def build_training_model(args: argparse.Namespace) -> Any:
@@ -299,6 +318,8 @@ def build_eval_loader(
     )
     inner = getattr(loader, 'loader', loader)
     inner.worker_init_fn = WorkerInit(inner.worker_init_fn)
+    if inner.num_workers:
+        inner.multiprocessing_context = worker_context(world_size)
     loader.class_to_idx = class_to_idx(dataset)
     return loader
 
@@ -324,7 +345,38 @@ def resolve_learning_rate(args: argparse.Namespace, global_batch_size: int) -> f
 
 def build_optimizer(module: nn.Module, args: argparse.Namespace) -> torch.optim.Optimizer:
     """Create timm's optimizer over what the module trains."""
-    return create_optimizer_v2(module, **{**optimizer_kwargs(cfg=args), **args.opt_kwargs})
+    kwargs = {**optimizer_kwargs(cfg=args), **args.opt_kwargs}
+    if args.classifier_lr_scale == 1:
+        return create_optimizer_v2(module, **kwargs)
+    return create_optimizer_v2(module, param_group_fn=partial(_classifier_apart, args=args, kwargs=kwargs), **kwargs)
+
+
+def _classifier_apart(module: Any, args: argparse.Namespace, kwargs: dict[str, Any]) -> list[dict[str, Any]]:
+    """timm's parameter groups, the classifier's parameters with a learning rate of their own."""
+    common: dict[str, Any] = dict(
+        weight_decay=args.weight_decay,
+        no_weight_decay_list=getattr(module, 'no_weight_decay', set)(),
+        weight_decay_exclude_1d=kwargs.get('filter_bias_and_bn', True))
+    if args.layer_decay is not None:
+        groups = param_groups_layer_decay(
+            module, layer_decay=args.layer_decay, min_scale=args.layer_decay_min_scale,
+            no_opt_scale=args.layer_decay_no_opt_scale, **common)
+    else:
+        groups = param_groups_weight_decay(module, **common)
+    if hasattr(module, 'classifier_parameters'):
+        parameters = module.classifier_parameters()
+    else:
+        classifier = module.get_classifier()
+        parts = classifier if isinstance(classifier, (tuple, list)) else [classifier]
+        parameters = [p for part in parts for p in part.parameters()]
+    apart = {id(p) for p in parameters}
+    out = []
+    for group in groups:
+        rest = [p for p in group['params'] if id(p) not in apart]
+        heads = [p for p in group['params'] if id(p) in apart]
+        out += [{**group, 'params': rest}] if rest else []
+        out += [{**group, 'params': heads, 'lr': args.lr * args.classifier_lr_scale}] if heads else []
+    return out
 
 
 def training_data_config(args: argparse.Namespace, model: nn.Module) -> dict[str, Any]:

@@ -13,6 +13,48 @@ def progress_bar(iterable: Any, accelerator: Accelerator, **kwargs: Any) -> tqdm
     return tqdm(iterable, disable=None if accelerator.is_main_process else True, **kwargs)
 
 
+class StepRecorder:
+    """A dynamic model to `evaluate`: gives the logits of the last step, and remembers who was right after each step.
+
+    Args:
+        forward: Gives the logits of all steps [T, B, num_classes].
+        keep: Remember so many images, too.
+
+    Attributes:
+        images: The first images [n, C, S, S] seen, and `targets` their classes [n]; None if none are kept.
+    """
+
+    def __init__(self, forward: Callable[[torch.Tensor], torch.Tensor], keep: int = 0) -> None:
+        self.forward, self.keep = forward, keep
+        self.images: torch.Tensor | None = None
+        self.targets: torch.Tensor | None = None
+        self._logits = torch.empty(0)
+        self._input = torch.empty(0)
+        self._hits: list[torch.Tensor] = []
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        self._input, self._logits = x, self.forward(x)
+        return self._logits[-1]
+
+    def add(self, output: torch.Tensor, target: torch.Tensor) -> None:
+        """Take in the targets of the batch just seen. See `evaluate`."""
+        self._hits.append(self._logits.argmax(dim=-1) == target)
+        if self.keep and self.images is None:
+            self.images, self.targets = self._input[:self.keep].clone(), target[:self.keep].clone()
+
+    def accuracy(self, limit: int | None, accelerator: Accelerator) -> dict[str, float]:
+        """Top-1 accuracy (%) after each step, over all processes: 'top1_step1' and so on.
+
+        Args:
+            limit: Number of this process's samples that count; the rest is padding.
+            accelerator: Processes.
+        """
+        hits = torch.cat(self._hits, dim=1)[:, :limit]
+        sums = torch.cat([hits.sum(dim=1), hits.new_ones(1, dtype=torch.int64) * hits.shape[1]])
+        *right, count = accelerator.reduce(sums, 'sum').tolist()
+        return {f'top1_step{t}': 100 * n / count for t, n in enumerate(right, 1)}
+
+
 @torch.inference_mode()
 def evaluate(
         model: Callable[[torch.Tensor], torch.Tensor],

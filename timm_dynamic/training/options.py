@@ -122,7 +122,8 @@ def create_train_parser() -> argparse.ArgumentParser:
     p.add_argument('-c', '--config', default='', metavar='FILE', help='YAML file with options')
 
     g = p.add_argument_group('Recipe')
-    g.add_argument('--recipe', metavar='NAME', help="'classification' or 'focusnet' (default: by the other options)")
+    g.add_argument('--recipe', metavar='NAME', help=(
+        "'classification', 'focusnet', 'gfnet' or 'end-to-end' (default: by the model and the other options)"))
     g.add_argument('--stage', nargs='+', metavar='NAME', help='run only these stages of the recipe')
     g.add_argument('--stage-args', nargs='+', default=[], metavar='STAGE.OPTION=VALUE',
                    help='options for one stage, e.g. baseline.epochs=5')
@@ -135,6 +136,26 @@ def create_train_parser() -> argparse.ArgumentParser:
                    help="softens the baseline's probabilities when confused classes are picked (%(default)s)")
     g.add_argument('--focus-attention-weight', type=float, default=1.0, metavar='W', help='(%(default)s)')
     g.add_argument('--focus-negentropy-weight', type=float, default=1.0, metavar='W', help='(%(default)s)')
+
+    g.add_argument('--init-local', metavar='SOURCE', help=(
+        "weights that a GFNet's local encoder starts from: a timm model, a folder or file with weights of the backbone, "
+        "or 'scratch' to train it on whole images first (default: the backbone's pretrained weights if they can be "
+        'had; the demo set: scratch)'))
+    g.add_argument('--init-global', metavar='SOURCE', help='the same for the global encoder (as --init-local)')
+    g.add_argument('--init-from', default='', metavar='PATH', help=(
+        "weights of a whole GFNet that the first stage starts from: a stage's folder, a file, or an authors' checkpoint"))
+    g.add_argument('--aux-weight', type=float, default=1.0, metavar='W', help="of the encoders' auxiliary losses (%(default)s)")
+    g.add_argument('--freeze-global', action=argparse.BooleanOptionalAction, default=False, help='the global encoder does not learn')
+    g.add_argument('--classifier-lr-scale', type=float, default=1.0, metavar='S',
+                   help="the classifier's learning rate, as a multiple of --lr (%(default)s)")
+    g.add_argument('--policy-std', type=float, default=0.1, metavar='S', help='standard deviation of actions in training (%(default)s)')
+    g.add_argument('--policy-gamma', type=float, default=0.7, metavar='G', help='discount of later rewards (%(default)s)')
+    g.add_argument('--policy-clip', type=float, default=0.2, metavar='E', help='range of PPO ratios that count (%(default)s)')
+    g.add_argument('--policy-value-weight', type=float, default=0.5, metavar='W', help="of the critic's loss (%(default)s)")
+    g.add_argument('--policy-entropy-weight', type=float, default=0.01, metavar='W', help='(%(default)s)')
+    g.add_argument('--policy-updates', type=int, default=1, metavar='K', help='policy updates per batch (%(default)s)')
+    g.add_argument('--save-patches', type=int, default=0, metavar='N',
+                   help='after every validation, draw where a GFNet looks in N images')
 
     g = p.add_argument_group('Dataset')
     _dataset_options(g, split_names=True)
@@ -309,7 +330,9 @@ def create_validate_parser() -> argparse.ArgumentParser:
         prog='validate.py',
         description='Evaluate timm models on a dataset, on one or many devices.\n\n'
                     '  python validate.py --model focusnet_resnet18 --checkpoint FILE --data-dir IMAGENET '
-                    '--compare resnet18.tv_in1k')
+                    '--compare resnet18.tv_in1k\n'
+                    '  python validate.py --model gfnet_resnet50_96 --checkpoint FILE --data-dir IMAGENET '
+                    '--budget 1 2 --curve curve.png')
     g = p.add_argument_group('Dataset')
     _dataset_options(g, split_names=False)
     g.add_argument('--split', default='validation', metavar='NAME', help='(%(default)s)')
@@ -331,6 +354,27 @@ def create_validate_parser() -> argparse.ArgumentParser:
     g.add_argument('--crop-mode', metavar='MODE', help='center, squash or border')
     g.add_argument('--crop-border-pixels', type=int, metavar='N')
     g.add_argument('--tf-preprocessing', action='store_true', help="TensorFlow's preprocessing (needs tensorflow)")
+
+    g = p.add_argument_group('Dynamic inference', (
+        'For models that may stop early. Budgets are multiply-adds per image, in 10⁹ (GMACs). Exits are fitted\n'
+        '  on other images than they are judged on; the output says on which.'))
+    g.add_argument('--anytime', action='store_true', help='accuracy and cost after every step (what dynamic models get anyway)')
+    g.add_argument('--budget', type=float, nargs='+', metavar='G', help='fit exits that cost so much on average, and judge them')
+    g.add_argument('--budget-rule', default='thresholds', choices=['thresholds', 'policy'],
+                   help='fit thresholds, or a rule on the confidences of all steps so far (%(default)s)')
+    g.add_argument('--thresholds', type=float, nargs='+', metavar='T', help='judge these thresholds, one a step')
+    g.add_argument('--geometric', action='store_true', help="fit and judge the 39 points of GFNet's paper (--eval_mode 2 of the original)")
+    g.add_argument('--stored-results', action='store_true', help='show the results kept in the model, without data (--eval_mode 0)')
+    g.add_argument('--stored-thresholds', action='store_true', help='judge the exits kept in the model (--eval_mode 1)')
+    g.add_argument('--calibrate-split', metavar='NAME', help=(
+        "split to fit on, or 'half': fit on a random half of --split, judge on the other (default: the validation split if "
+        'another one is judged on, else that to train on; half where there is none)'))
+    g.add_argument('--calibrate-samples', type=int, metavar='N', help='fit on so many random images (all)')
+    g.add_argument('--exit-table', metavar='FILE', help='judge on a table of --save-exit-table (or one of AnchorNet, .pth), without running the model')
+    g.add_argument('--calibrate-table', metavar='FILE', help='fit on this table (default with --exit-table: one half of it, judged on the other)')
+    g.add_argument('--save-exit-table', metavar='FILE', help='keep what was measured on --split')
+    g.add_argument('--save-budgets', metavar='FOLDER', help='export the model, with the exits for --budget (default: a dozen of budgets) in its config.json')
+    g.add_argument('--curve', metavar='FILE', help='picture of accuracy over multiply-adds, with the --compare models (needs matplotlib)')
 
     g = p.add_argument_group('Run')
     g.add_argument('-b', '--batch-size', type=int, default=256, metavar='N', help='per process (%(default)s)')

@@ -1,6 +1,7 @@
 """What a run shows: tables in the terminal, CSV and JSON files, a learning curve."""
 import csv
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,8 @@ from ..utils import atomic_write, write_json
 def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Align rows of equal or similar keys as a table; missing values stay empty."""
     columns = list(dict.fromkeys(k for row in rows for k in row))
-    cells = [[_show(row.get(c)) for c in columns] for row in rows]
+    decimals = {c: _decimals([row.get(c) for row in rows]) for c in columns}
+    cells = [[_show(row.get(c), decimals[c]) for c in columns] for row in rows]
     numeric = [all(isinstance(row.get(c), (int, float, type(None))) for row in rows) for c in columns]
     widths = [max(len(c), *(len(line[i]) for line in cells)) for i, c in enumerate(columns)]
 
@@ -21,10 +23,18 @@ def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
     return '\n'.join([align(columns), '  '.join('-' * w for w in widths), *map(align, cells)])
 
 
-def _show(value: Any) -> str:
+def _decimals(values: Sequence[Any]) -> int:
+    """Three, and up to six where that is less than three digits of the smallest value."""
+    least = min((abs(v) for v in values if isinstance(v, float) and v), default=1.)
+    return min(max(3, 2 - math.floor(math.log10(least))), 6) if least < math.inf else 3
+
+
+def _show(value: Any, decimals: int = 3) -> str:
     if value is None:
         return ''
-    return f'{value:.3f}' if isinstance(value, float) else str(value)
+    if isinstance(value, (list, tuple)):
+        return ' '.join(f'{v:.4g}' if isinstance(v, float) else str(v) for v in value)
+    return f'{value:.{decimals}f}' if isinstance(value, float) else str(value)
 
 
 def write_rows(path: str | Path, rows: Sequence[Mapping[str, Any]], fmt: str | None = None) -> None:
@@ -32,7 +42,7 @@ def write_rows(path: str | Path, rows: Sequence[Mapping[str, Any]], fmt: str | N
 
     Args:
         path: File to write.
-        rows: Rows with equal or similar keys.
+        rows: Rows with equal or similar keys. Lists become words in CSV.
         fmt: 'csv' or 'json'; by default by the file's ending.
     """
     path = Path(path)
@@ -44,7 +54,11 @@ def write_rows(path: str | Path, rows: Sequence[Mapping[str, Any]], fmt: str | N
     with atomic_write(path) as tmp, open(tmp, 'w', newline='', encoding='utf-8') as f:
         writer = csv.DictWriter(f, columns)
         writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows({k: _words(v) for k, v in row.items()} for row in rows)
+
+
+def _words(value: Any) -> Any:
+    return ' '.join(map(str, value)) if isinstance(value, (list, tuple)) else value
 
 
 def read_rows(path: str | Path) -> list[dict[str, Any]]:
@@ -87,4 +101,68 @@ def plot_curve(path: str | Path, rows: Sequence[Mapping[str, Any]], metric: str)
     left.grid(alpha=0.3)
     with atomic_write(path) as tmp:
         figure.savefig(tmp, dpi=120)
+    return True
+
+
+Curve = Sequence[tuple[float, float]]
+
+
+def check_plot(path: str | Path, option: str) -> None:
+    """See that a picture can be drawn, before hours are spent.
+
+    Args:
+        path: File to write.
+        option: What asks for it, for the message.
+
+    Raises:
+        ValueError: matplotlib is not installed, or it writes no files of this kind.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as e:
+        raise ValueError(f'{option} needs matplotlib, which is not installed: pip install timm-dynamic[plot].') from e
+    kinds = Figure().canvas.get_supported_filetypes()
+    if Path(path).suffix.lstrip('.').lower() not in kinds:
+        raise ValueError(f"{option}: expected a file that ends in one of {', '.join(sorted(kinds))}, got '{path}'.")
+
+
+def plot_accuracy_over_macs(
+        path: str | Path,
+        curves: Mapping[str, Curve],
+        points: Mapping[str, Curve] | None = None,
+        title: str = '',
+) -> bool:
+    """Draw accuracy over cost.
+
+    Args:
+        path: Picture to write, atomically; its ending says of what kind.
+        curves: Lines, by label: (GMACs, top-1 in %).
+        points: Likewise, but drawn as markers only, e.g. static models.
+        title: Stands above.
+
+    Returns:
+        Whether it was drawn: not without matplotlib (the extra `plot`).
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    figure = Figure(figsize=(7, 4.5), layout='constrained')
+    axis = figure.subplots()
+    for label, curve in curves.items():
+        axis.plot(*zip(*curve), label=label, marker='o' if len(curve) < 16 else '', markersize=4)
+    markers = ('s', '^', 'D', 'v', 'P', 'X')
+    for i, (label, curve) in enumerate((points or {}).items()):
+        axis.plot(
+            *zip(*curve), label=label, linestyle='', marker=markers[i % len(markers)],
+            markersize=8 if len(curve) == 1 else 3)
+    costs = [gmacs for curve in (*curves.values(), *(points or {}).values()) for gmacs, _ in curve]
+    if max(costs) > 30 * min(costs):
+        axis.set_xscale('log')
+    axis.set(xlabel='multiply-adds per image (GMACs)', ylabel='top-1 accuracy (%)', title=title)
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize='small')
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path) as tmp:
+        figure.savefig(tmp, dpi=150)
     return True

@@ -16,16 +16,27 @@ import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
-from timm.models import safe_model_name
+from timm.models import is_model_in_modules, parse_model_name, safe_model_name
 from timm.utils import setup_default_logging
 
+from ..exits import ExitTable
+from ..models.dynamic_net import DynamicNet
 from ..task import Recipe, Stage, StageContext, create_baseline, create_recipe
-from ..utils import CheckpointError, clean_partial_files
+from ..utils import CheckpointError, clean_partial_files, save_exit_cfg
 from .accelerator import create_accelerator
-from .build import build_eval_loader, check_model_name, model_dtype, training_data_config, uses_demo_data
+from .anytime import (
+    budget_curve,
+    budget_rows,
+    budgets_to_keep,
+    count_macs,
+    evaluate_dynamic,
+    step_curve,
+    step_rows,
+)
+from .build import build_eval_loader, build_model, check_model_name, model_dtype, training_data_config, uses_demo_data
 from .evaluate import evaluate
 from .options import create_train_parser, given_options, read_config, typed_value
-from .report import format_table, write_rows
+from .report import format_table, plot_accuracy_over_macs, write_rows
 from .signals import Stopped, StopRequest
 from .state import StateError, StateStore
 from .trainer import NonFiniteLoss, Trainer, check_identity
@@ -76,6 +87,9 @@ class TrainOptions:
         if 'opt_kwargs' in own:  # adds to the recipe's, does not undo them
             own['opt_kwargs'] = {**recipe.get('opt_kwargs', {}), **own['opt_kwargs']}
         args = argparse.Namespace(**{**self.defaults, **recipe, **own})
+        if stage.model is not None:
+            args.model, args.model_kwargs = stage.model, dict(stage.model_kwargs)
+            args.pretrained, args.pretrained_path, args.initial_checkpoint = False, None, ''
         if global_batch and 'batch_size' not in own:
             parts = num_processes * max(1, args.grad_accum_steps)
             if global_batch % parts:
@@ -172,7 +186,7 @@ def run_training(argv: Sequence[str] | None = None) -> dict[str, Any]:
         importlib.import_module(module)
     check_model_name(base.model)
     demo = uses_demo_data(base)
-    recipe = create_recipe(base, demo)
+    recipe = create_recipe(base, demo, _model_with_recipes(base))
     stages = _select_stages(recipe, base, options)
 
     # Accelerate needs the accumulation steps before stages are resolved; a recipe's own would come too late.
@@ -198,11 +212,14 @@ def run_training(argv: Sequence[str] | None = None) -> dict[str, Any]:
     if main:
         _show_stages(stages, options, accelerator.num_processes)
     weights = {s.name: _stage_folder(folder, recipe, s) / 'best' for s in recipe.stages}
+    begins_with = next((s.name for s in stages if s.model is None), None)  # what --init-from is for
 
     results = run_state['results']
     with StopRequest() as stop:
         for stage in stages:
             args = options.for_stage(stage, accelerator.num_processes)
+            if stage.name != begins_with:
+                args.init_from = ''
             if stage.name in results:
                 # The stage that the state is of may be given more epochs.
                 last = state is not None and state['identity']['stage'] == stage.name
@@ -210,11 +227,12 @@ def run_training(argv: Sequence[str] | None = None) -> dict[str, Any]:
                     _logger.info(f'Stage {stage.name} is finished.')
                     continue
                 del results[stage.name]
+            resume_from = state if state is not None and state['identity']['stage'] not in results else None
             trainer = Trainer(
                 stage, args, accelerator, _stage_folder(folder, recipe, stage), store, identity,
-                StageContext(stage_weights=weights), run_state)
-            if state is not None and state['identity']['stage'] not in results:
-                trainer.load_state_dict(state)
+                StageContext(stage_weights=weights, resumed=resume_from is not None), run_state)
+            if resume_from is not None:
+                trainer.load_state_dict(resume_from)
                 if main:
                     _logger.info(f'Continuing stage {stage.name} at epoch {trainer.epoch}, batch {trainer.batch}.')
             elif timm_checkpoint:
@@ -232,6 +250,14 @@ def run_training(argv: Sequence[str] | None = None) -> dict[str, Any]:
                      f"Load them with: timm.create_model('local-dir:{folder / 'best'}', pretrained=True)")
     accelerator.end_training()
     return {'folder': folder, 'results': dict(results), 'table': table}
+
+
+def _model_with_recipes(args: argparse.Namespace) -> Any:
+    """The model, if it is of a family that has recipes of its own."""
+    source, name = parse_model_name(args.model)
+    if source is None and not is_model_in_modules(name.split('.')[0], ['gfnet']):
+        return None
+    return build_model(args)
 
 
 def _select_stages(recipe: Recipe, args: argparse.Namespace, options: TrainOptions) -> list[Stage]:
@@ -281,13 +307,14 @@ def _compare(
     """Evaluate the best weights of every stage, and the recipe's references, on the same images."""
     models: list[tuple[str, Any]] = [
         (s.label or s.name, timm.create_model(f'local-dir:{weights[s.name]}', pretrained=True))
-        for s in stages if (weights[s.name] / 'config.json').exists()
+        for s in stages if s.shown and (weights[s.name] / 'config.json').exists()
     ]
     args = options.for_stage(stages[-1], accelerator.num_processes)
     split = args.test_split or ('test' if uses_demo_data(args) else args.val_split)
     if not split:
         return []
     rows = []
+    dynamic: list[tuple[str, Any, Any]] = []  # label, model, table of its exits
     references = [(label, create_baseline(source, models[-1][1])) for label, source in recipe.references.items()]
     for label, model in [*references, *models]:
         model = model.eval().to(accelerator.device, model_dtype(args))
@@ -295,16 +322,68 @@ def _compare(
         loader = build_eval_loader(
             args, split, data_config, model.num_classes, accelerator.device, accelerator.num_processes,
             samples=args.val_num_samples)
-        metrics = evaluate(
-            model, loader, accelerator, channels_last=args.channels_last, dtype=model_dtype(args),
-            desc=f'{split}: {label}')
+        common: dict[str, Any] = dict(
+            channels_last=args.channels_last, dtype=model_dtype(args), desc=f'{split}: {label}')
+        if isinstance(model, DynamicNet):
+            metrics, exits = evaluate_dynamic(model, loader, accelerator, **common)
+            dynamic.append((label, model, exits))
+        else:
+            metrics = evaluate(model, loader, accelerator, **common)
+        macs = count_macs(model, data_config['input_size'])
         rows.append({
-            'model': label, **{k: round(v, 4) for k, v in metrics.items() if k != 'count'}, 'split': split,
-            'images': metrics['count'], 'params_m': round(sum(p.numel() for p in model.parameters()) / 1e6, 3)})
+            'model': label, **{k: round(v, 4) for k, v in metrics.items() if k not in ('count', 'gmacs')},
+            'split': split, 'images': metrics['count'], 'params_m': round(sum(p.numel() for p in model.parameters()) / 1e6, 3),
+            **({'gmacs': round(macs / 1e9, 6)} if macs is not None else {})})
     if accelerator.is_main_process:
         write_rows(folder / 'results.csv', rows)
         write_rows(folder / 'results.json', rows)
+    if dynamic:
+        static = {r['model']: [(r['gmacs'], r['top1'])] for r in rows if r['model'] != dynamic[-1][0] and 'gmacs' in r}
+        _judge_exits(*dynamic[-1], args, split, accelerator, folder, static)
     return rows
+
+
+def _judge_exits(
+        label: str,
+        model: DynamicNet,
+        table: ExitTable,
+        args: argparse.Namespace,
+        split: str,
+        accelerator: Accelerator,
+        folder: Path,
+        static: dict[str, list[tuple[float, float]]],
+) -> None:
+    """Show what every budget gets, and keep the budgets with the weights. Exits are fitted on the validation split."""
+    rows = step_rows(table, split=split)
+    text = f'{label}, all images stopped after the same step:\n{format_table(rows)}'
+    curves, points = {}, {f'{label}, same step': step_curve(table), **static}
+    if args.val_split and args.val_split != split:
+        data_config = training_data_config(args, model)
+        loader = build_eval_loader(
+            args, args.val_split, data_config, model.num_classes, accelerator.device, accelerator.num_processes,
+            samples=args.val_num_samples)
+        _, calibration = evaluate_dynamic(
+            model, loader, accelerator, channels_last=args.channels_last, dtype=model_dtype(args),
+            desc=f'{args.val_split}: {label}')
+        fitted = dict(split=split, fitted_on=args.val_split)
+        budgets = budget_rows(calibration, table, **fitted)
+        text += (f"\n\n{label}, budgets (exits fitted on '{args.val_split}', judged on '{split}'):\n"
+                 + format_table(budgets))
+        curves[f'{label}, budgets'] = budget_curve(calibration, table)
+        rows += budgets
+        if accelerator.is_main_process:
+            model.store_budgets(budgets_to_keep(calibration, table, **fitted))
+            save_exit_cfg(folder / 'best', model.exit_cfg)
+    else:
+        text += (f"\n\nFor budgets, exits must be fitted on other images than '{split}': "
+                 f"validate.py --model local-dir:{folder / 'best'} --budget G ... --calibrate-split NAME")
+    if accelerator.is_main_process:
+        write_rows(folder / 'budgets.csv', rows)
+        write_rows(folder / 'budgets.json', rows)
+        picture = folder / 'accuracy_over_macs.png'
+        if plot_accuracy_over_macs(picture, curves, points, title=f'{split}, {len(table)} images'):
+            text += f'\n\nAccuracy over multiply-adds: {picture}'
+        _logger.info('\n' + text)
 
 
 def run_script(script: Callable[[], int]) -> int:

@@ -7,6 +7,7 @@ import signal
 import time
 from collections.abc import Mapping
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,12 @@ import torch
 import yaml
 from accelerate import Accelerator
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
-from timm.task import TrainingTask
+from timm.task import TrainingTask, evaluation_sample_limit
 from timm.utils import dispatch_clip_grad, distribute_bn, unwrap_model
 from torch import nn
 
 from ..models._builder import checkpoint_filter_of
+from ..models.dynamic_net import DynamicNet
 from ..task import Stage, StageContext
 from ..utils import (
     CheckpointError,
@@ -26,6 +28,7 @@ from ..utils import (
     copy_pretrained,
     load_weights,
     read_checkpoint,
+    read_task_state,
     save_pretrained,
     seeded,
 )
@@ -41,7 +44,8 @@ from .build import (
     resolve_learning_rate,
     training_data_config,
 )
-from .evaluate import evaluate, progress_bar
+from .evaluate import StepRecorder, evaluate, progress_bar
+from .patches import draw_patches
 from .report import plot_curve, read_rows, write_rows
 from .signals import Stopped, StopRequest
 from .state import StateStore
@@ -59,6 +63,20 @@ def check_identity(state: Mapping[str, Any], identity: Mapping[str, Any], folder
     differ = [f'{k} {saved.get(k)!r} (here: {v!r})' for k, v in identity.items() if saved.get(k) != v]
     if differ:
         raise ValueError(f"The state at '{folder}' cannot be continued here: it has {', '.join(differ)}.")
+
+
+def _show(value: torch.Tensor) -> str:
+    return '/'.join(f'{v:.4g}' for v in value.reshape(-1).tolist())
+
+
+def _numbered(key: str, number: int) -> str:
+    """'step_top1' -> 'top1_step1'."""
+    unit, _, name = key.partition('_')
+    return f'{name}_{unit}{number}'
+
+
+def _forward_steps(model: DynamicNet, x: Any) -> torch.Tensor:
+    return torch.stack(list(model.forward_steps(x)))
 
 
 class Trainer:
@@ -97,16 +115,17 @@ class Trainer:
         self.any_process = create_control_channel(accelerator)
 
         model = build_training_model(args)
-        if stage.starts_from is not None:
-            load_weights(model, context.stage_weights[stage.starts_from])
+        task_state: Mapping[str, Any] | None = None
+        if not context.resumed:
+            if stage.starts_from is not None and not args.init_from:
+                task_state = self._start_from(model, context.stage_weights[stage.starts_from])
+            if stage.prepare is not None:
+                task_state = stage.prepare(model, args, context) or task_state
         if args.num_classes is None:
             args.num_classes = model.num_classes
         self.identity = {**identity, 'stage': stage.name, 'num_classes': model.num_classes}
         self.data_config = training_data_config(args, model)
         model = place_model(model, args, self.device, self.world_size)
-        if stage.trains is not None:
-            for name, parameter in model.named_parameters():
-                parameter.requires_grad_(stage.trains(name))
 
         self.loader, self.mixup_fn = build_train_loader(
             args, self.data_config, model.num_classes, self.device, self.rank, self.world_size)
@@ -120,7 +139,10 @@ class Trainer:
 
         context.device, context.dtype, context.verbose = self.device, model_dtype(args), self.main
         context.data_config = self.data_config
-        self.task: TrainingTask = stage.create_task(model, args, context).to(self.device)
+        with seeded(args.seed, 'task'):  # what a task has beside the model has initial values, too
+            self.task: TrainingTask = stage.create_task(model, args, context).to(self.device)
+        if task_state:
+            self.task.load_task_state(dict(task_state), strict=False)
         self.model = model
         if args.model_ema and (self.main or not args.model_ema_force_cpu):
             self.task.setup_ema(
@@ -147,6 +169,14 @@ class Trainer:
         self.checkpoints: list[list[Any]] = []  # [metric, epoch] of the weights kept
         self.totals: dict[str, torch.Tensor] = {}  # sums over the epoch's samples so far
         self.first_bad = torch.full((), -1, dtype=torch.int64, device=self.device)
+
+    def _start_from(self, model: nn.Module, folder: Path) -> Mapping[str, Any]:
+        if not folder.exists():
+            raise ValueError(
+                f"Stage '{self.stage.name}' starts from the weights of stage '{self.stage.starts_from}', which are not "
+                f"at '{folder}': run that stage first, or give weights with --init-from.")
+        load_weights(model, folder)
+        return read_task_state(folder)
 
     # state
 
@@ -346,6 +376,8 @@ class Trainer:
                 if self.device.type == 'cpu':
                     self._check_finite()
                 self._update(module)
+                if hasattr(self.task, 'replay'):
+                    self._replay(module, len(input))
             bar.update(self.batch - bar.n)
 
             number = math.ceil(self.batch / self.accum)  # of this update within the epoch
@@ -390,15 +422,35 @@ class Trainer:
             bad = ~torch.isfinite(loss.detach())
             self.first_bad = torch.where(bad & (self.first_bad < 0), self.batch, self.first_bad)
             for key, value in result.items():
-                if key != 'output' and isinstance(value, torch.Tensor) and value.numel() == 1:
-                    self._add(key, value.detach().double() * input.shape[0])
-            self._add('count', torch.tensor(float(input.shape[0]), dtype=torch.float64, device=self.device))
+                if key != 'output' and isinstance(value, torch.Tensor) and (value.ndim < 2 or value.numel() == 1):
+                    self._add(key, value, input.shape[0])
+            self._add('count', loss.new_ones(()), input.shape[0])
 
-    def _add(self, key: str, value: torch.Tensor) -> None:
-        value = value.reshape(())
+    def _add(self, key: str, value: torch.Tensor, count: int) -> None:
+        """Add what holds for `count` samples; a tensor [n] has a value per step."""
+        value = value.detach().double() * count
+        value = value if value.ndim == 1 and len(value) > 1 else value.reshape(())
         self.totals[key] = self.totals[key] + value if key in self.totals else value
 
+    def _replay(self, module: nn.Module, count: int) -> None:
+        """Update again on the batch that was just learned from, as reinforcement learning may; then take stock."""
+        task: Any = self.task
+        for _ in range(task.num_updates - 1):
+            with self.accelerator.autocast():
+                loss = task.replay()
+            self.accelerator.backward(loss)
+            self._step()
+        with self.accelerator.autocast():
+            diagnostics = task.diagnose()
+        for key, value in diagnostics.items():
+            self._add(key, value, count)
+
     def _update(self, module: nn.Module) -> None:
+        self._step()
+        self.updates += 1
+        self.task.update_ema(step=self.updates)
+
+    def _step(self) -> None:
         args = self.args
         if args.clip_grad is not None:
             self.accelerator.unscale_gradients(self.optimizer)
@@ -406,8 +458,6 @@ class Trainer:
             dispatch_clip_grad(parameters, value=args.clip_grad, mode=args.clip_mode)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.updates += 1
-        self.task.update_ema(step=self.updates)
         if args.synchronize_step and self.device.type != 'cpu':
             torch.accelerator.synchronize()
 
@@ -426,14 +476,17 @@ class Trainer:
         raise NonFiniteLoss(
             f'The loss of stage {self.stage.name} is not finite: epoch {self.epoch}, batch {batch}, '
             f'process {self.rank}, learning rate {lr:.3g}{names}. Terms so far, summed: '
-            + ', '.join(f'{k} {v.item():.4g}' for k, v in self.totals.items() if k != 'count')
+            + ', '.join(f'{k} {_show(v)}' for k, v in self.totals.items() if k != 'count')
             + (f". The last good state is kept at '{self.store.folder}'." if self.store.exists() else '.'))
 
     def _mean_totals(self) -> dict[str, float]:
-        keys = list(self.totals)
-        sums = torch.stack([self.totals[k] for k in keys])
+        sums = torch.cat([v.reshape(-1) for v in self.totals.values()])
+        names = [
+            name for k, v in self.totals.items()
+            for name in ([k] if v.ndim == 0 else [_numbered(k, i) for i in range(1, len(v) + 1)])
+        ]
         sums = self.accelerator.reduce(sums, 'sum')
-        means = dict(zip(keys, sums.tolist()))
+        means = dict(zip(names, sums.tolist()))
         count = means.pop('count')
         return {k: v / count for k, v in means.items()}
 
@@ -443,11 +496,24 @@ class Trainer:
         """Evaluate the model, or its moving average, on the validation split."""
         model = unwrap_model(self.task.get_eval_model(ema=ema))
         model.eval()
-        return evaluate(
-            model, self.eval_loader, self.accelerator,
-            create_evaluator=lambda device, **kwargs: self.task.create_evaluator(**kwargs),
-            channels_last=self.args.channels_last, dtype=model_dtype(self.args), tta=self.args.tta,
-            desc='validation' + (' (EMA)' if ema else ''))
+        forward: Any = model
+        if isinstance(model, DynamicNet):
+            all_steps = getattr(self.task, 'forward_eval', None) or _forward_steps
+            forward = steps = StepRecorder(partial(all_steps, model), keep=self.args.save_patches if self.main else 0)
+        with seeded(self.args.seed, 'validation', self.rank, device=self.device):
+            metrics = evaluate(
+                forward, self.eval_loader, self.accelerator,
+                create_evaluator=lambda device, **kwargs: self.task.create_evaluator(**kwargs),
+                channels_last=self.args.channels_last, dtype=model_dtype(self.args), tta=self.args.tta,
+                desc='validation' + (' (EMA)' if ema else ''),
+                on_batch=steps.add if isinstance(model, DynamicNet) else None)
+        if isinstance(model, DynamicNet):
+            metrics.update(steps.accuracy(evaluation_sample_limit(self.eval_loader), self.accelerator))
+            if steps.images is not None and self.eval_loader is not None:
+                draw_patches(
+                    self.folder / 'patches.png', model, steps.images, steps.targets, self.data_config,
+                    self.eval_loader.class_to_idx)
+        return metrics
 
     def _write_results(self, row: dict[str, Any], value: float | None, ema: bool) -> None:
         summary = self.folder / 'summary.csv'
@@ -459,9 +525,12 @@ class Trainer:
         state_dict = {k: v for k, v in weights.items() if '.aux_bn.' not in k}  # of --split-bn, for training only
         names = self.loader.class_to_idx
         labels = sorted(names, key=lambda k: names[k]) if names and len(names) == self.model.num_classes else None
+        task_state = {
+            k: v for k, v in self.task.get_task_state(ema=ema).items()
+            if isinstance(v, Mapping) and all(isinstance(t, torch.Tensor) for t in v.values())}
         save_pretrained(
             self.model, self.folder / 'last', data_config=self.data_config, state_dict=state_dict,
-            **({'label_names': labels} if labels else {}))
+            task_state=task_state, **({'label_names': labels} if labels else {}))
         if value is None:
             return
         best = self.best['value']
@@ -487,9 +556,10 @@ class Trainer:
             self._check_finite()
         if not self.main:
             return
-        means = {k: (v / self.totals['count']).item() for k, v in self.totals.items() if k != 'count'}
+        values = {k: v / self.totals['count'] for k, v in self.totals.items() if k != 'count'}
+        means = {k: v.item() for k, v in values.items() if v.ndim == 0}
         lr = self.raw_optimizer.param_groups[0]['lr']
-        text = ' '.join(f'{k} {v:.4g}' for k, v in means.items()) + f' lr {lr:.3g}'
+        text = ' '.join(f'{k} {_show(v)}' for k, v in values.items()) + f' lr {lr:.3g}'
         bar.set_postfix_str(text)
         if bar.disable:
             _logger.info(f'{self.stage.name}: epoch {self.epoch} update {number}/{self.updates_per_epoch} {text}')

@@ -2,7 +2,8 @@
 import argparse
 import glob
 import logging
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,18 +11,40 @@ import torch
 from accelerate import Accelerator
 from timm.data import RealLabelsImagenet, resolve_data_config
 from timm.layers import apply_test_time_pool
-from timm.models import is_model, list_pretrained
+from timm.models import is_model, list_pretrained, model_entrypoint
 from timm.task import evaluation_sample_limit
 from timm.utils import check_batch_size_retry, decay_batch_step, reparameterize_model
 from torch import nn
 
+from ..exits import ExitTable
 from ..models._builder import checkpoint_filter_of
-from ..utils import CheckpointError, load_weights, seeded
+from ..models.dynamic_net import DynamicNet
+from ..utils import CheckpointError, load_weights, read_checkpoint, save_pretrained, seeded
 from .accelerator import create_accelerator
+from .anytime import count_macs, evaluate_dynamic
+from .budgets import (
+    Calibration,
+    Report,
+    calibrate_on,
+    check_requests,
+    check_stored,
+    check_table,
+    dynamic_options,
+    load_table,
+    needs_fit,
+    only_stored,
+    open_calibration_loader,
+    report_points,
+    report_steps,
+    short_name,
+    split_in_halves,
+    stored_rows,
+    take_samples,
+)
 from .build import build_eval_loader, build_model, model_dtype, uses_demo_data
 from .evaluate import evaluate
 from .options import create_validate_parser
-from .report import format_table, write_rows
+from .report import check_plot, format_table, plot_accuracy_over_macs, write_rows
 from .run import run_script
 
 _logger = logging.getLogger(__name__)
@@ -63,7 +86,33 @@ def _restricted(model: nn.Module, valid_labels: list[int] | None) -> Any:
     return restricted
 
 
-def validate_model(args: argparse.Namespace, name: str, checkpoint: str, accelerator: Accelerator) -> dict[str, Any]:
+def _open_model(args: argparse.Namespace, checkpoint: str) -> Any:
+    """Create a model with its weights, and with what a checkpoint says about exits."""
+    with seeded(args.seed, 'model'):  # a classifier that the weights do not fit has initial values
+        model = build_model(args, pretrained=args.pretrained or not checkpoint)
+    if checkpoint:
+        architecture = model.pretrained_cfg['architecture']
+        family = sys.modules[model_entrypoint(architecture).__module__]
+        exit_cfg_fn = getattr(family, 'exit_cfg_from_checkpoint', None)
+        source = read_checkpoint(checkpoint) if exit_cfg_fn else None
+        exit_cfg = exit_cfg_fn(source) if exit_cfg_fn and isinstance(source, Mapping) else {}
+        weights: Any = source if exit_cfg else checkpoint
+        load_weights(
+            model, weights, checkpoint_filter_of(architecture), use_ema=args.use_ema, label=f"'{checkpoint}'")
+        if exit_cfg:
+            model.load_exit_cfg(exit_cfg)
+    if args.reparam:
+        model = reparameterize_model(model)
+    return model
+
+
+def validate_model(
+        args: argparse.Namespace,
+        name: str,
+        checkpoint: str,
+        accelerator: Accelerator,
+        compared: bool = False,
+) -> Report:
     """Evaluate one model.
 
     Args:
@@ -71,29 +120,38 @@ def validate_model(args: argparse.Namespace, name: str, checkpoint: str, acceler
         name: Model name, as `timm.create_model` takes it.
         checkpoint: File with its weights; empty for pretrained ones.
         accelerator: Processes, device, precision.
+        compared: It is one of --compare: budgets and the like are not asked of it.
 
     Returns:
-        A row of the table, with timm's column names.
+        A row of the table, with timm's column names and 'gmacs'; for dynamic models also all that is asked of them.
     """
     args = argparse.Namespace(**{**vars(args), 'model': name})
-    with seeded(args.seed, 'model'):  # a classifier that the weights do not fit has initial values
-        model = build_model(args, pretrained=args.pretrained or not checkpoint)
-    if checkpoint:
-        filter_fn = checkpoint_filter_of(model.pretrained_cfg['architecture'])
-        load_weights(model, checkpoint, filter_fn, use_ema=args.use_ema)
-    if args.reparam:
-        model = reparameterize_model(model)
+    model = _open_model(args, checkpoint)
+    dynamic = isinstance(model, DynamicNet)
+    if not compared:
+        _check_dynamic(args, name, model)
+        if only_stored(args):
+            report = Report(None)
+            caption = f'{short_name(name)}, results kept in the model (nothing was run):'
+            report.add(name, caption, stored_rows(model, name), hide=())
+            return report
     num_classes = model.num_classes
     data_config = resolve_data_config(vars(args), model=model, use_test_size=not args.use_train_size)
     pooled = False
-    if args.test_pool:
+    if args.test_pool and not dynamic:
         model, pooled = apply_test_time_pool(model, data_config)
     params = sum(p.numel() for p in model.parameters())
+    macs = count_macs(model, data_config['input_size'])
+    exported = model
     model = model.eval().to(device=accelerator.device, dtype=model_dtype(args))
     if args.channels_last:
         model = model.to(memory_format=torch.channels_last)
     if args.torchcompile:
-        model = torch.compile(model, backend=args.torchcompile, mode=args.torchcompile_mode)
+        compile_args: dict[str, Any] = dict(backend=args.torchcompile, mode=args.torchcompile_mode)
+        if dynamic:
+            model.step = torch.compile(model.step, **compile_args)
+        else:
+            model = torch.compile(model, **compile_args)
 
     valid_labels = None
     if args.valid_labels:
@@ -101,14 +159,26 @@ def validate_model(args: argparse.Namespace, name: str, checkpoint: str, acceler
         num_classes = max(len(valid_labels), 1)
     if pooled:
         data_config['crop_pct'] = 1.0
-    loader = build_eval_loader(
-        args, args.split, data_config, num_classes, accelerator.device, accelerator.num_processes,
-        samples=args.num_samples, crop_border_pixels=args.crop_border_pixels, tf_preprocessing=args.tf_preprocessing)
+
+    def open_loader(split: str, samples: int | None) -> Any:
+        return build_eval_loader(
+            args, split, data_config, num_classes, accelerator.device, accelerator.num_processes, samples=samples,
+            crop_border_pixels=args.crop_border_pixels, tf_preprocessing=args.tf_preprocessing)
+
+    loader = open_loader(args.split, args.num_samples)
+    how: dict[str, Any] = dict(channels_last=args.channels_last, log_freq=args.log_freq, dtype=model_dtype(args))
     predictions = _Predictions(evaluation_sample_limit(loader), accelerator)
-    metrics = evaluate(
-        _restricted(model, valid_labels), loader, accelerator, channels_last=args.channels_last, desc=name,
-        log_freq=args.log_freq, dtype=model_dtype(args),
-        on_batch=predictions.add if args.real_labels or args.metrics_avg else None)
+    on_batch = predictions.add if args.real_labels or args.metrics_avg else None
+    if dynamic:
+        classes = None if valid_labels is None else torch.tensor(valid_labels)
+        fit_on, fit_loader = '', None
+        if not compared and needs_fit(args) and not args.calibrate_table:  # before hours are spent
+            fit_on, fit_loader = open_calibration_loader(
+                args, loader, lambda split: open_loader(split, args.calibrate_samples))
+        metrics, table = evaluate_dynamic(
+            model, loader, accelerator, desc=name, classes=classes, on_batch=on_batch, **how)
+    else:
+        metrics = evaluate(_restricted(model, valid_labels), loader, accelerator, desc=name, on_batch=on_batch, **how)
 
     if args.real_labels:
         dataset = loader.dataset
@@ -119,10 +189,10 @@ def validate_model(args: argparse.Namespace, name: str, checkpoint: str, acceler
             scores = torch.zeros(len(part), 1000, device=part.device)
             real.add_result(scores.scatter_(1, part, ranks.expand(len(part), -1)))
         metrics['top1'], metrics['top5'] = real.get_accuracy(k=1), real.get_accuracy(k=5)
+    gmacs = metrics.get('gmacs', None if macs is None else macs / 1e9)
     row = {
-        'model': name, 'top1': round(metrics['top1'], 4), 'top1_err': round(100 - metrics['top1'], 4),
-        'top5': round(metrics['top5'], 4), 'top5_err': round(100 - metrics['top5'], 4),
-        'loss': round(metrics['loss'], 5), 'images': metrics['count'], 'param_count': round(params / 1e6, 2),
+        'model': name, **_accuracy(metrics['top1'], metrics['top5']), 'loss': round(metrics['loss'], 5),
+        'images': metrics['count'], 'gmacs': gmacs and round(gmacs, 6), 'param_count': round(params / 1e6, 2),
         'img_size': data_config['input_size'][-1], 'crop_pct': data_config['crop_pct'],
         'interpolation': data_config['interpolation'],
     }
@@ -134,15 +204,138 @@ def validate_model(args: argparse.Namespace, name: str, checkpoint: str, acceler
         precision, recall, f1, _ = precision_recall_fscore_support(
             target.cpu().numpy(), top5[:, 0].cpu().numpy(), average=args.metrics_avg, zero_division=0)
         row.update(precision=round(100 * precision, 4), recall=round(100 * recall, 4), f1_score=round(100 * f1, 4))
-    return row
+    report = Report(row)
+    if not dynamic:
+        if gmacs:
+            report.markers[short_name(name)] = [(gmacs, row['top1'])]
+        return report
+
+    report_steps(report, name, table, args.split, ", by the dataset's own labels" if args.real_labels else '')
+    if compared:
+        return report
+    if accelerator.is_main_process and args.save_exit_table:
+        _save_table(table, args.save_exit_table)
+    calibration = None
+    if args.calibrate_table:
+        fit = load_table(args.calibrate_table, '--calibrate-table')
+        calibration = calibrate_on(fit, table, args.calibrate_table, args.split)
+    elif fit_loader is not None:
+        if args.calibrate_samples:
+            take_samples(
+                fit_loader, args.calibrate_samples, args.seed, accelerator.process_index, accelerator.num_processes)
+        _, fit = evaluate_dynamic(model, fit_loader, accelerator, desc=f'{name}: {fit_on}', classes=classes, **how)
+        calibration = calibrate_on(fit, table, fit_on, args.split)
+    elif fit_on:
+        calibration = split_in_halves(table, args.split, args.seed)
+    _finish(report, args, name, table, args.split, calibration, exported, data_config, accelerator)
+    return report
 
 
-def _with_retry(args: argparse.Namespace, name: str, checkpoint: str, accelerator: Accelerator) -> dict[str, Any]:
+def _accuracy(top1: float, top5: float | None) -> dict[str, float]:
+    row = {'top1': round(top1, 4), 'top1_err': round(100 - top1, 4)}
+    return row if top5 is None else {**row, 'top5': round(top5, 4), 'top5_err': round(100 - top5, 4)}
+
+
+def _check_dynamic(args: argparse.Namespace, name: str, model: Any) -> None:
+    """See that a model and what is asked of it fit each other."""
+    given = dynamic_options(args)
+    if not isinstance(model, DynamicNet):
+        if given:
+            raise ValueError(
+                f"{', '.join(given)}: '{name}' ({type(model).__name__}) makes one prediction and cannot stop before. "
+                'Expected a dynamic model, e.g. a GFNet; static ones stand beside it with --compare.')
+        return
+    if args.test_pool:
+        raise ValueError(f"--test-pool changes how a static model pools; '{name}' is a dynamic one.")
+    if args.save_budgets and args.reparam:
+        raise ValueError('--save-budgets does not go with --reparam: what it exports could not be loaded.')
+    check_requests(args, model.step_macs, f"'{name}'")
+    if args.stored_thresholds:
+        check_stored(model, name)
+    if args.stored_results:
+        stored_rows(model, name)
+    for option, path in (('--exit-table', args.exit_table), ('--calibrate-table', args.calibrate_table)):
+        if path:
+            check_table(path, load_table(path, option), model.step_macs, f"'{name}'")
+
+
+def _save_table(table: ExitTable, path: str) -> None:
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    table.save(path)
+    _logger.info(f'Exit table: {path}')
+
+
+def _finish(
+        report: Report,
+        args: argparse.Namespace,
+        name: str,
+        table: ExitTable,
+        split: str,
+        calibration: Calibration | None,
+        model: Any,
+        data_config: dict[str, Any] | None,
+        accelerator: Accelerator,
+) -> None:
+    """Add what is asked for to a report; export the budgets."""
+    report_points(report, args, name, table, split, calibration, model)
+    if args.save_budgets and accelerator.is_main_process:
+        save_pretrained(model, args.save_budgets, data_config)
+        _logger.info(
+            f"Model with {len(model.exit_cfg['budgets'])} budgets: {args.save_budgets}\n"
+            f"Load it with: timm.create_model('local-dir:{args.save_budgets}', pretrained=True).set_budget(gmacs=...)")
+
+
+def validate_table(args: argparse.Namespace, name: str, checkpoint: str, accelerator: Accelerator) -> Report:
+    """Judge exits on a table that was measured before.
+
+    Args:
+        args: Options of validate.py.
+        name: Name of the model that it is of; empty if nobody says.
+        checkpoint: File with its weights.
+        accelerator: Processes.
+
+    Returns:
+        A row with what the last step gives, and all that is asked for.
+    """
+    table = load_table(args.exit_table, '--exit-table')
+    model = data_config = None
+    if name:
+        args = argparse.Namespace(**{**vars(args), 'model': name})
+        model = _open_model(args, checkpoint)
+        _check_dynamic(args, name, model)
+        data_config = resolve_data_config(vars(args), model=model, use_test_size=not args.use_train_size)
+    else:
+        check_requests(args, table.step_macs, f"'{args.exit_table}'")
+    last = table.anytime()[-1]
+    label = name or Path(args.exit_table).stem
+    report = Report({
+        'model': label, **_accuracy(last.top1, last.top5), 'images': len(table), 'gmacs': round(last.gmacs, 6),
+        'exit_table': args.exit_table})
+    split = Path(args.exit_table).name
+    report_steps(report, label, table, split)
+    calibration = None
+    if args.calibrate_table:
+        fit = load_table(args.calibrate_table, '--calibrate-table')
+        check_table(args.calibrate_table, fit, table.step_macs, f"'{args.exit_table}'")
+        calibration = calibrate_on(fit, table, Path(args.calibrate_table).name, split)
+    elif needs_fit(args):
+        calibration = split_in_halves(table, split, args.seed)
+    _finish(report, args, label, table, split, calibration, model, data_config, accelerator)
+    return report
+
+
+def _with_retry(
+        args: argparse.Namespace,
+        name: str,
+        checkpoint: str,
+        accelerator: Accelerator,
+        compared: bool,
+) -> Report:
     batch_size = args.batch_size
     while True:
         try:
             smaller = argparse.Namespace(**{**vars(args), 'batch_size': batch_size})
-            return validate_model(smaller, name, checkpoint, accelerator)
+            return validate_model(smaller, name, checkpoint, accelerator, compared)
         except RuntimeError as e:
             if not args.retry or accelerator.num_processes > 1 or batch_size <= 1 or not check_batch_size_retry(str(e)):
                 raise
@@ -180,6 +373,32 @@ def _jobs(args: argparse.Namespace) -> Iterator[tuple[str, str]]:
         yield name, ''
 
 
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = create_validate_parser()
+    args = parser.parse_args(argv)
+    many = bool(args.checkpoint) and Path(args.checkpoint).is_dir()
+    if not args.model and not many and not args.exit_table:
+        parser.error('--model is needed (a name, local-dir:FOLDER, a wildcard, all, or a text file of names).')
+    if args.exit_table:
+        for option in ('calibrate_split', 'calibrate_samples', 'save_exit_table'):
+            if getattr(args, option):
+                parser.error(
+                    f"--exit-table judges what was measured before and runs no model: --{option.replace('_', '-')} has "
+                    'no meaning beside it. Exits are fitted on --calibrate-table, or on one half of the table.')
+        if not args.model and (args.stored_results or args.stored_thresholds or args.save_budgets):
+            parser.error('--stored-results, --stored-thresholds and --save-budgets need --model beside --exit-table.')
+    if args.calibrate_table and (args.calibrate_split or args.calibrate_samples):
+        parser.error('--calibrate-table and --calibrate-split both say what to fit on: choose one.')
+    if args.calibrate_samples is not None and args.calibrate_samples < 1:
+        parser.error(f'--calibrate-samples: expected at least 1, got {args.calibrate_samples}.')
+    fitting = [option for option in dynamic_options(args) if option.startswith('--calibrate-')]
+    if fitting and not needs_fit(args):
+        parser.error(
+            f'{fitting[0]} says what exits are fitted on: ask for some with --budget, --geometric, --curve or '
+            '--save-budgets.')
+    return args
+
+
 def run_validation(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     """Run validate.py.
 
@@ -187,32 +406,55 @@ def run_validation(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
         argv: Command line without the script's name (default: this process's).
 
     Returns:
-        One row a model, in the order in which they were evaluated.
+        One row a model, in the order in which they were evaluated; after them those of dynamic models' steps, budgets
+        and so on, which have a 'point'.
     """
-    parser = create_validate_parser()
-    args = parser.parse_args(argv)
-    if not args.model and not (args.checkpoint and Path(args.checkpoint).is_dir()):
-        parser.error('--model is needed (a name, local-dir:FOLDER, a wildcard, all, or a text file of names).')
+    args = _parse(argv)
+    if args.curve:
+        check_plot(args.curve, '--curve')
     accelerator = create_accelerator(args)
-    if accelerator.is_main_process and uses_demo_data(args):
+    if accelerator.is_main_process and uses_demo_data(args) and not args.exit_table and not only_stored(args):
         _logger.info('No data given: the embedded demo set cluttered_digits is used.')
     if not accelerator.is_main_process:
         logging.getLogger('timm_dynamic').setLevel(logging.WARNING)
-    rows: list[dict[str, Any]] = []
-    jobs = [*_jobs(args), *((name, '') for name in args.compare)]
-    for name, checkpoint in jobs:
+    reports: list[Report] = []
+    jobs = list(_jobs(args)) if args.model or args.checkpoint else [('', '')]
+    if len(jobs) > 1 and (args.save_exit_table or args.save_budgets or args.exit_table):
+        raise ValueError(
+            f'--exit-table, --save-exit-table and --save-budgets are for one model, found {len(jobs)}: '
+            f"{', '.join(name for name, _ in jobs[:3])}, ...")
+    for i, (name, checkpoint) in enumerate(jobs + [(name, '') for name in args.compare]):
+        compared = i >= len(jobs)
         try:
-            rows.append(_with_retry(args, name, checkpoint, accelerator))
+            if args.exit_table and not compared:
+                reports.append(validate_table(args, name, checkpoint, accelerator))
+            else:
+                reports.append(_with_retry(args, name, checkpoint, accelerator, compared))
         except (CheckpointError, RuntimeError) as e:
-            if len(jobs) == 1 or accelerator.num_processes > 1:
+            if len(jobs) + len(args.compare) == 1 or accelerator.num_processes > 1:
                 raise
-            rows.append({'model': name, 'error': str(e).splitlines()[0]})  # the others' results are not lost
+            reports.append(Report({'model': name, 'error': str(e).splitlines()[0]}))  # the others' results are not lost
         if accelerator.is_main_process and args.results_file:  # after every model: a long list may be interrupted
-            write_rows(args.results_file, rows, args.results_format)
+            write_rows(args.results_file, _rows(reports), args.results_format)
     if accelerator.is_main_process:
-        _logger.info('\n' + format_table(rows))
+        _show(reports, args)
     accelerator.end_training()
-    return rows
+    return _rows(reports)
+
+
+def _rows(reports: Sequence[Report]) -> list[dict[str, Any]]:
+    return [r.row for r in reports if r.row is not None] + [row for r in reports for row in r.points]
+
+
+def _show(reports: Sequence[Report], args: argparse.Namespace) -> None:
+    rows = [r.row for r in reports if r.row is not None]
+    tables = [text for r in reports for text in r.text] + ([format_table(rows)] if rows else [])
+    _logger.info('\n' + '\n\n'.join(tables))
+    if args.curve:
+        curves = {label: curve for r in reports for label, curve in r.curves.items()}
+        markers = {label: curve for r in reports for label, curve in r.markers.items()}
+        plot_accuracy_over_macs(args.curve, curves, markers, f'judged on {args.exit_table or args.split}')
+        _logger.info(f'Accuracy over multiply-adds: {args.curve}')
 
 
 def main(argv: Sequence[str] | None = None) -> int:

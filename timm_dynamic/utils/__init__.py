@@ -1,5 +1,5 @@
 from .checkpoint import CheckpointError, describe_mismatch, load_weights, read_checkpoint, read_state_dict
-from .export import copy_pretrained, save_pretrained
+from .export import copy_pretrained, read_task_state, save_exit_cfg, save_pretrained
 from .files import atomic_write, clean_partial_files, write_json
 from .seeding import fold_seed, seeded
 
@@ -13,6 +13,8 @@ __all__ = [
     'load_weights',
     'read_checkpoint',
     'read_state_dict',
+    'read_task_state',
+    'save_exit_cfg',
     'save_pretrained',
     'seeded',
     'write_json',

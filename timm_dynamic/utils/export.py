@@ -1,18 +1,23 @@
 """Folders that `timm.create_model('local-dir:FOLDER', pretrained=True)` loads."""
+import json
 import os
 import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from timm.models import save_for_hf
 from torch import nn
 
-from .files import atomic_write
+from .checkpoint import read_checkpoint
+from .files import atomic_write, write_json
 
 WEIGHTS = 'model.safetensors'
 CONFIG = 'config.json'
+TASK_STATE = 'task.safetensors'  # what only training needs: heads, critics
 
 
 class _Exported:
@@ -34,6 +39,7 @@ def save_pretrained(
         folder: str | Path,
         data_config: dict[str, Any] | None = None,
         state_dict: dict[str, torch.Tensor] | None = None,
+        task_state: Mapping[str, Mapping[str, torch.Tensor]] | None = None,
         **config: Any,
 ) -> None:
     """Write a model as model.safetensors and config.json.
@@ -45,6 +51,7 @@ def save_pretrained(
         folder: Made if needed.
         data_config: Preprocessing that the model was trained with, as `timm.data.resolve_data_config` gives it.
         state_dict: Weights to write in place of the model's own (e.g. their moving average).
+        task_state: State dicts of what only training needs, by name: written beside, as task.safetensors.
         **config: Further entries of config.json that timm knows, e.g. `label_names`.
     """
     folder = Path(folder)
@@ -53,16 +60,41 @@ def save_pretrained(
         save_for_hf(
             _Exported(model, state_dict), tmp, model_config=config, safe_serialization=True,  # type: ignore[arg-type]
             data_config=data_config)
-        for name in (WEIGHTS, CONFIG):
+        names = [WEIGHTS, CONFIG]
+        if task_state:
+            names.append(TASK_STATE)
+            tensors = {f'{part}.{k}': v for part, state in task_state.items() for k, v in state.items()}
+            save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, Path(tmp) / TASK_STATE)
+        for name in names:
             with atomic_write(folder / name) as target:
                 os.replace(Path(tmp) / name, target)
+
+
+def save_exit_cfg(folder: str | Path, exit_cfg: Mapping[str, Any]) -> None:
+    """Note in an exported folder what is known about stopping, see `DynamicNet.exit_cfg`."""
+    path = Path(folder) / CONFIG
+    config = json.loads(path.read_text(encoding='utf-8'))
+    config.setdefault('model_args', {})['exit_cfg'] = dict(exit_cfg)
+    write_json(path, config)
+
+
+def read_task_state(folder: str | Path) -> dict[str, dict[str, torch.Tensor]]:
+    """Read what `save_pretrained` wrote as `task_state`; empty if there is none."""
+    path = Path(folder) / TASK_STATE
+    out: dict[str, dict[str, torch.Tensor]] = {}
+    for key, value in (read_checkpoint(path) if path.is_file() else {}).items():
+        part, _, name = key.partition('.')
+        out.setdefault(part, {})[name] = value
+    return out
 
 
 def copy_pretrained(source: str | Path, folder: str | Path) -> None:
     """Copy an exported folder, without taking disk space where the file system has hard links."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    for name in (WEIGHTS, CONFIG):
+    for name in (WEIGHTS, CONFIG, TASK_STATE):
+        if name == TASK_STATE and not (Path(source) / name).exists():
+            continue
         with atomic_write(folder / name) as target:
             try:
                 os.link(Path(source) / name, target)

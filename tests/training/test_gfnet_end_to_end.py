@@ -1,0 +1,191 @@
+"""All stages of GFNet's recipes: run, killed, resumed, in two processes."""
+import csv
+import json
+import signal
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import yaml
+from helpers import make_images, run_python
+from PIL import Image
+
+from timm_dynamic.training import run_training, train_main
+from timm_dynamic.training.state import StateStore
+from timm_dynamic.utils import read_task_state
+
+HERE = Path(__file__).parent
+STAGES = ('static', 'warmup', 'policy', 'finetune')
+
+
+def _args(images, out, *more):
+    return [
+        '--model', 'test_gfnet', '--num-classes', '3', '--img-size', '48', '--model-kwargs', 'patch_size=16',
+        '--data-dir', str(images), '--device', 'cpu', '--batch-size', '8', '--epochs', '1', '-j', '0',
+        '--output', str(out), '--experiment', 'run', '--init-local', 'scratch', *map(str, more)]
+
+
+def _rows(folder):
+    return list(csv.DictReader((folder / 'summary.csv').open()))
+
+
+def test_all_stages(image_folder, tmp_path, caplog):
+    with caplog.at_level('INFO'):
+        result = run_training(_args(image_folder, tmp_path, '--save-patches', 2, '--policy-updates', 2))
+    run = tmp_path / 'run'
+    assert list(result['results']) == list(STAGES)
+    table = next(r.message for r in caplog.records if r.message.startswith('What the recipe sets'))
+    assert all(name in table for name in (*STAGES, 'classifier_lr_scale', '0.0003'))
+
+    steps = {f'{what}_step{t}' for what in ('eval_top1', 'train_top1') for t in (1, 2, 3)}
+    for folder in (run / 'warmup', run / 'policy', run):
+        assert steps <= _rows(folder)[0].keys()
+        assert set(read_task_state(folder / 'best')) == {'global_aux', 'local_aux', 'critic'}
+    row, = _rows(run / 'policy')
+    assert {'train_reward_patch1', 'train_reward_patch2', 'train_entropy', 'train_approx_kl', 'train_clipped',
+            'train_spread'} <= row.keys()
+    assert float(row['train_approx_kl']) > 0
+
+    # what one stage learned is where the next begins; the policy stage changes nothing but the policy
+    states = {s: timm.create_model(f'local-dir:{run / f / "best"}', pretrained=True).state_dict()
+              for s, f in zip(STAGES[1:], ('warmup', 'policy', '.'))}
+    changed = {k.split('.')[0] for k, v in states['policy'].items() if not torch.equal(v, states['warmup'][k])}
+    assert changed == {'policy'}
+    changed = {k.split('.')[0] for k, v in states['finetune'].items() if not torch.equal(v, states['policy'][k])}
+    assert changed == {'global_encoder', 'local_encoder', 'classifier'}
+    assert torch.equal(read_task_state(run / 'policy' / 'best')['local_aux']['weight'],
+                       read_task_state(run / 'warmup' / 'best')['local_aux']['weight'])
+
+    model = timm.create_model(f'local-dir:{run / "best"}', pretrained=True)
+    assert (model.img_size, model.patch_size) == (48, 16)  # what costs are counted for
+    assert model.step_macs == timm.create_model('test_gfnet', num_classes=3, img_size=48, patch_size=16).step_macs
+    with Image.open(run / 'patches.png') as picture:
+        assert picture.size == (4 * 166 + 6, 2 * 180 + 6)
+    assert [r['model'] for r in result['table']] == ['test_focusnet, whole images', 'test_gfnet']
+
+
+def test_budgets_are_shown_and_kept(image_folder, tmp_path, caplog):
+    with caplog.at_level('INFO'):
+        result = run_training(_args(image_folder, tmp_path, '--val-split', 'val', '--test-split', 'train'))
+    run = tmp_path / 'run'
+    assert "budgets (exits fitted on 'val', judged on 'train')" in caplog.text
+    assert (run / 'accuracy_over_macs.png').read_bytes().startswith(b'\x89PNG')
+    rows = json.loads((run / 'budgets.json').read_text())
+    assert [r['point'] for r in rows[:4]] == ['step 1', 'step 2', 'step 3', 'budget']
+    assert all(r['images'] == 72 for r in rows)
+    table = {r['model']: r for r in result['table']}
+    assert table['test_gfnet']['top1'] == pytest.approx(rows[2]['top1'], abs=1e-3)
+    assert table['test_gfnet']['gmacs'] == pytest.approx(rows[2]['gmacs'], abs=1e-6)
+
+    model = timm.create_model(f'local-dir:{run / "best"}', pretrained=True).eval()
+    budget = model.step_macs[1] / 1e9
+    assert model.set_budget(budget)['gmacs'] <= budget
+    assert 'budgets' not in timm.create_model(f'local-dir:{run / "last"}', pretrained=True).exit_cfg
+
+
+def test_stages_one_by_one(image_folder, tmp_path, capsys):
+    args = [a for a in _args(image_folder, tmp_path) if a not in ('--init-local', 'scratch')]
+    assert train_main([*args, '--stage', 'policy']) == 1
+    assert "Stage 'policy' starts from the weights of stage 'warmup', which are not at" in capsys.readouterr().err
+    run_training([*args, '--stage', 'warmup', '--resume', 'auto'])
+    run_training([*args, '--stage', 'policy', '--resume', 'auto'])
+    result = run_training([*args, '--stage', 'finetune', '--resume', 'auto'])
+    assert list(result['results']) == ['warmup', 'policy', 'finetune']
+
+    other = [str(tmp_path / 'other') if a == str(tmp_path) else a for a in args]
+    start = str(tmp_path / 'run' / 'policy' / 'best')
+    run_training([*other, '--stage', 'finetune', '--init-from', start, '--lr', '1e-12', '--classifier-lr-scale', '1'])
+    state = timm.create_model(f'local-dir:{tmp_path / "other" / "run" / "last"}', pretrained=True).state_dict()
+    expected = timm.create_model(f'local-dir:{start}', pretrained=True).state_dict()
+    for key, value in expected.items():
+        if 'running' not in key and 'num_batches' not in key:
+            torch.testing.assert_close(state[key], value, rtol=1e-4, atol=1e-6)
+
+
+def test_end_to_end_recipe(image_folder, tmp_path):
+    result = run_training(_args(image_folder, tmp_path, '--recipe', 'end-to-end'))
+    assert list(result['results']) == ['static', 'end-to-end']
+    assert 'eval_top1_step3' in _rows(tmp_path / 'run')[0]
+
+
+def test_mixed_precision(image_folder, tmp_path):
+    run_training(_args(image_folder, tmp_path, '--amp', '--amp-dtype', 'bfloat16'))
+    for folder in ('warmup', 'policy', '.'):
+        row, = _rows(tmp_path / 'run' / folder)
+        assert 0 < abs(float(row['train_loss'])) < 10
+
+
+# After 6 updates of the static net, at 9 images a batch: in each stage in mid-epoch, and while a state is written.
+KILLS = ['update:2', 'update:8', 'tensors:3', 'update:2', 'rename:3', 'update:8', 'values:2']
+
+
+def test_killed_in_every_stage_ends_bit_identical(image_folder, tmp_path):
+    args = _args(
+        image_folder, tmp_path, '--epochs', 2, '--model-ema', '--model-ema-decay', 0.9, '--checkpoint-interval', 2,
+        '--policy-updates', 2, '--drop', 0.1, '--batch-size', 24, '--stage-args', 'static.epochs=1')
+
+    def run(kill, name):
+        given = [name if a == 'run' else a for a in args]
+        return run_python(HERE / 'kill_driver.py', kill, *given, '--resume', 'auto', check=False).returncode
+
+    def stage():
+        return StateStore(tmp_path / 'killed' / 'state').load()['identity']['stage']
+
+    assert run('never', 'reference') == 0
+    seen = []
+    for kill in KILLS:
+        assert run(kill, 'killed') == -signal.SIGKILL
+        seen.append(stage() if StateStore(tmp_path / 'killed' / 'state').exists() else None)
+    assert {'warmup', 'policy', 'finetune'} <= set(seen), seen
+    assert run('never', 'killed') == 0
+    reference, killed = tmp_path / 'reference', tmp_path / 'killed'
+    for folder in ('static', 'warmup', 'policy', '.'):
+        for file in ('last/model.safetensors', 'best/model.safetensors', 'last/task.safetensors'):
+            if (folder, file) == ('static', 'last/task.safetensors'):
+                continue
+            assert (reference / folder / file).read_bytes() == (killed / folder / file).read_bytes(), (folder, file)
+        rows = [[{k: v for k, v in row.items() if k != 'seconds'} for row in _rows(run / folder)]
+                for run in (reference, killed)]
+        assert rows[0] == rows[1]
+    for name in ('optimizer', 'model', 'ema', 'best', 'totals'):
+        a, b = (StateStore(run / 'state').load()[name] for run in (reference, killed))
+        assert str(a) == str(b)
+
+
+def test_two_processes_in_every_stage(tmp_path):
+    images = make_images(tmp_path / 'images', {'train': 17, 'val': 7})
+    args = _args(images, tmp_path, '--batch-size', 4, '--policy-updates', 2)
+    run_python(HERE / 'ddp_driver.py', tmp_path / 'report.json', *args, processes=2)
+    expected = {
+        'weights_equal': True, 'weights_learned': True, 'averages_equal': None, 'data_differ': True, 'updates': 3}
+    assert json.loads((tmp_path / 'report.json').read_text()) == dict.fromkeys(STAGES, expected)
+
+
+@pytest.mark.parametrize(('changes', 'message'), [
+    (['--init-from', 'missing'], "No checkpoint at 'missing'"),
+    (['--stage', 'finetune', '--init-from', '{first}'], 'holds no policy'),
+    (['--init-local', 'resnet18'], "The weights of 'resnet18' are not to be had"),
+    (['--model-kwargs', 'patch_size=64'], 'patch_size must be between 1 and img_size 48, got 64'),
+    (['--recipe', 'focusnet'], 'needs a baseline'),
+    (['--mixup', '0.2', '--stage', 'policy', '--init-from', '{whole}'], 'mixup and cutmix do not go with this stage'),
+])
+def test_bad_input(image_folder, tmp_path, capsys, changes, message):
+    model = timm.create_model('test_gfnet', num_classes=3, img_size=48, patch_size=16)
+    encoders = {'model_prime_state_dict': model.global_encoder, 'model_state_dict': model.local_encoder}
+    torch.save({**{k: v.state_dict() for k, v in encoders.items()},
+                'fc': {'rnn.weight_ih_l0': model.classifier.rnn.weight_ih}}, tmp_path / 'first.pth.tar')
+    torch.save(model.state_dict(), tmp_path / 'whole.pth')
+    paths = {'{first}': tmp_path / 'first.pth.tar', '{whole}': tmp_path / 'whole.pth'}
+    args = [a for a in _args(image_folder, tmp_path) if a not in ('--init-local', 'scratch')]
+    assert train_main([*args, *(str(paths.get(c, c)) for c in changes)]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_stage_options(image_folder, tmp_path):
+    run_training(_args(image_folder, tmp_path, '--stage-args', 'warmup.lr=0.02', 'policy.policy_gamma=0.5'))
+    args = {s: yaml.safe_load((tmp_path / 'run' / f / 'args.yaml').read_text())
+            for s, f in zip(STAGES, ('static', 'warmup', 'policy', '.'))}
+    assert (args['static']['model'], args['policy']['model']) == ('test_focusnet', 'test_gfnet')
+    assert (args['warmup']['lr'], args['policy']['lr']) == (0.02, 3e-4)
+    assert [args[s]['policy_gamma'] for s in STAGES[1:]] == [0.7, 0.5, 0.7]

@@ -1,0 +1,439 @@
+"""Training of glance-and-focus networks (GFNet): in three stages with a policy gradient, or all parts end to end.
+
+Papers:
+* `Glance and Focus: a Dynamic Approach to Reducing Spatial Redundancy in Image Classification` - Wang et al.,
+  NeurIPS 2020, https://arxiv.org/abs/2010.05300
+* `Glance and Focus Networks for Dynamic Visual Recognition` - Huang et al., T-PAMI 2023,
+  https://arxiv.org/abs/2201.03014
+
+T steps of which S = T - 1 see a patch; B images, C classes, F features.
+"""
+import logging
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from timm.layers import get_device_dtype
+from timm.task import TrainingTask
+from timm.utils import unwrap_model
+from torch import nn
+
+from ..loss.policy_gradient import (
+    PolicyGradientTerms,
+    compute_log_prob,
+    compute_ppo_terms,
+    compute_returns,
+    compute_rewards,
+    normalise_returns,
+)
+from ..models.gfnet import GFNet
+
+_logger = logging.getLogger(__name__)
+
+OWN_FIRST_HEADS = ('first', '1')  # of step classifiers that predict step 1 from the glance's features alone
+
+
+class GlanceFocusModule(nn.Module):
+    """A GFNet and what only its training needs, as one module: whoever wraps it sees all that learns.
+
+    Args:
+        model: The network.
+
+    Attributes:
+        heads: Linear layers. 'global_aux' and 'local_aux' classify the features of one encoder alone; where the
+            model predicts step 1 from the glance's features anyway, that head is the global one. 'critic' expects
+            returns from what the policy remembers.
+    """
+
+    def __init__(self, model: GFNet) -> None:
+        super().__init__()
+        self.model = model
+        self.own_first_head = model.classifier.head_name(0) in OWN_FIRST_HEADS
+        names = ['local_aux'] if self.own_first_head else ['global_aux', 'local_aux']
+        dd = get_device_dtype(model)
+        self.heads = nn.ModuleDict({name: nn.Linear(model.feature_size, model.num_classes, **dd) for name in names})
+        self.heads['critic'] = nn.Linear(model.policy.hidden_size, 1, **dd)
+
+    def no_weight_decay(self) -> set[str]:
+        return {f'model.{name}' for name in self.model.no_weight_decay()}
+
+    def classifier_parameters(self) -> Iterable[nn.Parameter]:
+        """Parameters of the step classifier, which learn faster than the encoders (which have the auxiliary heads)."""
+        return self.model.classifier.parameters()
+
+    def forward(self, x: torch.Tensor, **kwargs: Any) -> dict[str, torch.Tensor]:
+        """Run all steps, see `GFNet.forward_all`.
+
+        Args:
+            x: Images [B, in_chans, S, S]; or the 'maps' that the policy saw [S, B, C, h, w], to ask only the policy
+                again.
+            **kwargs: For `GFNet.forward_all`.
+
+        Returns:
+            What that gives, and 'aux_logits' [T, B, C]; where the policy has run, the critic's 'values' [S, B].
+            With maps only 'action_means' [S, B, 2] and 'values'.
+        """
+        if x.ndim == 5:
+            return self._propose(x)
+        out = self.model(x, all_steps=True, **kwargs)
+        glance, patches = out['features'][:1], out['features'][1:]
+        first = out['logits'][:1] if self.own_first_head else self.heads['global_aux'](glance)
+        out['aux_logits'] = torch.cat([first, self.heads['local_aux'](patches)])
+        if 'policy_hidden' in out:
+            out['values'] = self._expect(out['policy_hidden'])
+        return out
+
+    def _propose(self, maps: torch.Tensor) -> dict[str, torch.Tensor]:
+        hidden, means, states = None, [], []
+        for feature_map in maps:
+            mean, hidden = self.model.policy(feature_map, hidden)
+            means.append(mean)
+            states.append(hidden)
+        return {'action_means': torch.stack(means), 'values': self._expect(torch.stack(states))}
+
+    def _expect(self, hidden: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(hidden.device.type, enabled=False):  # float32, as the policy is
+            critic: Any = self.heads['critic']
+            return critic(hidden.to(critic.weight.dtype)).squeeze(-1)
+
+
+class _GlanceFocusTask(TrainingTask):
+    """What the stages have in common: one module to train, some parts of it frozen.
+
+    Args:
+        model: The network.
+        trains: What learns, by the first parts of parameter names of `GlanceFocusModule`.
+        smoothing: Label smoothing.
+        device: Device of the task.
+        dtype: Dtype of the task.
+        verbose: Log what is used.
+    """
+
+    def __init__(
+            self,
+            model: GFNet,
+            trains: tuple[str, ...],
+            smoothing: float = 0.,
+            device: torch.device | None = None,
+            dtype: torch.dtype | None = None,
+            verbose: bool = True,
+    ) -> None:
+        super().__init__(device=device, dtype=dtype, verbose=verbose)
+        if not isinstance(model, GFNet):
+            raise ValueError(f'Glance-and-focus training is for GFNet models, got {type(model).__name__}.')
+        if not model.num_classes:
+            raise ValueError('Glance-and-focus training needs a model with classes, got num_classes=0.')
+        self.smoothing = smoothing
+        self.trainable_module: Any = GlanceFocusModule(model)
+        self.frozen: list[nn.Module] = []
+        for name, parameter in self.trainable_module.named_parameters():
+            parameter.requires_grad_(name.startswith(trains))
+        if self.verbose:
+            learning = sum(p.numel() for p in self.trainable_module.parameters() if p.requires_grad)
+            _logger.info(f'{type(self).__name__}: {learning / 1e6:.2f} M parameters learn: {", ".join(trains)}.')
+
+    @property
+    def module(self) -> GlanceFocusModule:
+        """The module to train, without what it is wrapped in."""
+        return unwrap_model(self.trainable_module)
+
+    def train(self, mode: bool = True) -> '_GlanceFocusTask':
+        """Set the mode; what is frozen stays in eval mode."""
+        super().train(mode)
+        for part in self.frozen:
+            part.eval()
+        return self
+
+    def prepare_distributed(self, device_ids: list | None = None, **ddp_kwargs: Any) -> '_GlanceFocusTask':
+        """Wrap what is trained in DistributedDataParallel."""
+        from torch.nn.parallel import DistributedDataParallel
+        self.trainable_module = DistributedDataParallel(self.trainable_module, device_ids=device_ids, **ddp_kwargs)
+        return self
+
+    def compile(  # type: ignore[override]
+            self,
+            backend: str = 'inductor',
+            mode: str | None = None,
+            **compile_kwargs: Any,
+    ) -> nn.Module:
+        """Compile what is trained."""
+        self.trainable_module = torch.compile(self.trainable_module, backend=backend, mode=mode, **compile_kwargs)
+        return self.trainable_module
+
+    def get_eval_model(self, module: nn.Module | None = None, ema: bool = False) -> Any:
+        """The network, without auxiliary heads."""
+        module = module if module is not None else self.get_trainable_module(ema=ema)
+        return unwrap_model(module).model if module is not None else None
+
+    def get_clip_parameters(self, exclude_head: bool = False) -> Any:
+        """Parameters whose gradients are clipped; without the classifiers' for those who ask."""
+        module = self.module
+        return [p for name, p in module.named_parameters()
+                if p.requires_grad and not (exclude_head and name.startswith(('heads.', 'model.classifier.')))]
+
+    def get_task_state(self, module: nn.Module | None = None, ema: bool = False) -> dict[str, Any]:
+        """Auxiliary heads and critic, as {name: {'weight', 'bias'}}."""
+        module = module if module is not None else self.get_trainable_module(ema=ema)
+        return {name: head.state_dict() for name, head in unwrap_model(module).heads.items()} if module else {}
+
+    def load_task_state(
+            self,
+            state: Mapping[str, Any] | None,
+            strict: bool = True,
+            module: nn.Module | None = None,
+            ema: bool = False,
+    ) -> None:
+        """Load auxiliary heads and critic. Where not strict, what is missing keeps its initial values."""
+        heads = unwrap_model(module if module is not None else self.get_trainable_module(ema=ema)).heads
+        for name, head in heads.items():
+            if state and name in state:
+                head.load_state_dict(state[name])
+            elif strict:
+                raise RuntimeError(f"the task's state has no '{name}'")
+
+    def _classification_terms(
+            self,
+            out: Mapping[str, torch.Tensor],
+            target: torch.Tensor,
+            aux_weight: float,
+    ) -> dict[str, torch.Tensor]:
+        # Where step 1 has a head of its own, the recurrent classifier learns from the glance beside it.
+        logits = out['logits']
+        if 'rnn_logits' in out:
+            logits = torch.cat([out['rnn_logits'][None], logits[1:]])
+        ce, aux = (self._cross_entropy(part, target) for part in (logits, out['aux_logits']))
+        return {
+            'loss': ce.mean() + aux_weight * aux.mean(),
+            'output': out['logits'][-1],
+            'step_ce': ce.detach(),
+            'step_aux': aux.detach(),
+            **_step_accuracy(out['logits'], target),
+        }
+
+    def _cross_entropy(self, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """Mean cross-entropy of each step [T]; targets are indices, or probabilities as mixup gives them."""
+        repeated = target.expand(len(logits), *target.shape).flatten(0, 1)
+        ce = F.cross_entropy(
+            logits.flatten(0, 1).float(), repeated, reduction='none',
+            label_smoothing=0. if target.is_floating_point() else self.smoothing)  # mixup has smoothed already
+        return ce.unflatten(0, logits.shape[:2]).mean(dim=1)
+
+
+@torch.no_grad()
+def _step_accuracy(logits: torch.Tensor, target: torch.Tensor) -> dict[str, torch.Tensor]:
+    hard = target.argmax(dim=-1) if target.is_floating_point() else target
+    return {'step_top1': 100 * (logits.argmax(dim=-1) == hard).float().mean(dim=1)}
+
+
+_CLASSIFICATION = (
+    'model.global_encoder', 'model.local_encoder', 'model.classifier', 'heads.global_aux', 'heads.local_aux')
+
+
+class GlanceFocusTask(_GlanceFocusTask):
+    """Train encoders and step classifier: stages 1 ('warmup') and 3 ('finetune').
+
+    The loss is (Σ_t CE(step logits) + aux_weight · Σ_t CE(auxiliary logits)) / T.
+
+    Args:
+        model: The network.
+        positions: Where patches are cut: 'random' (uniformly, stage 1) or 'policy' (drawn around what the policy
+            proposes, which does not learn, stage 3).
+        aux_weight: Weight of the auxiliary losses.
+        freeze_global: The global encoder does not learn, and stays in eval mode; nor does its own classifier, if it
+            comes with the encoder's published weights: as many classes as those have.
+        std: Standard deviation of the policy's actions.
+        smoothing: Label smoothing.
+        device: Device of the task.
+        dtype: Dtype of the task.
+        verbose: Log what is used.
+    """
+
+    def __init__(
+            self,
+            model: GFNet,
+            positions: str = 'random',
+            aux_weight: float = 1.,
+            freeze_global: bool = False,
+            std: float = 0.1,
+            smoothing: float = 0.,
+            device: torch.device | None = None,
+            dtype: torch.dtype | None = None,
+            verbose: bool = True,
+    ) -> None:
+        if positions not in ('random', 'policy'):
+            raise ValueError(f"positions must be 'random' or 'policy', got {positions!r}.")
+        super().__init__(model, _CLASSIFICATION, smoothing, device, dtype, verbose)
+        self.positions, self.aux_weight, self.std = positions, aux_weight, std
+        if freeze_global:
+            module = self.module
+            self.frozen.append(model.global_encoder)
+            if model.num_classes == model.global_encoder.pretrained_cfg['num_classes']:
+                heads = model.classifier.heads
+                self.frozen.append(
+                    heads[model.classifier.head_name(0)] if module.own_first_head else module.heads['global_aux'])
+            for part in self.frozen:
+                part.requires_grad_(False)
+
+    def _look(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        shape = (self.module.model.num_steps - 1, len(x), 2)
+        if self.positions == 'random':
+            return {'actions': torch.rand(shape, device=x.device)}
+        return {'noise': self.std * torch.randn(shape, device=x.device)}
+
+    def forward(self, input: torch.Tensor, target: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Compute the loss.
+
+        Args:
+            input: Images [B, in_chans, S, S].
+            target: Class indices [B], int64, or probabilities [B, C].
+
+        Returns:
+            'loss', 'output' (logits of the last step [B, C]), and for the record by step: 'step_ce', 'step_aux' and
+            'step_top1' (%) [T].
+        """
+        return self._classification_terms(
+            self.trainable_module(input, **self._look(input)), target, self.aux_weight)
+
+    def forward_eval(self, model: GFNet, x: torch.Tensor) -> torch.Tensor:
+        """Logits of all steps [T, B, C] to validate by: in stage 1, too, there is no policy yet."""
+        actions = self._look(x)['actions'] if self.positions == 'random' else None
+        return model.forward_all(x, actions)['logits']
+
+
+class EndToEndTask(_GlanceFocusTask):
+    """Train all parts together: the policy learns through patches cut between pixels, without policy gradient.
+
+    Args:
+        model: The network.
+        aux_weight: Weight of the auxiliary losses.
+        std: Standard deviation of noise on the actions, to see more than one place; 0 for none.
+        smoothing: Label smoothing.
+        device: Device of the task.
+        dtype: Dtype of the task.
+        verbose: Log what is used.
+    """
+
+    def __init__(
+            self,
+            model: GFNet,
+            aux_weight: float = 1.,
+            std: float = 0.,
+            smoothing: float = 0.,
+            device: torch.device | None = None,
+            dtype: torch.dtype | None = None,
+            verbose: bool = True,
+    ) -> None:
+        super().__init__(model, (*_CLASSIFICATION, 'model.policy'), smoothing, device, dtype, verbose)
+        self.aux_weight, self.std = aux_weight, std
+
+    def forward(self, input: torch.Tensor, target: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Compute the loss, see `GlanceFocusTask.forward`."""
+        noise = None
+        if self.std:
+            noise = self.std * torch.randn(self.module.model.num_steps - 1, len(input), 2, device=input.device)
+        out = self.trainable_module(input, noise=noise, differentiable=True)
+        return self._classification_terms(out, target, self.aux_weight)
+
+
+class PatchPolicyTask(_GlanceFocusTask):
+    """Train the patch policy by proximal policy optimisation: stage 2 ('policy'). All else is in eval mode.
+
+    The reward of an action is how much more probable the true class has become. Returns are normalised over all
+    actions and images of all processes. The first update on a batch has a ratio of 1 everywhere; `num_updates` > 1
+    goes on with what the policy saw, without running the encoders again.
+
+    Args:
+        model: The network.
+        num_updates: Updates per batch (K of the paper).
+        gamma: Discount of later rewards.
+        std: Standard deviation of the policy's actions.
+        clip: See `compute_ppo_terms`.
+        value_weight: See `compute_ppo_terms`.
+        entropy_weight: See `compute_ppo_terms`.
+        device: Device of the task.
+        dtype: Dtype of the task.
+        verbose: Log what is used.
+    """
+
+    def __init__(
+            self,
+            model: GFNet,
+            num_updates: int = 1,
+            gamma: float = 0.7,
+            std: float = 0.1,
+            clip: float = 0.2,
+            value_weight: float = 0.5,
+            entropy_weight: float = 0.01,
+            device: torch.device | None = None,
+            dtype: torch.dtype | None = None,
+            verbose: bool = True,
+    ) -> None:
+        super().__init__(model, ('model.policy', 'heads.critic'), 0., device, dtype, verbose)
+        if num_updates < 1:
+            raise ValueError(f'num_updates must be at least 1, got {num_updates}.')
+        self.num_updates = num_updates
+        self.gamma, self.std = gamma, std
+        self.clip, self.value_weight, self.entropy_weight = clip, value_weight, entropy_weight
+        self.frozen.append(self.module)
+        self._memory: dict[str, torch.Tensor] = {}
+
+    def forward(self, input: torch.Tensor, target: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Act, and compute the loss of the first update.
+
+        Args:
+            input: Images [B, in_chans, S, S].
+            target: Class indices [B], int64.
+
+        Returns:
+            'loss', 'output' (logits of the last step [B, C]), and for the record 'entropy' and 'value' (the critic's
+            error), 'spread' (standard deviation over images of where the policy looks: near 0 it looks at the same
+            place in all), by step 'step_top1' (%) [T] and 'patch_reward' [S].
+        """
+        if target.is_floating_point():
+            raise ValueError('The policy is rewarded for one true class: mixup and cutmix do not go with this stage.')
+        noise = self.std * torch.randn(self.module.model.num_steps - 1, len(input), 2, device=input.device)
+        out = self.trainable_module(input, noise=noise)
+        rewards = compute_rewards(out['logits'], target)
+        returns = normalise_returns(compute_returns(rewards, self.gamma), reduce=_sum_over_processes)
+        log_prob = compute_log_prob(out['actions'], out['action_means'], self.std)
+        self._memory = {
+            'maps': out['maps'], 'actions': out['actions'], 'log_prob': log_prob.detach(), 'returns': returns}
+        terms = self._terms(log_prob, out['values'])
+        return {
+            'loss': terms.loss,
+            'output': out['logits'][-1].detach(),
+            'value': terms.value.detach(),
+            'entropy': terms.entropy,
+            'spread': out['action_means'].detach().float().std(dim=1, correction=0).mean(),
+            'patch_reward': rewards.mean(dim=1),
+            **_step_accuracy(out['logits'], target),
+        }
+
+    def replay(self) -> torch.Tensor:
+        """Loss of a further update on the last batch, a scalar."""
+        return self._ask_again().loss
+
+    @torch.no_grad()
+    def diagnose(self) -> dict[str, torch.Tensor]:
+        """How far the updates on the last batch have moved the policy: 'approx_kl' and 'clipped', scalars."""
+        terms = self._ask_again()
+        self._memory = {}
+        return {'approx_kl': terms.approx_kl, 'clipped': terms.clipped}
+
+    def _ask_again(self) -> PolicyGradientTerms:
+        out = self.trainable_module(self._memory['maps'])
+        return self._terms(compute_log_prob(self._memory['actions'], out['action_means'], self.std), out['values'])
+
+    def _terms(self, log_prob: torch.Tensor, values: torch.Tensor) -> PolicyGradientTerms:
+        return compute_ppo_terms(
+            log_prob, self._memory['log_prob'], values, self._memory['returns'], self.std, self.clip,
+            self.value_weight, self.entropy_weight)
+
+
+def _sum_over_processes(values: torch.Tensor) -> torch.Tensor:
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        values = values.clone()
+        dist.all_reduce(values)
+    return values
