@@ -7,6 +7,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.flop_counter import FlopCounterMode
 
 import timm_dynamic  # noqa: F401
+from timm_dynamic.exits import ExitTable, solve_policy
 from timm_dynamic.exits.engine import collect_exit_table, early_exit
 from timm_dynamic.models.dynamic_net import DynamicNet
 
@@ -94,6 +95,9 @@ def test_bad_use(model, images):
         early_exit(model, images, [0.5] * 4)
     with pytest.raises(ValueError, match='must be numbers'):
         early_exit(model, images, torch.tensor([0.5, torch.nan, 0.]))
+    table = ExitTable(torch.rand(50, 4), torch.rand(50, 4) < 0.5, [1, 2, 3, 4])
+    with pytest.raises(ValueError, match='Expected a policy for 3 steps, got one for 4'):
+        early_exit(model, images, solve_policy(table, 2e-9))
     model.train()
     try:
         for call in (lambda: early_exit(model, images, [0.5] * 3), lambda: collect_exit_table(model, [])):
@@ -149,6 +153,7 @@ from accelerate import Accelerator
 from timm.data.distributed_sampler import OrderedDistributedSampler
 from torch.utils.data import DataLoader, TensorDataset
 import timm, timm_dynamic.models.gfnet
+from timm_dynamic.exits import ExitTable, solve_policy
 from timm_dynamic.exits.engine import collect_exit_table
 
 accelerator = Accelerator(cpu=True)

@@ -276,6 +276,23 @@ def test_policy_row_by_row_and_dtypes(policy):
         assert (policy(confidence[:, :t].bfloat16()) == stop).float().mean() > 0.9
 
 
+def test_policies_between():
+    table = table_like(2000, 4)
+    low, high = solve_policy(table, 1.6), solve_policy(table, 2.2)
+    between = low.interpolate(high, 0.5)
+    for name in ('change', 'benefit', 'cost'):
+        for a, b, c in zip(getattr(low, name), getattr(high, name), getattr(between, name)):
+            torch.testing.assert_close(c, (a + b) / 2)
+    for (a, b), (c, d), found in zip(low.cost_range, high.cost_range, between.cost_range):
+        assert found == pytest.approx(((a + c) / 2, (b + d) / 2))
+    assert low.interpolate(high, 0.).state_dict() == low.state_dict()
+    point = table.evaluate(between)
+    assert point.gmacs == pytest.approx(1.9, rel=0.05)
+    assert point.top1 == pytest.approx(table.evaluate(solve_policy(table, 1.9)).top1, abs=0.5)
+    assert low.interpolate(solve_policy(table_like(2000, 3), 1.6), 0.5) is None
+    assert low.interpolate(solve_policy(table_like(1999, 4, seed=1), 1.6), 0.5) is None  # another scale of confidence
+
+
 def test_policy_in_threads(policy):
     confidences = [table_like(300, 4, seed=s).confidence for s in range(4)]
     expected = [policy(c[:, :2]).tolist() for c in confidences]

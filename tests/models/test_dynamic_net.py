@@ -136,13 +136,40 @@ def test_exit_keeps_the_graph(model):
     assert model.head.weight.grad is not None
 
 
+@register_exit_policy
+class Between:
+    """Thresholds as a policy that can be interpolated with those above it."""
+
+    def __init__(self, bounds):
+        self.bounds, self.num_steps = list(bounds), len(bounds)
+
+    def __call__(self, history):
+        return history[:, -1] >= self.bounds[history.shape[1] - 1]
+
+    def interpolate(self, other, share):
+        if other.bounds < self.bounds:
+            return None
+        return Between([a + share * (b - a) for a, b in zip(self.bounds, other.bounds)])
+
+    def state_dict(self):
+        return {'bounds': self.bounds}
+
+    @classmethod
+    def from_state_dict(cls, state):
+        return cls(**state)
+
+
 @pytest.mark.parametrize(('thresholds', 'message'), [
     ([0.5, 0.5], r'Expected 3 thresholds, one a step, got a tensor of shape \[2\]'),
     ([0.5, float('nan'), 0.], 'must be numbers'),
+    (None, 'Expected 3 thresholds or an ExitPolicy, got NoneType'),
+    (Between([0.5, 0.5]), 'Expected a policy for 3 steps, got one for 2'),
 ])
 def test_bad_thresholds(model, thresholds, message):
     with pytest.raises(ValueError, match=message):
         model.set_exit(thresholds)
+    with pytest.raises(ValueError, match=message):
+        model.store_budgets([{'gmacs': 40e-9, 'policy': thresholds}])
     assert model.exit_cfg == {}
 
 
@@ -157,15 +184,41 @@ def test_budgets(model):
         model.set_budget(30e-9)
     model.store_budgets(BUDGETS)
     assert [b['gmacs'] for b in model.exit_cfg['budgets']] == [20e-9, 40e-9]
-    assert model.set_budget(gmacs=39e-9)['top1'] == 60.
-    torch.testing.assert_close(torch.tensor(model.exit_cfg['exit']), torch.tensor([0.4, 0.5, 0.]))
-    assert model.set_budget(gmacs=40e-9)['top1'] == 70.
+    assert model.set_budget(gmacs=20e-9)['top1'] == 60.
+    assert model.exit_cfg['exit'] == pytest.approx([0.4, 0.5, 0.])
+    for gmacs in (40e-9, 52e-9):  # more than any of them: the dearest
+        assert model.set_budget(gmacs=gmacs)['top1'] == 70.
     with pytest.raises(ValueError, match=r'the first step costs 1.2e-08, all steps 5.2e-08'):
         model.set_budget(gmacs=1e-9)
     with pytest.raises(ValueError, match=r'the first step costs 1.2e-08, all steps 5.2e-08'):
         model.set_budget(gmacs=1.)
     with pytest.raises(ValueError, match='below the smallest one kept in this model, 2e-08'):
         model.set_budget(gmacs=13e-9)
+
+
+def test_budgets_between(model):
+    model.store_budgets([*BUDGETS, {'gmacs': 50e-9, 'policy': [1e8, 0.9, 0.]}])
+    chosen = model.set_budget(gmacs=25e-9)  # a quarter of the way
+    assert chosen == {'gmacs': 25e-9, 'policy': pytest.approx([0.475, 0.575, 0.]), 'between': [20e-9, 40e-9]}
+    assert model.exit_cfg['exit'] == chosen['policy']
+    z = torch.tensor([0.474, 0.476]).logit()
+    assert model.make_stop_rule(chosen['policy'])(z.sigmoid()[:, None]).tolist() == [False, True]
+    # 1e8 stops nobody, as 1 does: 0.85 is half of the way there, 5e7 would be all of it.
+    assert model.set_budget(gmacs=45e-9)['policy'] == pytest.approx([0.85, 0.85, 0.])
+    json.dumps(model.exit_cfg, allow_nan=False)
+    assert len(model.exit_cfg['budgets']) == 3  # what is kept stays
+
+
+def test_budgets_between_richer_policies(model):
+    low, high = Between([0.4, 0.5, 0.]), Between([0.6, 0.9, 0.])
+    model.store_budgets([{'gmacs': 20e-9, 'policy': low}, {'gmacs': 40e-9, 'policy': high}])
+    assert model.set_budget(30e-9)['policy'] == {'type': 'Between', 'bounds': pytest.approx([0.5, 0.7, 0.])}
+    # The cheaper one, where they refuse, are of different kinds, or cannot be interpolated.
+    for cheap, dear in ((high, low), (low, [0.5] * 3), ([0.5] * 3, low), (NotWorse(0.5), NotWorse(0.6))):
+        model.store_budgets([{'gmacs': 20e-9, 'policy': cheap}, {'gmacs': 40e-9, 'policy': dear}])
+        chosen = model.set_budget(30e-9)
+        assert chosen == model.exit_cfg['budgets'][0]
+        assert model.exit_cfg['exit'] == chosen['policy']
 
 
 def test_exit_cfg_is_plain_json_and_brings_everything_back(model):

@@ -147,6 +147,23 @@ class ValuePolicy(ExitPolicy):
         basis = value_basis(x)
         return change_probability(x, change) * (basis @ benefit) - (basis @ cost).clamp(*self.cost_range[t])
 
+    def interpolate(self, other: 'ValuePolicy', share: float) -> 'ValuePolicy | None':
+        """Go some of the way to another policy, as between the policies of neighbouring prices that tables are solved for.
+
+        Args:
+            other: The policy for share 1.
+            share: 0..1.
+
+        Returns:
+            The policy between; None if the two do not have the same steps and scale of confidence.
+        """
+        if (other.num_steps, other.scale) != (self.num_steps, self.scale):
+            return None
+        terms = ([torch.lerp(v, w, share) for v, w in zip(getattr(self, name), getattr(other, name))]
+                 for name in ('change', 'benefit', 'cost'))
+        ranges = torch.tensor([self.cost_range, other.cost_range], dtype=torch.float64)
+        return ValuePolicy(self.scale, *terms, torch.lerp(ranges[0], ranges[1], share).tolist())
+
     def state_dict(self) -> dict[str, Any]:
         return {
             'scale': list(self.scale),
@@ -170,24 +187,6 @@ def scale_confidence(confidence: torch.Tensor, scale: tuple[float, float]) -> to
     dtype = torch.float32 if confidence.device.type == 'mps' else torch.float64
     low, high = scale
     return ((confidence.to(dtype) - low) / (high - low)).nan_to_num(nan=0.0).clamp(0, 1)
-
-
-def check_thresholds(thresholds: Any, num_steps: int) -> torch.Tensor:
-    """Thresholds as a float32 tensor [T] on the CPU.
-
-    Raises:
-        ValueError: There are not `num_steps` of them, or one that is used is not a number.
-    """
-    try:
-        values = torch.as_tensor(thresholds, dtype=torch.float32).detach().cpu()
-    except (TypeError, ValueError, RuntimeError) as e:
-        raise ValueError(
-            f'Expected {num_steps} thresholds or an ExitPolicy, got {type(thresholds).__name__}: {e}') from e
-    if values.shape != (num_steps,):
-        raise ValueError(f'Expected {num_steps} thresholds, one a step, got a tensor of shape {list(values.shape)}.')
-    if values[:-1].isnan().any():
-        raise ValueError(f'Thresholds must be numbers, got {values.tolist()}.')
-    return values
 
 
 def _check_history(history: torch.Tensor, num_steps: int) -> int:

@@ -10,8 +10,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from ..models.dynamic_net import check_policy_steps, check_thresholds
 from ..utils.files import atomic_write
-from .policy import check_thresholds
 
 _FORMAT = 'timm_dynamic.exit_table.1'
 # What winycg/AnchorNet's dynamic_inference.py charges for one pass through a net at 95 px, by its name in `setup`.
@@ -150,9 +150,7 @@ class ExitTable:
             return stop.byte().argmax(dim=1) + 1, thresholds
         if strict:
             raise ValueError(f'strict compares with thresholds; {type(policy).__name__} decides by itself.')
-        num_steps = getattr(policy, 'num_steps', self.num_steps)
-        if num_steps != self.num_steps:
-            raise ValueError(f'Expected a policy for {self.num_steps} steps, got one for {num_steps}.')
+        check_policy_steps(policy, self.num_steps)
         return run_policy(policy, self.confidence), policy
 
     # Parts

@@ -275,13 +275,20 @@ class DynamicNet(nn.Module):
         self.exit_cfg.update(budgets=sorted(kept, key=lambda b: b['gmacs']), num_classes=self.num_classes)
 
     def set_budget(self, gmacs: float) -> dict[str, Any]:
-        """Exit early such that an image costs at most this much on average: the best policy kept for it is set.
+        """Exit early such that an image costs about this much on average.
+
+        A policy that was kept for this budget is set as it is. For a budget between two kept ones, thresholds and
+        policies that know how (`ValuePolicy`) are interpolated, linearly in cost; of others the cheaper one is set. An
+        interpolated policy costs no more than the dearer of its neighbours if all its thresholds lie between theirs and
+        rise with the budget, but the budget itself is not guaranteed: solved for a half of AnchorNet's published table
+        of ImageNet, it cost 7 % less to 1.4 % more. To meet a budget exactly, solve it and keep it.
 
         Args:
             gmacs: Budget in 10⁹ multiply-adds per image.
 
         Returns:
-            What is known of the policy, see `store_budgets`: its cost is at most the budget.
+            What is known of the policy, see `store_budgets`; of an interpolated one 'gmacs', 'policy', and the costs
+            'between' which it lies.
 
         Raises:
             ValueError: No budgets were solved for this model, or none as low as this one; or the budget is out of
@@ -295,14 +302,18 @@ class DynamicNet(nn.Module):
         least, most = self.step_macs[0] / 1e9, self.step_macs[-1] / 1e9
         if not least <= gmacs <= most:
             raise ValueError(
-                f'A budget of {gmacs:g} GMACs is out of range: the first step costs {least:.4g}, all steps {most:.4g}.')
-        affordable = [b for b in budgets if b['gmacs'] <= gmacs * (1 + 1e-6)]
-        if not affordable:
+                f'A budget of {gmacs:g} GMACs is out of range: the first step costs {least:.6g}, all steps {most:.6g}.')
+        num_affordable = sum(b['gmacs'] <= gmacs * (1 + 1e-6) for b in budgets)
+        if not num_affordable:
             raise ValueError(
-                f"A budget of {gmacs:g} GMACs is below the smallest one kept in this model, {budgets[0]['gmacs']:.4g}.")
-        chosen = affordable[-1]
+                f"A budget of {gmacs:g} GMACs is below the smallest one kept in this model, {budgets[0]['gmacs']:.6g}.")
+        chosen = budgets[num_affordable - 1]
+        if num_affordable < len(budgets) and chosen['gmacs'] < gmacs * (1 - 1e-6):
+            chosen = _interpolate(chosen, budgets[num_affordable], gmacs) or chosen
         self.set_exit(_from_json(chosen['policy']))
-        _logger.info(f"Budget {gmacs:g} GMACs: policy for {chosen['gmacs']:.4g} GMACs set.")
+        low, *high = chosen.get('between', [chosen['gmacs']])
+        where = f'between those for {low:.4g} and {high[0]:.4g}' if high else f'for {low:.4g}'
+        _logger.info(f'Budget {gmacs:g} GMACs: policy {where} GMACs set.')
         return chosen
 
     def load_exit_cfg(self, exit_cfg: Mapping[str, Any]) -> None:
@@ -318,14 +329,9 @@ class DynamicNet(nn.Module):
             ValueError: The policy does not fit the model.
         """
         if callable(policy):
+            check_policy_steps(policy, self.num_steps)
             return policy
-        thresholds = torch.as_tensor(policy, dtype=torch.float32).detach()
-        if thresholds.shape != (self.num_steps,):
-            raise ValueError(
-                f'Expected {self.num_steps} thresholds, one a step, got a tensor of shape {list(thresholds.shape)}.')
-        if thresholds[:-1].isnan().any():
-            raise ValueError(f'Thresholds must be numbers, got {thresholds.tolist()}.')
-        return _Thresholds(tuple(thresholds.tolist()))
+        return _Thresholds(tuple(check_thresholds(policy, self.num_steps).tolist()))
 
     def _check_exit_cfg(self) -> None:
         """Set the policy that `exit_cfg` names; forget what was solved for other classes or steps."""
@@ -355,7 +361,8 @@ def register_exit_policy(cls: Any) -> Any:
     """Class decorator: let models keep policies of this class, by its name.
 
     Its instances are stop rules with a `state_dict()`, of numbers, texts, tensors and lists of them; the class has a
-    `from_state_dict` that makes an instance of it.
+    `from_state_dict` that makes an instance of it. With `interpolate(other, share)`, which gives a policy of the class
+    or None, it also serves budgets between those that are kept.
     """
     _exit_policies[cls.__name__] = cls
     return cls
@@ -378,6 +385,51 @@ def _from_json(policy: Any) -> Any:
     if policy.get('type') not in _exit_policies:
         raise ValueError(f"there is no exit policy of the type {policy.get('type')!r}")
     return _exit_policies[policy['type']].from_state_dict({k: v for k, v in policy.items() if k != 'type'})
+
+
+def _interpolate(low: Mapping[str, Any], high: Mapping[str, Any], gmacs: float) -> dict[str, Any] | None:
+    """A budget between two kept ones; None if their policies cannot be interpolated."""
+    share = (gmacs - low['gmacs']) / (high['gmacs'] - low['gmacs'])
+    first, last = _from_json(low['policy']), _from_json(high['policy'])
+    if not callable(first) and not callable(last):
+        # Confidences lie in 0..1: what lies beyond means all or none, and says nothing about how far to go.
+        policy = torch.lerp(torch.tensor(first).clamp(0, 1), torch.tensor(last).clamp(0, 1), share)
+    elif type(first) is type(last) and hasattr(first, 'interpolate'):
+        policy = first.interpolate(last, share)
+    else:
+        policy = None
+    if policy is None:
+        return None
+    return {'gmacs': float(gmacs), 'policy': _to_json(policy), 'between': [low['gmacs'], high['gmacs']]}
+
+
+def check_thresholds(thresholds: Any, num_steps: int) -> torch.Tensor:
+    """Thresholds as a float32 tensor [T] on the CPU.
+
+    Raises:
+        ValueError: There are not `num_steps` of them, or one that is used is not a number.
+    """
+    try:
+        values = torch.as_tensor(thresholds, dtype=torch.float32).detach().cpu()
+    except (TypeError, ValueError, RuntimeError) as e:
+        raise ValueError(
+            f'Expected {num_steps} thresholds or an ExitPolicy, got {type(thresholds).__name__}: {e}') from e
+    if values.shape != (num_steps,):
+        raise ValueError(f'Expected {num_steps} thresholds, one a step, got a tensor of shape {list(values.shape)}.')
+    if values[:-1].isnan().any():
+        raise ValueError(f'Thresholds must be numbers, got {values.tolist()}.')
+    return values
+
+
+def check_policy_steps(policy: Any, num_steps: int) -> None:
+    """Check that a rule which says for how many steps it is made fits.
+
+    Raises:
+        ValueError: It is made for another number of steps.
+    """
+    steps = getattr(policy, 'num_steps', num_steps)
+    if steps != num_steps:
+        raise ValueError(f'Expected a policy for {num_steps} steps, got one for {steps}.')
 
 
 def on_meta(model: Any) -> Any:
