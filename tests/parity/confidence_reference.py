@@ -1,6 +1,6 @@
 """The authors' confidence net, straightforwardly: their keys, and everything that they compute.
 
-It stands in for their weights, which are not part of this repository, and is what `ConfidenceNet` has to be faster than.
+It stands in for their weights, which are no part of this repository, and is what `ConfidenceNet` has to be faster than.
 """
 import math
 
