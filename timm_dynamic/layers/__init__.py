@@ -1,11 +1,14 @@
+from .confidence_net import ConfidenceNet, SparseMasks
 from .patch_crop import crop_patches, crop_patches_bilinear, get_glance, get_patch_coords
 from .patch_policy import PatchPolicy
 from .step_classifier import ConcatStepClassifier, RecurrentStepClassifier, StepClassifier
 
 __all__ = [
     'ConcatStepClassifier',
+    'ConfidenceNet',
     'PatchPolicy',
     'RecurrentStepClassifier',
+    'SparseMasks',
     'StepClassifier',
     'crop_patches',
     'crop_patches_bilinear',

@@ -1,2 +1,3 @@
+from .clcnet import *
 from .focusnet import *
 from .gfnet import *

@@ -1,0 +1,793 @@
+"""CLCNet cascades: any timm models, the cheapest first; the next one runs where the answer so far is not trusted.
+
+Paper: `CLCNet: Rethinking of Ensemble Modeling with Classification Confidence Network` - Yao et al., 2022,
+https://arxiv.org/abs/2205.09612
+
+After each member, a confidence net reads its sorted probabilities and predicts how likely it is right. Other measures
+of confidence can take its place: which one is best depends on the members, and calibration data tells.
+
+Departures from the released code (https://github.com/yaoching0/CLCNet-Rethinking-of-Ensemble-Modeling):
+* A cascade may have more than two members, and the last member's answer may be the final one.
+* The cost of the confidence net is counted (0.0001 GMACs a member with 1000 classes). The original takes it as free.
+* A member whose weights differ from the other members' in their classes is an error, in place of a shape mismatch.
+"""
+import difflib
+import json
+import logging
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import timm
+import torch
+import torch.nn.functional as F
+from huggingface_hub.errors import HfHubHTTPError
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import (
+    PretrainedCfg,
+    build_model_with_cfg,
+    generate_default_cfgs,
+    get_model_input_config,
+    get_pretrained_cfg,
+    is_model,
+    list_models,
+    register_model,
+    resolve_pretrained_cfg,
+)
+from torch import nn
+
+from ..layers.confidence_net import ConfidenceNet, confidence_net_filter_fn, read_confidence_net
+from ..utils import CheckpointError
+from ._builder import build_dynamic_model, checkpoint_filter_of, hub_id
+from .dynamic_net import DynamicNet, State
+
+__all__ = ['CLCNet']
+
+_logger = logging.getLogger(__name__)
+
+CONFIDENCES = ('clcnet', 'max_prob', 'margin', 'entropy', 'agreement')
+FINAL_RULES = ('most_confident', 'last')
+# How a member sees the image, if neither it nor the user says so.
+_VIEW: dict[str, Any] = dict(
+    size=224, interpolation='bicubic', crop_pct=0.875, crop_mode='center', mean=IMAGENET_DEFAULT_MEAN,
+    std=IMAGENET_DEFAULT_STD)
+
+
+class CascadeAnswers(NamedTuple):
+    """What a cascade answers after each member."""
+    logits: torch.Tensor  # [T, B, num_classes]
+    confidence: torch.Tensor  # [T, B]
+
+
+@dataclass
+class _Member:
+    """What is known of a member before it is created."""
+    model: Any  # registered name, or module
+    source: str | None  # what timm loads its weights by; None of a module, which has them
+    args: dict[str, Any]
+    view: dict[str, Any]
+    num_classes: int
+    own_size: int
+    fixed_size: bool
+    label_names: tuple[str, ...] | None
+
+    @property
+    def label(self) -> str:
+        return f"'{self.source}'" if self.source else type(self.model).__name__
+
+    def create(self, size: int, num_classes: int, in_chans: int, **kwargs: Any) -> Any:
+        """Create the network for images of a size. A module is taken as it is."""
+        if isinstance(self.model, nn.Module):
+            wanted = {'num_classes': num_classes, 'in_chans': in_chans}
+            found = {k: getattr(self.model, k, v) for k, v in wanted.items()}
+            if self.fixed_size:
+                wanted['img_size'], found['img_size'] = size, self.own_size
+            if found != wanted:
+                raise ValueError(f'The member {self.label} has {found}, the cascade needs {wanted}.')
+            return self.model
+        args = dict(self.args, img_size=size) if self.fixed_size else self.args
+        try:
+            return timm.create_model(self.model, num_classes=num_classes, in_chans=in_chans, **args, **kwargs)
+        except TypeError as e:
+            raise ValueError(f'The member {self.label} cannot be made with {args}: {e}') from e
+
+
+def _resolve(model: str | nn.Module, args: Mapping[str, Any] | None, view: Mapping[str, Any] | None) -> _Member:
+    """Find out what a member is: a name, 'name@size', 'local-dir:FOLDER', 'hf-hub:ORG/NAME', or a module.
+
+    Raises:
+        ValueError: There is no such model.
+    """
+    args, view, source = dict(args or {}), dict(view or {}), None
+    if isinstance(model, str):
+        match = re.fullmatch(r'(.+)@(\d+)', model)
+        if match:
+            model = match[1]
+            view.setdefault('size', int(match[2]))
+        source = model
+    if isinstance(model, nn.Module) or ':' in model:
+        net: Any = model
+        if not isinstance(model, nn.Module):
+            with torch.device('meta'):
+                net = timm.create_model(model)
+        elif args:
+            raise ValueError(f'A member given as a module takes no arguments, got {args}.')
+        cfg = getattr(net, 'pretrained_cfg', {})
+        config = get_model_input_config(net) if cfg else {}
+        if not isinstance(model, nn.Module):
+            recorded = {k: v for k, v in net._model_args.items() if k not in ('num_classes', 'in_chans', 'img_size')}
+            model, args = cfg['architecture'], {**recorded, **args}
+        num_classes = getattr(net, 'num_classes', 1000)
+        size, fixed = config.get('input_size', (3, 224, 224))[1:], bool(config.get('fixed_input_size'))
+    else:
+        cfg = _registered_cfg(model)
+        num_classes = cfg['num_classes'] - (cfg['label_offset'] or 0)
+        size, fixed = args.get('img_size') or cfg['input_size'][1:], cfg['fixed_input_size']
+    height, width = (size, size) if isinstance(size, int) else tuple(size)
+    if height != width and 'size' not in view:
+        raise ValueError(f'Members take square images, {source or type(model).__name__} takes {height}x{width}.')
+    unknown = view.keys() - _VIEW.keys()
+    if unknown:
+        raise ValueError(f"A view has {', '.join(_VIEW)}; got {', '.join(sorted(unknown))}.")
+    own = {k: cfg[k] for k in _VIEW if cfg.get(k) is not None}
+    labels = cfg.get('label_names')
+    return _Member(
+        model, source, args, {**_VIEW, **own, 'size': height, **view}, num_classes, height, fixed,
+        tuple(labels) if labels else None)
+
+
+def _registered_cfg(name: str) -> dict[str, Any]:
+    if not is_model(name.split('.')[0]):
+        near = difflib.get_close_matches(name, list_models(), n=3)
+        raise ValueError(f"Unknown model '{name}'." + (f" Did you mean {' or '.join(near)}?" if near else ''))
+    try:
+        cfg = get_pretrained_cfg(name)
+    except RuntimeError as e:
+        raise ValueError(f"Unknown weights in '{name}': {e}") from e
+    return vars(cfg or PretrainedCfg())
+
+
+def _per_member(name: str, values: Sequence[Any] | None, count: int) -> list[Any]:
+    values = [None] * count if values is None else list(values)
+    if len(values) != count:
+        raise ValueError(f'Expected {name} for {count} members, got {len(values)}.')
+    return values
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> str:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}.")
+    return value
+
+
+def _check_members(members: Sequence[_Member]) -> None:
+    if len(members) < 2:
+        raise ValueError(f'A cascade has at least two members, got {len(members)}.')
+    known = [m for m in members if m.label_names]
+    for other in known[1:]:
+        if other.label_names != known[0].label_names:
+            pairs = enumerate(zip(known[0].label_names or (), other.label_names or ()))
+            first = next((f'class {i} is {a!r} and {b!r}' for i, (a, b) in pairs if a != b), 'their numbers differ')
+            raise ValueError(
+                f'The members {known[0].label} and {other.label} were trained on other classes, or in another order: '
+                f'{first}.')
+
+
+class CLCNet(DynamicNet):
+    """Cascade of classifiers.
+
+    Args:
+        models: Members, cheapest first: timm names, 'name@size' (to be run at another resolution; members of one name
+            and with equal arguments are one network), 'local-dir:FOLDER', 'hf-hub:ORG/NAME', or modules.
+        member_args: Further arguments for each member that is given by name; None for a member without any.
+        views: For each member how it sees the image, as far as it differs from its pretrained_cfg: 'size',
+            'interpolation', 'crop_pct', 'crop_mode', 'mean', 'std'.
+        confidence: What decides whether the next member runs: 'clcnet' (the confidence net), 'max_prob' (largest
+            probability), 'margin' (its distance to the second), 'entropy' (1 - entropy / log(num_classes)), or
+            'agreement' (mean probability that the members so far give to the class that the last of them predicts).
+        final_rule: 'most_confident' (the paper's: a later member's answer replaces the one so far where it is more
+            confident) or 'last' (the last member that was run answers).
+        num_classes: Number of classes.
+        in_chans: Number of input channels.
+        img_size: Side of the images given as one tensor: that of the largest view, unless given; then all views are
+            scaled by the same factor.
+        drop_rate: Dropout of the members.
+        drop_path_rate: Stochastic depth of the members.
+        global_pool: 'avg': pooling is left to the members.
+        exit_cfg: See `DynamicNet`.
+        device: Device of the parameters.
+        dtype: Dtype of the parameters.
+
+    Raises:
+        ValueError: A member is unknown, or cannot be made so; members have other classes or input channels.
+    """
+
+    def __init__(
+            self,
+            models: Sequence[str | nn.Module] = ('mobilenetv3_small_100', 'resnet50'),
+            member_args: Sequence[Mapping[str, Any] | None] | None = None,
+            views: Sequence[Mapping[str, Any] | None] | None = None,
+            confidence: str = 'clcnet',
+            final_rule: str = 'most_confident',
+            num_classes: int = 1000,
+            in_chans: int = 3,
+            img_size: int | tuple[int, int] | None = None,
+            drop_rate: float = 0.,
+            drop_path_rate: float = 0.,
+            global_pool: str = 'avg',
+            exit_cfg: dict[str, Any] | None = None,
+            device: torch.device | str | None = None,
+            dtype: torch.dtype | None = None,
+    ) -> None:
+        members = _resolve_members(models, member_args, views)
+        _check_choice('confidence', confidence, CONFIDENCES)
+        _check_choice('final_rule', final_rule, FINAL_RULES)
+        _check_pool(global_pool)
+        largest = max(m.view['size'] for m in members)
+        height, width = (img_size, img_size) if isinstance(img_size, int) else img_size or (largest, largest)
+        if height != width:
+            raise ValueError(f'Cascades take square images, got img_size {height}x{width}.')
+        super().__init__(len(members), num_classes, in_chans, height, exit_cfg)
+        self.confidence_kind = confidence
+        self.final_rule = final_rule
+        self.specs = members
+        self._recorded: dict[str, Any] = {
+            **self._recorded, **_record(members), 'confidence': confidence, 'final_rule': final_rule}
+
+        kwargs: dict[str, Any] = {k: v for k, v in dict(
+            drop_rate=drop_rate, drop_path_rate=drop_path_rate, device=device, dtype=dtype).items() if v}
+        nets: dict[Any, Any] = {}
+        keys = []
+        for i, member in enumerate(members):
+            size = self.view_sizes[i]
+            named = isinstance(member.model, str)
+            same = (member.model, json.dumps(member.args, sort_keys=True, default=repr), member.fixed_size and size)
+            key = same if named else id(member.model)
+            if key not in nets:
+                nets[key] = member.create(size, num_classes, in_chans, **(kwargs if named else {}))
+            keys.append(key)
+        self.members = nn.ModuleList(nets.values())
+        self.member_of_step = tuple(list(nets).index(key) for key in keys)
+        if confidence == 'clcnet':
+            self.confidence_net = ConfidenceNet(device=device, dtype=dtype)
+
+        # An image given as one tensor is normalised for the member with the largest view.
+        reference = self.reference_view
+        for i, member in enumerate(members):
+            scale, shift = _renormalisation(reference, member.view, in_chans)
+            for name, values in (('scale', scale), ('shift', shift)):
+                value = None if values is None else torch.tensor(values, device=device, dtype=dtype).view(1, -1, 1, 1)
+                self.register_buffer(f'{name}_{i}', value, persistent=False)
+        self.num_features = self.head_hidden_size = sum(self._widths())
+        self._traits: Any = {'first_conv': self._names_of('first_conv')}
+        if any(m.fixed_size for m in members):
+            self._traits['img_size'] = (height, height)
+
+    # What timm records and exports: what members are, not where they came from
+
+    @property
+    def _model_args(self) -> dict[str, Any]:  # type: ignore[override]
+        return self._recorded
+
+    @_model_args.setter
+    def _model_args(self, args: Mapping[str, Any]) -> None:
+        own = {k: v for k, v in self.__dict__.get('_recorded', {}).items() if k in _RECORDED}
+        object.__setattr__(self, '_recorded', {**args, **own})
+
+    @property
+    def reference_view(self) -> dict[str, Any]:
+        """View of the member with the largest one: what an image given as one tensor is prepared for."""
+        return max((m.view for m in reversed(self.specs)), key=lambda view: view['size'])
+
+    @property
+    def view_sizes(self) -> tuple[int, ...]:
+        """Side of the images that each member sees, where the cascade is given images of side `img_size`."""
+        scale = self.img_size / self.reference_view['size']
+        return tuple(max(1, round(m.view['size'] * scale)) for m in self.specs)
+
+    @property
+    def view_configs(self) -> tuple[dict[str, Any], ...]:
+        """For each member how it wants its images prepared, as timm's `create_transform` takes it."""
+        return tuple(
+            {**{k: v for k, v in m.view.items() if k != 'size'}, 'input_size': (self.in_chans, size, size)}
+            for m, size in zip(self.specs, self.view_sizes))
+
+    def _net(self, t: int) -> Any:
+        return self.members[self.member_of_step[t]]
+
+    def set_input_size(self, img_size: int | tuple[int, int]) -> None:
+        side = img_size if isinstance(img_size, int) else img_size[0]
+        fixed = [m.label for m in self.specs if m.fixed_size]
+        if fixed and side != self.img_size:
+            raise ValueError(f"The member {fixed[0]} takes images of one size only: give img_size to create_model.")
+        super().set_input_size(img_size)
+
+    # Steps
+
+    def init_state(self, x: Any) -> State:
+        """Make the state before the first step.
+
+        Args:
+            x: One tensor [B, C, S, S], prepared for the member with the largest view: the smaller views are made of it
+                by antialiased scaling, and normalised as their members expect. Or a tuple with one tensor per member
+                [B, C, S_i, S_i], each prepared as its member expects, see `view_configs`: this is what the members'
+                published accuracies are measured with.
+
+        Raises:
+            ValueError: The images have a shape that the members cannot take.
+        """
+        if not isinstance(x, (tuple, list)):
+            self._check_images(x, 'image', self.img_size)
+            return {'image': x}
+        if len(x) != self.num_steps:
+            raise ValueError(f'Expected one tensor for each of {self.num_steps} members, got {len(x)}.')
+        for i, (view, size) in enumerate(zip(x, self.view_sizes)):
+            self._check_images(view, f'images for member {i}', size, self.specs[i].fixed_size)
+        if len({len(view) for view in x}) > 1:
+            raise ValueError(f'Expected as many images for each member, got {[len(view) for view in x]}.')
+        return {f'view_{i}': view for i, view in enumerate(x)}
+
+    def _check_images(self, x: Any, what: str, size: int, fixed: bool | None = None) -> None:
+        if not isinstance(x, torch.Tensor) or x.ndim != 4 or x.shape[1] != self.in_chans:
+            got = list(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__
+            raise ValueError(f'Expected {what} [batch, {self.in_chans}, height, width], got {got}.')
+        if fixed is None:
+            fixed = any(m.fixed_size for m in self.specs)
+        if fixed and x.shape[2:] != (size, size):
+            raise ValueError(f'Expected {what} of {size}x{size}, got {x.shape[2]}x{x.shape[3]}.')
+
+    def _view(self, t: int, state: State) -> torch.Tensor:
+        """What member t sees [n, C, S_t, S_t]."""
+        if 'image' not in state:
+            return state[f'view_{t}']
+        x = state['image']
+        size = tuple(max(1, round(side * self.view_sizes[t] / self.img_size)) for side in x.shape[2:])
+        if size != x.shape[2:]:
+            mode = 'bilinear' if self.specs[t].view['interpolation'] == 'bilinear' else 'bicubic'
+            low = x.dtype in (torch.float16, torch.bfloat16)  # not implemented on the CPU
+            x = F.interpolate(x.float() if low else x, size, mode=mode, antialias=True).to(x.dtype)
+        scale, shift = getattr(self, f'scale_{t}'), getattr(self, f'shift_{t}')
+        return x if scale is None else x * scale.to(x.dtype) + shift.to(x.dtype)
+
+    def step(self, t: int, state: State) -> tuple[torch.Tensor, State]:
+        """Run one member, see `DynamicNet.step`.
+
+        Returns:
+            The answer after it [n, num_classes], and a state with the views not used yet, the answer's 'confidence'
+            [n], with the rule 'most_confident' the 'answer', and with the confidence 'agreement' the sum of
+            'probabilities' [n, num_classes].
+        """
+        logits = self._net(t)(self._view(t, state))
+        views = {k: v for k, v in state.items() if k == 'image' or (k.startswith('view_') and k != f'view_{t}')}
+        logits, judged = self._judge(t, logits, state, self.confidence_kind, self.final_rule)
+        return logits, {**(views if t < self.num_steps - 1 else {}), **judged}
+
+    def _judge(self, t: int, logits: torch.Tensor, state: State, kind: str, rule: str) -> tuple[torch.Tensor, State]:
+        """The answer after member t said `logits`, and what has to be known of it."""
+        if not self.num_classes:
+            return logits, {'confidence': logits.new_zeros(len(logits), dtype=torch.float32)}
+        out: State = {}
+        probabilities = logits.float().softmax(dim=1)
+        if kind == 'agreement':
+            out['probabilities'] = probabilities + state['probabilities'] if t else probabilities
+            own = probabilities.argmax(dim=1, keepdim=True)
+            confidence = out['probabilities'].gather(1, own).squeeze(1) / (t + 1)
+        else:
+            confidence = self._measure(probabilities, kind)
+        if rule == 'most_confident':
+            if t:
+                better = confidence > state['confidence']
+                logits = torch.where(better[:, None], logits, state['answer'])
+                confidence = torch.where(better, confidence, state['confidence'])
+            out['answer'] = logits
+        return logits, {**out, 'confidence': confidence}
+
+    def _measure(self, probabilities: torch.Tensor, kind: str) -> torch.Tensor:
+        """Confidence [n], float32, of one member's probabilities [n, num_classes]."""
+        if kind == 'clcnet':
+            return self.confidence_net.score_sorted(probabilities.sort(dim=1, descending=True).values).float()
+        if kind == 'margin':
+            if self.num_classes < 2:
+                return probabilities[:, 0]
+            best = probabilities.topk(2, dim=1).values
+            return best[:, 0] - best[:, 1]
+        if kind == 'entropy':
+            entropy = -torch.special.xlogy(probabilities, probabilities).sum(dim=1)
+            return 1 - entropy / math.log(max(self.num_classes, 2))
+        return probabilities.amax(dim=1)
+
+    def confidence(self, logits: torch.Tensor, state: State) -> torch.Tensor:
+        """What the step has found, as it also decides between answers. See the argument `confidence`."""
+        return state['confidence']
+
+    def replay(
+            self,
+            member_logits: torch.Tensor,
+            confidence: str | None = None,
+            final_rule: str | None = None,
+    ) -> CascadeAnswers:
+        """What the cascade would answer with another confidence or rule, from what its members said.
+
+        Args:
+            member_logits: [T, B, num_classes], see `forward_all`.
+            confidence: By default the one in use.
+            final_rule: Likewise.
+
+        Returns:
+            `.logits` [T, B, num_classes] and `.confidence` [T, B] of the answers after each member.
+
+        Raises:
+            ValueError: There is no such choice, or the model has no confidence net.
+        """
+        kind = _check_choice('confidence', confidence or self.confidence_kind, CONFIDENCES)
+        rule = _check_choice('final_rule', final_rule or self.final_rule, FINAL_RULES)
+        if kind == 'clcnet' and not hasattr(self, 'confidence_net'):
+            raise ValueError(f"The cascade's confidence is '{self.confidence_kind}', so it has no confidence net.")
+        if member_logits.ndim != 3 or len(member_logits) != self.num_steps:
+            raise ValueError(
+                f'Expected logits [{self.num_steps}, batch, {self.num_classes}], got {list(member_logits.shape)}.')
+        state: State = {}
+        answers, confidences = [], []
+        for t, logits in enumerate(member_logits):
+            logits, state = self._judge(t, logits, state, kind, rule)
+            answers.append(logits)
+            confidences.append(state['confidence'])
+        return CascadeAnswers(torch.stack(answers), torch.stack(confidences))
+
+    def set_confidence(
+            self,
+            confidence: str,
+            final_rule: str | None = None,
+            net: ConfidenceNet | None = None,
+    ) -> None:
+        """Choose what decides. Policies and budgets kept for another choice are forgotten.
+
+        Args:
+            confidence: See the class.
+            final_rule: By default as it is.
+            net: Confidence net to take over, with 'clcnet'. It may be left out where the model has one.
+
+        Raises:
+            ValueError: There is no such choice, or a net is missing.
+        """
+        _check_choice('confidence', confidence, CONFIDENCES)
+        rule = _check_choice('final_rule', final_rule or self.final_rule, FINAL_RULES)
+        if confidence == 'clcnet' and net is None and not hasattr(self, 'confidence_net'):
+            raise ValueError("The confidence 'clcnet' needs a net, e.g. ConfidenceNet.from_pretrained(FILE).")
+        if net is not None and confidence != 'clcnet':
+            raise ValueError(f"A confidence net is of no use with the confidence '{confidence}'.")
+        if net is not None:
+            parameter = next(self.parameters())
+            self.confidence_net = net.to(device=parameter.device, dtype=parameter.dtype).train(self.training)
+        elif confidence != 'clcnet' and hasattr(self, 'confidence_net'):
+            del self.confidence_net
+        if (confidence, rule) != (self.confidence_kind, self.final_rule) or net is not None:
+            if self.exit_cfg.keys() & {'exit', 'budgets'}:
+                _logger.warning('The exit policy and budgets kept with the model are dropped: its confidence changes.')
+            for key in ('exit', 'budgets', 'num_classes'):
+                self.exit_cfg.pop(key, None)
+            self._stop_rule = None
+        self.confidence_kind, self.final_rule, self._step_macs = confidence, rule, None
+        self._recorded.update(confidence=confidence, final_rule=rule)
+
+    # Running it
+
+    def forward_all(self, x: Any) -> dict[str, torch.Tensor]:
+        """Run all members.
+
+        Returns:
+            'logits' of the answers after each member [T, B, num_classes], their 'confidence' [T, B], and
+            'member_logits' [T, B, num_classes].
+        """
+        state = self.init_state(x)
+        member_logits = torch.stack([self._net(t)(self._view(t, state)) for t in range(self.num_steps)])
+        return {**self.replay(member_logits)._asdict(), 'member_logits': member_logits}
+
+    def forward_train(self, x: Any) -> torch.Tensor:
+        """Logits [B, num_classes] that depend on every parameter: the members', weighed by how sure they are."""
+        if not self.num_classes:
+            return self.forward_features(x)
+        state = self.init_state(x)
+        member_logits = torch.stack([self._net(t)(self._view(t, state)) for t in range(self.num_steps)])
+        weights = self.replay(member_logits, final_rule='last').confidence.softmax(dim=0)
+        return (weights[..., None].to(member_logits.dtype) * member_logits).sum(dim=0)
+
+    def forward(self, x: Any, all_steps: bool = False, **kwargs: Any) -> Any:
+        """See `DynamicNet.forward`; for x see `init_state`. Without classes the features of all members, joined."""
+        if not self.num_classes and not all_steps:
+            return self.forward_features(x)
+        return super().forward(x, all_steps, **kwargs)
+
+    def forward_features(self, x: Any) -> torch.Tensor:
+        """Features of all members before their classifiers, joined [B, num_features]. `forward_head` reads them."""
+        state = self.init_state(x)
+        nets = [(self._net(t), self._view(t, state)) for t in range(self.num_steps)]
+        return torch.cat([net.forward_head(net.forward_features(view), pre_logits=True) for net, view in nets], dim=1)
+
+    def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
+        """The cascade's answer [B, num_classes] from the features of all members."""
+        if pre_logits or not self.num_classes:
+            return x
+        parts = x.split(self._widths(), dim=1)
+        logits = torch.stack([self._net(t).get_classifier()(part) for t, part in enumerate(parts)])
+        return self.replay(logits).logits[-1]
+
+    def _widths(self) -> list[int]:
+        nets = [self._net(t) for t in range(self.num_steps)]
+        return [getattr(net, 'head_hidden_size', None) or getattr(net, 'num_features', 0) for net in nets]
+
+    # What timm asks of its models
+
+    def _names_of(self, what: str) -> tuple[str, ...]:
+        """Names of the members' first convolutions or classifiers."""
+        out = []
+        for i, net in enumerate(self.members):
+            names = getattr(net, 'pretrained_cfg', {}).get(what) or ()
+            out += [f'members.{i}.{name}' for name in ((names,) if isinstance(names, str) else names)]
+        return tuple(out)
+
+    @torch.jit.ignore
+    def get_classifier(self) -> tuple[nn.Module, ...]:
+        return tuple(self._net(t).get_classifier() for t in range(self.num_steps))
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace the members' classifiers. Policies and budgets kept for other classes are forgotten."""
+        if global_pool is not None:
+            _check_pool(global_pool)
+        self.num_classes = num_classes
+        for net in self.members:
+            net.reset_classifier(num_classes)  # type: ignore[operator]
+        self._classifier_changed()
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        for net in self.members:
+            net.set_grad_checkpointing(enable)  # type: ignore[operator]
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        return {f'members.{i}.{name}' for i, net in enumerate(self.members)
+                for name in getattr(net, 'no_weight_decay', set)()}
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """The members' groups side by side; the confidence net comes last."""
+        out: dict[str, Any] = {}
+        for i, net in enumerate(self.members):
+            for name, spec in net.group_matcher(coarse=coarse).items():  # type: ignore[operator]
+                for pattern, suffix in ([(spec, None)] if isinstance(spec, str) else spec or ()):
+                    inner = pattern.replace('^', '')
+                    out.setdefault(name, []).append((rf'^members\.{i}\.(?:{inner})', suffix))
+        return out
+
+
+_RECORDED = ('models', 'member_args', 'views', 'confidence', 'final_rule')
+
+
+def _resolve_members(models: Any, member_args: Any, views: Any) -> list[_Member]:
+    if isinstance(models, (str, nn.Module)):
+        raise ValueError(f'Expected a list of members, got {models!r}.')
+    models = list(models)
+    args, views = (_per_member(n, v, len(models)) for n, v in (('member_args', member_args), ('views', views)))
+    members = [_resolve(*values) for values in zip(models, args, views)]
+    _check_members(members)
+    return members
+
+
+def _record(members: Sequence[_Member]) -> dict[str, Any]:
+    """Arguments that make the same members anywhere: a folder they came from is no part of what they are."""
+    models, args = [], []
+    for member in members:
+        cfg = getattr(member.model, 'pretrained_cfg', {})
+        known = isinstance(member.model, nn.Module) and cfg.get('architecture')
+        models.append(cfg['architecture'] if known else member.model)
+        args.append({k: v for k, v in getattr(member.model, '_model_args', {}).items()
+                     if k not in ('num_classes', 'in_chans')} if known else member.args)
+    views = [{k: list(v) if isinstance(v, tuple) else v for k, v in m.view.items()} for m in members]
+    return dict(models=models, member_args=args, views=views)
+
+
+def _renormalisation(old: Mapping[str, Any], new: Mapping[str, Any], in_chans: int) -> tuple[Any, Any]:
+    """Scale and shift per channel that turn images normalised in one way into such normalised in the other."""
+    old_mean, old_std, new_mean, new_std = (
+        values if len(values) == in_chans else [sum(values) / len(values)] * in_chans
+        for values in (old['mean'], old['std'], new['mean'], new['std']))
+    if list(old_mean) == list(new_mean) and list(old_std) == list(new_std):
+        return None, None
+    return ([a / b for a, b in zip(old_std, new_std)],
+            [(a - b) / c for a, b, c in zip(old_mean, new_mean, new_std)])
+
+
+def _check_pool(global_pool: str) -> None:
+    if global_pool != 'avg':
+        raise ValueError(f"Pooling is the members': global_pool must be 'avg', got {global_pool!r}.")
+
+
+def checkpoint_filter_fn(
+        state_dict: Mapping[str, Any],
+        model: Any,
+        fetch_members: bool = False,
+        cache_dir: str | Path | None = None,
+) -> dict[str, torch.Tensor]:
+    """Map weights onto the model's keys: of a whole cascade, of a confidence net (ours or the authors'), or of parts.
+
+    Args:
+        state_dict: Weights; or weights by part, which are 'confidence_net' and members by name or by number, from 0.
+        model: The model.
+        fetch_members: Members that are not there get the weights that timm has for them. Otherwise they are left as
+            they are in the model.
+        cache_dir: For timm.
+
+    Raises:
+        CheckpointError: A part is not known, cannot be fetched, or was trained for other classes.
+    """
+    parts = all(isinstance(v, Mapping) for v in state_dict.values())
+    if not parts and any(k.startswith('members.') for k in state_dict):
+        unused = '' if hasattr(model, 'confidence_net') else 'confidence_net.'
+        return {k: v for k, v in state_dict.items() if not unused or not k.startswith(unused)}
+    by_part: dict[str, Any] = dict(state_dict) if parts else {'confidence_net': state_dict}
+    out: dict[str, torch.Tensor] = {}
+    net_state = confidence_net_filter_fn(by_part.pop('confidence_net', {}))
+    if hasattr(model, 'confidence_net'):
+        if not net_state and fetch_members:
+            raise CheckpointError("it holds no confidence_net, which the confidence 'clcnet' needs")
+        net_state = net_state or model.confidence_net.state_dict()
+        out.update({f'confidence_net.{k.removeprefix("confidence_net.")}': v for k, v in net_state.items()})
+    elif net_state:
+        _logger.info(f"The confidence net is left out: the cascade's confidence is '{model.confidence_kind}'.")
+    if fetch_members:
+        _check_member_classes(model)
+    for index in range(len(model.members)):
+        steps = [t for t, i in enumerate(model.member_of_step) if i == index]
+        spec = model.specs[steps[0]]
+        names = [n for n in (*map(str, steps), spec.source, spec.model) if isinstance(n, str) and n in by_part]
+        if names:
+            member_state = _member_filter(by_part.pop(names[0]), spec, model.members[index])
+        elif fetch_members and spec.source:
+            member_state = _fetch_member(spec, model.view_sizes[steps[0]], model, cache_dir)
+        else:
+            member_state = model.members[index].state_dict()
+        out.update({f'members.{index}.{k}': v for k, v in member_state.items()})
+    if by_part:
+        raise CheckpointError(
+            f"it has the parts {', '.join(by_part)}; known are confidence_net, the members' names, and their numbers")
+    return out
+
+
+def _member_filter(state_dict: Any, spec: _Member, net: Any) -> dict[str, torch.Tensor]:
+    """Weights of a member from a file: a family of timm's has its own filter, which is not public; ours have one."""
+    filter_fn = checkpoint_filter_of(spec.model) if isinstance(spec.model, str) else None
+    state_dict = dict(filter_fn(state_dict, net) if filter_fn else state_dict)
+    bad = [k for k, v in net.state_dict().items() if k not in state_dict or state_dict[k].shape != v.shape]
+    if bad:
+        raise CheckpointError(f"the weights given for the member {spec.label} do not fit it (first: '{bad[0]}')")
+    return state_dict
+
+
+def _fetch_member(spec: _Member, size: int, model: CLCNet, cache_dir: str | Path | None) -> dict[str, torch.Tensor]:
+    """The weights that timm has for a member, for the cascade's classes and channels."""
+    args = {**spec.args, 'img_size': size} if spec.fixed_size else spec.args
+    try:
+        net: Any = timm.create_model(
+            spec.source or '', pretrained=True, num_classes=model.num_classes, in_chans=model.in_chans,
+            cache_dir=cache_dir, **args)
+    except CheckpointError:
+        raise
+    except (RuntimeError, OSError, HfHubHTTPError, ValueError) as e:  # timm's and the Hub's
+        raise CheckpointError(
+            f"the weights of the member {spec.label} cannot be had ({str(e).splitlines()[0]}). Give a file: "
+            f"pretrained_cfg_overlay=dict(file={{'confidence_net': ..., '{spec.source}': 'FILE'}})") from e
+    return net.state_dict()
+
+
+def _check_member_classes(model: CLCNet) -> None:
+    """Members with weights for different classes would be mixed from trained and untrained classifiers."""
+    classes = {m.label: m.num_classes for m in model.specs}
+    if model.num_classes and len(set(classes.values())) > 1 and model.num_classes in classes.values():
+        found = ', '.join(f'{label} {count}' for label, count in classes.items())
+        raise CheckpointError(
+            f'The members have weights for other numbers of classes ({found}), so they cannot answer together.')
+
+
+def _cfg(name: str = '', members: Sequence[tuple[str, str]] = (), **kwargs: Any) -> dict[str, Any]:
+    """Config of a cascade; of each member the names of its first convolution and its classifier."""
+    return {
+        'hf_hub_id': hub_id(name) if name else None,
+        'num_classes': 1000, 'input_size': (3, 224, 224), 'pool_size': None,
+        'crop_pct': 0.875, 'interpolation': 'bicubic',
+        'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD,
+        'first_conv': tuple(f'members.{i}.{conv}' for i, (conv, _) in enumerate(members)),
+        'classifier': tuple(f'members.{i}.{classifier}' for i, (_, classifier) in enumerate(members)),
+        'paper_name': 'CLCNet: Rethinking of Ensemble Modeling with Classification Confidence Network',
+        'paper_ids': 'arXiv:2205.09612',
+        'origin_url': 'https://github.com/yaoching0/CLCNet-Rethinking-of-Ensemble-Modeling',
+        **kwargs,
+    }
+
+
+_efficientnets = [('conv_stem', 'classifier')] * 2
+# The authors used timm 0.5.4, whose default weights these were.
+_NOTES = (
+    "members: timm's weights trained with AutoAugment (aa_in1k: B0, B4) and RandAugment (ra_in1k: B7)",
+    "confidence net: the authors' net for fold 1 of 5 of the ImageNet-1k validation set",
+)
+
+default_cfgs = generate_default_cfgs({
+    'clcnet_tf_efficientnet_b0_b4.paper_in1k': _cfg(
+        'clcnet_tf_efficientnet_b0_b4.paper_in1k', _efficientnets, input_size=(3, 380, 380), crop_pct=0.922,
+        notes=_NOTES),
+    'clcnet_tf_efficientnet_b4_b7.paper_in1k': _cfg(
+        'clcnet_tf_efficientnet_b4_b7.paper_in1k', _efficientnets, input_size=(3, 600, 600), crop_pct=0.949,
+        notes=_NOTES),
+    'clcnet.paper_in1k': _cfg('clcnet.paper_in1k', [('conv_stem', 'classifier'), ('conv1', 'fc')], notes=_NOTES[1:]),
+    'test_clcnet.untrained': _cfg(
+        members=[('conv1.0', 'fc')] * 2, num_classes=10, input_size=(3, 96, 96), crop_pct=1.0, interpolation='bilinear',
+        origin_url=None),
+})
+
+
+def _create(pretrained: bool = False, pretrained_cfg: Any = None, variant: str = '', **kwargs: Any) -> CLCNet:
+    model: Any = build_model_with_cfg(CLCNet, variant, pretrained, pretrained_cfg=pretrained_cfg, **kwargs)
+    cfg = model.pretrained_cfg
+    cfg.update(first_conv=model._traits['first_conv'], classifier=model._names_of('classifier'))
+    # Images are prepared for the member with the largest view, unless another preparation was asked for.
+    view, static = model.reference_view, vars(get_pretrained_cfg(variant))
+    for key, value in dict(view, input_size=(model.in_chans, view['size'], view['size'])).items():
+        if key in static and cfg.get(key) == static[key]:
+            cfg[key] = tuple(value) if isinstance(value, list) else value
+    return model
+
+
+def _create_clcnet(variant: str, pretrained: bool = False, **kwargs: Any) -> CLCNet:
+    if kwargs.pop('features_only', False):
+        raise RuntimeError('features_only is not implemented for CLCNet models: the maps are of several networks.')
+    filter_fn = partial(checkpoint_filter_fn, fetch_members=True, cache_dir=kwargs.get('cache_dir'))
+    if pretrained:
+        cfg = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay'))
+        source = cfg.file or cfg.state_dict is not None or cfg.source in ('hf-hub', 'local-dir')
+        if not source and kwargs.get('confidence', 'clcnet') != 'clcnet':  # all weights are the members'
+            kwargs['pretrained_cfg_overlay'] = {**(kwargs.get('pretrained_cfg_overlay') or {}), 'state_dict': {}}
+    return build_dynamic_model(
+        partial(_create, variant=variant), variant, pretrained, filter_fn=filter_fn, read_fn=read_confidence_net,
+        **kwargs)
+
+
+@register_model
+def clcnet(pretrained: bool = False, **kwargs: Any) -> CLCNet:
+    """Cascade of the timm models `models`, MobileNetV3-Small and ResNet-50 if none are named."""
+    if 'num_classes' not in kwargs and kwargs.get('models'):
+        members = _resolve_members(kwargs['models'], kwargs.get('member_args'), kwargs.get('views'))
+        classes = {m.label: m.num_classes for m in members}
+        if len(set(classes.values())) > 1:
+            found = ', '.join(f'{label} {count}' for label, count in classes.items())
+            raise ValueError(
+                f'The members are made for different numbers of classes ({found}): give num_classes to create them '
+                'anew for other data.')
+        kwargs['num_classes'] = next(iter(classes.values()))
+    return _create_clcnet('clcnet', pretrained, **kwargs)
+
+
+@register_model
+def clcnet_tf_efficientnet_b0_b4(pretrained: bool = False, **kwargs: Any) -> CLCNet:
+    """EfficientNet-B0 at 224, then B4 at 380."""
+    model_args = dict(models=('tf_efficientnet_b0.aa_in1k', 'tf_efficientnet_b4.aa_in1k'))
+    return _create_clcnet('clcnet_tf_efficientnet_b0_b4', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def clcnet_tf_efficientnet_b4_b7(pretrained: bool = False, **kwargs: Any) -> CLCNet:
+    """EfficientNet-B4 at 380, then B7 at 600."""
+    model_args = dict(models=('tf_efficientnet_b4.aa_in1k', 'tf_efficientnet_b7.ra_in1k'))
+    return _create_clcnet('clcnet_tf_efficientnet_b4_b7', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def test_clcnet(pretrained: bool = False, **kwargs: Any) -> CLCNet:
+    """A cascade of 0.3 M parameters for demonstration and tests: two sizes of test_focusnet, at 48 and 96 pixels."""
+    model_args = dict(
+        models=('test_focusnet@48', 'test_focusnet@96'), member_args=(dict(channels=(8, 16, 32, 48)), None))
+    return _create_clcnet('test_clcnet', pretrained, **dict(model_args, **kwargs))
