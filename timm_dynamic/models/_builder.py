@@ -28,6 +28,9 @@ _logger = logging.getLogger(__name__)
 
 FilterFn = Callable[[dict[str, torch.Tensor], nn.Module], dict[str, torch.Tensor]]
 
+# Weights that come with the package, as exported folders MODEL.TAG: those of the tiny models for the demo set.
+BUNDLED = Path(__file__).parent / 'weights'
+
 # Organisation on the Hugging Face Hub. Mirrors set the environment variable.
 HUB_ORG = os.environ.get('TIMM_DYNAMIC_HUB_ORG', 'timm-dynamic')
 
@@ -110,6 +113,8 @@ def _fetch(
     if file:
         return read_fn(file), Path(file) if Path(file).is_dir() else None
     name = f'{variant}.{cfg.tag}' if cfg.tag else variant
+    if cfg.hf_hub_id == hub_id(name) and (BUNDLED / name).is_dir():
+        return read_fn(BUNDLED / name), BUNDLED / name
     if not cfg.hf_hub_id:
         raise CheckpointError(
             f'There are no weights of {name}. Use pretrained=False for initial values, or give a file: '
