@@ -600,8 +600,8 @@ default_cfgs = generate_default_cfgs({
         input_size=(3, 300, 300), pool_size=(5, 5), crop_pct=0.904),
     'gfnet.untrained': _cfg(heads='rnn', origin_url=None),
     'test_gfnet.digits': _cfg(
-        'test_gfnet.digits', first_conv='conv1.0', heads='rnn', num_classes=10, input_size=(3, 96, 96), pool_size=(3, 3), crop_pct=1.0,
-        origin_url=None),
+        'test_gfnet.digits', first_conv='conv1.0', heads='rnn', num_classes=10, input_size=(3, 96, 96),
+        pool_size=(3, 3), crop_pct=1.0, origin_url=None),
 })
 
 

@@ -332,7 +332,8 @@ def _compare(
         macs = count_macs(model, data_config['input_size'])
         rows.append({
             'model': label, **{k: round(v, 4) for k, v in metrics.items() if k not in ('count', 'gmacs')},
-            'split': split, 'images': metrics['count'], 'params_m': round(sum(p.numel() for p in model.parameters()) / 1e6, 3),
+            'split': split, 'images': metrics['count'],
+            'params_m': round(sum(p.numel() for p in model.parameters()) / 1e6, 3),
             **({'gmacs': round(macs / 1e9, 6)} if macs is not None else {})})
     if accelerator.is_main_process:
         write_rows(folder / 'results.csv', rows)
