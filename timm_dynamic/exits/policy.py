@@ -159,10 +159,10 @@ class ValuePolicy(ExitPolicy):
         """
         if (other.num_steps, other.scale) != (self.num_steps, self.scale):
             return None
-        terms = ([torch.lerp(v, w, share) for v, w in zip(getattr(self, name), getattr(other, name))]
+        change, benefit, cost = ([torch.lerp(v, w, share) for v, w in zip(getattr(self, name), getattr(other, name))]
                  for name in ('change', 'benefit', 'cost'))
         ranges = torch.tensor([self.cost_range, other.cost_range], dtype=torch.float64)
-        return ValuePolicy(self.scale, *terms, torch.lerp(ranges[0], ranges[1], share).tolist())
+        return ValuePolicy(self.scale, change, benefit, cost, torch.lerp(ranges[0], ranges[1], share).tolist())
 
     def state_dict(self) -> dict[str, Any]:
         return {

@@ -1,3 +1,4 @@
+from .anchornet import *
 from .clcnet import *
 from .focusnet import *
 from .gfnet import *

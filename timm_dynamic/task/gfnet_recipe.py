@@ -143,7 +143,7 @@ def load_encoder(encoder: Any, source: str | Path, model: GFNet) -> dict[str, to
     else:
         try:
             if text.startswith('hf-hub:'):
-                net = timm.create_model(text, pretrained=True, in_chans=model.in_chans)
+                net: Any = timm.create_model(text, pretrained=True, in_chans=model.in_chans)
             else:
                 net = create_encoder(
                     text, model.in_chans, model.patch_size, model.num_classes, pretrained=True, **model.backbone_args)

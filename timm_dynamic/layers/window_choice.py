@@ -1,0 +1,91 @@
+"""Class activation maps, and the windows of an image that they single out.
+
+Source: Yang, An, Xu, "Localizing Semantic Patches for Accelerating Image Classification", ICME 2022, and the released
+code (https://github.com/winycg/AnchorNet).
+"""
+import math
+from collections.abc import Sequence
+
+import torch
+
+
+def class_activation_map(features: torch.Tensor, weight: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
+    """How much each position speaks for a class: the mean over channels of features times the classifier's weights.
+
+    Args:
+        features: Feature maps [B, C, h, w].
+        weight: Weights of the linear classifier [num_classes, C].
+        classes: A class per image [B], int64.
+
+    Returns:
+        Maps [B, h, w].
+    """
+    return torch.einsum('bchw,bc->bhw', features, weight[classes].to(features.dtype)) / features.shape[1]
+
+
+def choose_windows(
+        cam: torch.Tensor,
+        corners: tuple[torch.Tensor, torch.Tensor],
+        size: int,
+        num: int,
+        iou_thresholds: Sequence[float],
+        exact_original: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Choose windows greedily: in the order of falling values, each one that overlaps little with those before it.
+
+    One pass over the order, as in the original: a window that was passed over is not looked at again, even where later
+    ranks allow more overlap. All images at once, `num` masked searches for the minimum.
+
+    Args:
+        cam: Maps [B, h, w]. Of equal values the first in rows is taken first.
+        corners: Top row of every window row [h] and left column of every window column [w], int64, in pixels.
+        size: Side of the windows, in pixels.
+        num: Number of windows.
+        iou_thresholds: Largest overlap (intersection over union) with each earlier window, for windows 2..num; more
+            are ignored.
+        exact_original: Compute overlaps as the released code does, with sides of `size - 1`, and take the top-left
+            window whenever its turn comes, whatever it overlaps with. Otherwise by the rule alone.
+
+    Returns:
+        Indices of the windows in the flattened map [B, num], int64; and how many of them follow the rule [B]. Where
+        fewer do than are asked for, the rest is filled with the best of the others.
+
+    Raises:
+        ValueError: There are fewer windows than asked for, or too few thresholds.
+    """
+    batch, height, width = cam.shape
+    if not 0 < num <= height * width:
+        raise ValueError(f'Expected to choose 1 to {height * width} windows of a {height}x{width} map, got {num}.')
+    if len(iou_thresholds) < num - 1:
+        raise ValueError(f'{num} windows need {num - 1} overlap thresholds, got {len(iou_thresholds)}.')
+    side = size - 1 if exact_original else size
+    rows, columns = (c.to(cam.device) for c in corners)
+    order = cam.flatten(1).argsort(dim=1, descending=True, stable=True)
+    total = height * width
+    rank = torch.empty_like(order).scatter_(1, order, torch.arange(total, device=cam.device).expand(batch, -1))
+
+    index = order[:, 0]
+    chosen, found = [index], torch.ones(batch, dtype=torch.int64, device=cam.device)
+    taken = torch.zeros_like(rank, dtype=torch.bool).scatter_(1, index[:, None], True)
+    overlap = torch.zeros_like(rank)  # the largest intersection so far; sides are equal, so it tells the union, too
+    last = torch.zeros_like(index)
+    for k in range(1, num):
+        down = (rows[None, :] - rows[index // width][:, None]).abs()
+        across = (columns[None, :] - columns[index % width][:, None]).abs()
+        shared = (side - down).clamp(min=0)[:, :, None] * (side - across).clamp(min=0)[:, None, :]
+        overlap = torch.maximum(overlap, shared.flatten(1))
+        # shared / (2 side² - shared) <= threshold, in whole numbers
+        threshold = float(iou_thresholds[k - 1])
+        allowed = overlap <= math.floor(2 * side * side * threshold / (1 + threshold) + 1e-9)
+        if exact_original:
+            allowed[:, 0] = True
+        allowed &= rank > last[:, None]
+        best, by_rule = rank.masked_fill(~allowed, total).min(dim=1)
+        follows = best < total
+        rest = rank.masked_fill(taken, total).argmin(dim=1)
+        index = torch.where(follows, by_rule, rest)
+        found += follows
+        last = torch.where(follows, best, total)
+        taken.scatter_(1, index[:, None], True)
+        chosen.append(index)
+    return torch.stack(chosen, dim=1), found

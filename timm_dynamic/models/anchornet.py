@@ -1,0 +1,550 @@
+"""AnchorNet-patch: a light localizer says which windows of an image matter; a classifier looks at one after another.
+
+Paper: `Localizing Semantic Patches for Accelerating Image Classification` - Yang et al., ICME 2022,
+https://arxiv.org/abs/2206.03367
+
+Step 1 sees the whole image scaled down to the size of a window. If that does not suffice, AnchorNet finds the windows
+whose content speaks most for what it takes the image for; every later step adds the logits of one of them.
+
+Departures from the released code (https://github.com/winycg/AnchorNet):
+* Layers that AnchorNet never uses (the first block's expansion) are not in the model.
+* Where fewer windows than steps follow the overlap rule, the best of the others fill the rest. The original raises an
+  error, or adds one image's windows to all of the batch.
+* Windows of equal value are taken row by row. The original's order is that of an unstable sort.
+"""
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import SqueezeExcite, get_device_dtype
+from timm.models import build_model_with_cfg, clean_state_dict, generate_default_cfgs, register_model
+from torch import nn
+
+from ..layers import choose_windows, class_activation_map, crop_patches, get_glance
+from ..utils import CheckpointError, read_state_dict
+from ._builder import build_dynamic_model, hub_id
+from .dynamic_net import DynamicNet, State
+from .gfnet import create_encoder
+
+__all__ = ['AnchorNet', 'AnchorNetPatch']
+
+_logger = logging.getLogger(__name__)
+
+# Blocks of AnchorNet: input and output channels, expansion, stride.
+_BLOCKS = (
+    (16, 16, 1, 2), (16, 24, 3, 2), (24, 24, 4, 1), (24, 48, 4, 1), (48, 96, 2, 1), (96, 96, 1.5, 1), (96, 96, 1.5, 1))
+
+
+class ValidBlock(nn.Module):
+    """Inverted residual with squeeze-and-excitation and without padding: every output sees one window of the input.
+
+    Args:
+        in_chs: Input channels.
+        out_chs: Output channels.
+        expansion: Width of the depthwise convolution over that of the input; 1 leaves the expansion out.
+        stride: Stride of the depthwise convolution.
+        device: Device of the parameters.
+        dtype: Dtype of the parameters.
+    """
+
+    def __init__(
+            self,
+            in_chs: int,
+            out_chs: int,
+            expansion: float,
+            stride: int,
+            device: torch.device | str | None = None,
+            dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        dd: dict[str, Any] = {'device': device, 'dtype': dtype}
+        mid = int(expansion * in_chs)
+        self.expand = nn.Sequential()
+        if expansion != 1:
+            self.expand = nn.Sequential(
+                nn.Conv2d(in_chs, mid, 1, bias=False, **dd), nn.BatchNorm2d(mid, **dd), nn.SiLU())
+        self.depthwise = nn.Sequential(
+            nn.Conv2d(mid, mid, 3, stride, groups=mid, bias=False, **dd), nn.BatchNorm2d(mid, **dd), nn.SiLU())
+        self.se = SqueezeExcite(mid, rd_channels=int(in_chs * 0.25), act_layer=nn.SiLU, **dd)
+        self.project = nn.Sequential(nn.Conv2d(mid, out_chs, 1, bias=False, **dd), nn.BatchNorm2d(out_chs, **dd))
+        self.has_skip = stride == 1 and in_chs == out_chs
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out = self.project(self.se(self.depthwise(self.expand(x))))
+        # Cut at the bottom and the right, as the original does, though the middle would be in place.
+        return out + x[..., :-2, :-2] if self.has_skip else out
+
+
+class AnchorNet(nn.Module):
+    """AnchorNet: a classifier every position of whose feature map sees exactly one window of 95x95 pixels.
+
+    Windows lie 8 pixels apart, beginning at the top left corner; an image of 224 has 17x17 of them.
+
+    Args:
+        num_classes: Number of classes.
+        in_chans: Number of input channels.
+        blocks: Input and output channels, expansion and stride of each block.
+        num_features: Channels of the feature map.
+        drop_rate: Dropout before the classifier.
+        global_pool: 'avg', or '' with `num_classes=0` for feature maps.
+        device: Device of the parameters.
+        dtype: Dtype of the parameters.
+
+    Attributes:
+        receptive_field: Side of the windows, in pixels.
+        stride: How far they lie apart, in pixels.
+    """
+
+    def __init__(
+            self,
+            num_classes: int = 1000,
+            in_chans: int = 3,
+            blocks: Sequence[tuple[int, int, float, int]] = _BLOCKS,
+            num_features: int = 512,
+            drop_rate: float = 0.,
+            global_pool: str = 'avg',
+            device: torch.device | str | None = None,
+            dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        dd: dict[str, Any] = {'device': device, 'dtype': dtype}
+        self.num_classes, self.in_chans, self.drop_rate, self.global_pool = num_classes, in_chans, drop_rate, global_pool
+        self.num_features = self.head_hidden_size = num_features
+        self.grad_checkpointing = False
+        self.stem = nn.Sequential(
+            nn.Conv2d(in_chans, blocks[0][0], 3, 2, bias=False, **dd), nn.BatchNorm2d(blocks[0][0], **dd), nn.SiLU())
+        self.blocks = nn.Sequential(*(ValidBlock(*block, **dd) for block in blocks))
+        self.conv_head = nn.Conv2d(blocks[-1][1], num_features, 1, **dd)
+        self.fc = nn.Linear(num_features, num_classes, **dd) if num_classes else nn.Identity()
+        self.stride, self.receptive_field = 2, 3
+        for *_, stride in blocks:
+            self.receptive_field += 2 * self.stride
+            self.stride *= stride
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Initial values as in the original: He's for convolutions, small normal ones for the classifier."""
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode='fan_out')
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=0.001)
+                nn.init.zeros_(module.bias)
+
+    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+        """Feature map [B, num_features, h, w], one position a window."""
+        if min(x.shape[-2:]) < self.receptive_field:
+            raise ValueError(
+                f'Images of {x.shape[-2]}x{x.shape[-1]} pixels hold no window of {self.receptive_field}: there is '
+                'nothing for AnchorNet to see.')
+        x = self.stem(x)
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            x = timm.models.checkpoint_seq(self.blocks, x)
+        else:
+            x = self.blocks(x)
+        return self.conv_head(x)
+
+    def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
+        """Logits [B, num_classes] from the feature map, or its mean [B, num_features]."""
+        if not self.global_pool:
+            return x
+        x = nn.functional.dropout(x.mean(dim=(2, 3)), self.drop_rate, self.training)
+        return x if pre_logits else self.fc(x)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.forward_head(self.forward_features(x))
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        return self.fc
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace the classifier."""
+        if global_pool is not None:
+            self.global_pool = global_pool
+        self.num_classes = num_classes
+        self.fc = nn.Linear(self.num_features, num_classes, **get_device_dtype(self)) if num_classes else nn.Identity()
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        self.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        return {'stem': r'^stem', 'blocks': r'^blocks' if coarse else r'^blocks\.(\d+)'}
+
+
+class AnchorNetPatch(DynamicNet):
+    """Classifier that sees the whole image small, then windows that a localizer finds; their logits add up.
+
+    Args:
+        backbone: Name of a timm model. Two are made of it: one for the whole image, one for windows.
+        patch_size: Side of windows and of the small image P.
+        num_steps: Number of steps T, the small image included.
+        num_classes: Number of classes.
+        in_chans: Number of input channels.
+        img_size: Side of the images. Others run, too, as long as they hold enough windows.
+        iou_thresholds: Largest overlap with earlier windows: one number, or one for each window from the second on.
+        exact_original: See `choose_windows`.
+        localizer: 'anchornet', or any timm CNN with a linear classifier on pooled features.
+        localizer_args: Arguments of the localizer. Plain JSON.
+        localizer_stride: How far the windows that neighbouring positions of its feature map see lie apart, in pixels.
+            AnchorNet knows its own.
+        localizer_field: Side of these windows; 0 for a network with padding, where they are taken to be centred.
+        backbone_args: Further arguments for the backbone. Plain JSON.
+        drop_rate: Dropout before the classifiers.
+        drop_path_rate: Stochastic depth of the backbone.
+        global_pool: 'avg' leaves pooling to the networks.
+        exit_cfg: See `DynamicNet`.
+        device: Device of the parameters.
+        dtype: Dtype of the parameters.
+
+    Raises:
+        ValueError: The networks are unknown, or the sizes do not go together.
+    """
+
+    def __init__(
+            self,
+            backbone: str = 'densenet201',
+            patch_size: int = 95,
+            num_steps: int = 5,
+            num_classes: int = 1000,
+            in_chans: int = 3,
+            img_size: int | tuple[int, int] = 224,
+            iou_thresholds: float | Sequence[float] = 0.3,
+            exact_original: bool = True,
+            localizer: str = 'anchornet',
+            localizer_args: dict[str, Any] | None = None,
+            localizer_stride: int | None = None,
+            localizer_field: int = 0,
+            backbone_args: dict[str, Any] | None = None,
+            drop_rate: float = 0.,
+            drop_path_rate: float = 0.,
+            global_pool: str = 'avg',
+            exit_cfg: dict[str, Any] | None = None,
+            device: torch.device | str | None = None,
+            dtype: torch.dtype | None = None,
+    ) -> None:
+        dd: dict[str, Any] = {'device': device, 'dtype': dtype}
+        height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
+        if height != width:
+            raise ValueError(f'AnchorNetPatch takes square images, got img_size {height}x{width}.')
+        if not 0 < patch_size <= height:
+            raise ValueError(f'patch_size must be between 1 and img_size {height}, got {patch_size}.')
+        if num_steps < 2:
+            raise ValueError(f'num_steps must be at least 2, the small image and a window, got {num_steps}.')
+        if global_pool != 'avg':
+            raise ValueError(f"Pooling is the networks': global_pool must be 'avg', got {global_pool!r}.")
+        thresholds = [iou_thresholds] * (num_steps - 2) if isinstance(iou_thresholds, (int, float)) else iou_thresholds
+        if len(thresholds) != num_steps - 2:
+            raise ValueError(
+                f'{num_steps} steps look at {num_steps - 1} windows, which need {num_steps - 2} iou_thresholds, '
+                f'got {len(thresholds)}.')
+        super().__init__(num_steps, num_classes, in_chans, height, exit_cfg)
+        self.backbone, self.backbone_args = backbone, dict(backbone_args or {})
+        self.patch_size = patch_size
+        self.iou_thresholds = tuple(float(t) for t in thresholds)
+        self.exact_original = exact_original
+        args = dict({'drop_path_rate': drop_path_rate} if drop_path_rate else {}, **self.backbone_args, **dd)
+        create = partial(create_encoder, backbone, in_chans, patch_size, num_classes, drop_rate=drop_rate, **args)
+        self.resized: Any = create()
+        self.patch: Any = create()
+        if localizer == 'anchornet':
+            self.localizer: Any = AnchorNet(num_classes, in_chans, **(localizer_args or {}), **dd)
+            self.localizer_stride, self.localizer_field = self.localizer.stride, self.localizer.receptive_field
+        else:
+            if localizer_stride is None:
+                raise ValueError(f"Give the stride of the localizer '{localizer}' as localizer_stride, in pixels.")
+            self.localizer = create_encoder(localizer, in_chans, height, num_classes, **(localizer_args or {}), **dd)
+            self.localizer_stride, self.localizer_field = localizer_stride, localizer_field
+        self.num_features = self.resized.num_features
+        self.head_hidden_size = self.resized.head_hidden_size
+        first_convs = [_names(n.pretrained_cfg.get('first_conv')) if hasattr(n, 'pretrained_cfg') else ('stem.0',)
+                       for n in self._networks().values()]
+        self._traits: dict[str, Any] = {'first_conv': tuple(
+            f'{part}.{name}' for part, names in zip(self._networks(), first_convs) for name in names)}
+
+    def _networks(self) -> dict[str, Any]:
+        return {'resized': self.resized, 'patch': self.patch, 'localizer': self.localizer}
+
+    def init_state(self, x: torch.Tensor) -> State:
+        if x.ndim != 4 or x.shape[1] != self.in_chans:
+            raise ValueError(f'Expected images [batch, {self.in_chans}, height, width], got {list(x.shape)}.')
+        if x.shape[2] != x.shape[3]:
+            raise ValueError(f'AnchorNetPatch takes square images, got {x.shape[2]}x{x.shape[3]}.')
+        if x.shape[2] < self.patch_size:
+            raise ValueError(f'Images of {x.shape[2]} pixels are smaller than the windows of {self.patch_size}.')
+        return {'image': x}
+
+    def step(self, t: int, state: State) -> tuple[torch.Tensor, State]:
+        """Run one step, see `DynamicNet.step`.
+
+        Returns:
+            Logits added up so far, and a state with 'image' [n, C, S, S] and 'logits' [n, num_classes]; from step 1 on
+            also the class activation map 'cam' [n, h, w], 'windows' (top-left row and column of all windows that
+            will be looked at [n, T - 1, 2], int64) and 'num_valid' [n], how many of them follow the overlap rule.
+        """
+        state, image = dict(state), state['image']
+        if t == 0:
+            state['logits'] = self.resized(get_glance(image, self.patch_size))
+            return state['logits'], state
+        if t == 1:
+            state.update(self.locate(image))
+            del state['localizer_logits']
+        view = crop_patches(image, state['windows'][:, t - 1], self.patch_size)
+        state['logits'] = state['logits'] + self.patch(view)
+        return state['logits'], state
+
+    def locate(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Find the windows of images [B, in_chans, S, S].
+
+        Returns:
+            'windows', 'cam', 'num_valid' as in `step`; and 'localizer_logits' [B, num_classes].
+        """
+        features = self.localizer.forward_features(x)
+        logits = self.localizer.forward_head(features)
+        with torch.no_grad():
+            classifier = self.localizer.get_classifier()
+            if not isinstance(classifier, nn.Linear):
+                raise ValueError('The windows are those of a class: the localizer needs a linear classifier.')
+            cam = class_activation_map(features.float(), classifier.weight.float(), logits.argmax(dim=1))
+            corners = tuple(self._corners(n, x.shape[-1], x.device) for n in cam.shape[1:])
+            index, found = choose_windows(
+                cam, corners, self.patch_size, self.num_steps - 1, self.iou_thresholds, self.exact_original)
+            rows, columns = index // cam.shape[2], index % cam.shape[2]
+            windows = torch.stack([corners[0][rows], corners[1][columns]], dim=2)
+        return {'cam': cam, 'windows': windows, 'num_valid': found, 'localizer_logits': logits}
+
+    def _corners(self, cells: int, img_size: int, device: torch.device) -> torch.Tensor:
+        """Where the window of each position of the feature map begins: around the middle of what it sees."""
+        position = torch.arange(cells, device=device) * self.localizer_stride
+        sees = self.localizer_field or self.localizer_stride
+        return (position + (sees - self.patch_size) // 2).clamp(0, img_size - self.patch_size)
+
+    def forward_all(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Run all steps.
+
+        Returns:
+            'logits' added up [T, B, num_classes], 'patch_logits' of each window [T - 1, B, num_classes],
+            'localizer_logits' [B, num_classes], 'cam' [B, h, w], and 'coords' of the windows [T - 1, B, 2].
+        """
+        state = self.init_state(x)
+        first = self.resized(get_glance(x, self.patch_size))
+        located = self.locate(state['image'])
+        coords = located['windows'].transpose(0, 1)
+        views = crop_patches(x.repeat(self.num_steps - 1, 1, 1, 1), coords.flatten(0, 1), self.patch_size)
+        patches = self.patch(views).unflatten(0, (self.num_steps - 1, len(x)))
+        return {
+            'logits': torch.cat([first[None], patches]).cumsum(dim=0), 'patch_logits': patches,
+            'localizer_logits': located['localizer_logits'], 'cam': located['cam'], 'coords': coords,
+        }
+
+    def forward_train(self, x: torch.Tensor) -> torch.Tensor:
+        out = self.forward_all(x)
+        return torch.cat([out['logits'], out['localizer_logits'][None]]).mean(dim=0)
+
+    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+        """Feature map of the small image [B, num_features, h, w]."""
+        self.init_state(x)
+        return self.resized.forward_features(get_glance(x, self.patch_size))
+
+    def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
+        """Logits of step 1 from the feature map of the small image, or what its classifier sees."""
+        return self.resized.forward_head(x, pre_logits=pre_logits)
+
+    @property
+    def classifier_names(self) -> tuple[str, ...]:
+        """Names of the Linear layers that give logits."""
+        modules = {id(m): name for name, m in self.named_modules()}
+        return tuple(modules[id(m)] for m in self.get_classifier())
+
+    @torch.jit.ignore
+    def get_classifier(self) -> tuple[nn.Module, ...]:
+        return tuple(net.get_classifier() for net in self._networks().values())
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace all classifiers. Policies and budgets kept for other classes are forgotten."""
+        self.num_classes = num_classes
+        for net in self._networks().values():
+            net.reset_classifier(num_classes)
+        self._classifier_changed()
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        for net in self._networks().values():
+            net.set_grad_checkpointing(enable)
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        return {f'{part}.{name}' for part, net in self._networks().items()
+                for name in getattr(net, 'no_weight_decay', set)()}
+
+
+def _names(value: Any) -> tuple[str, ...]:
+    return () if not value else (value,) if isinstance(value, str) else tuple(value)
+
+
+# The authors' files, by what is in their names.
+_PARTS = {'localizer': 'anchornet', 'resized': 'resized', 'patch': 'patch'}
+
+
+def read_anchornet_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Read weights; of a folder with the authors' three files, {'localizer', 'resized', 'patch'}.
+
+    Raises:
+        CheckpointError: A part is missing, or there is more than one file for it.
+    """
+    path = Path(path)
+    if not path.is_dir() or (path / 'model.safetensors').is_file():
+        return dict(read_state_dict(path))
+    files = [p for p in sorted(path.iterdir()) if re.search(r'\.(pth|pt|tar|safetensors)$', p.name)]
+    out = {}
+    for part, word in _PARTS.items():
+        found = [p for p in files if word in p.name.lower()]
+        if len(found) != 1:
+            names = ', '.join(p.name for p in found or files) or 'nothing'
+            raise CheckpointError(
+                f"'{path}' should hold one file with '{word}' in its name, for the {part} net; found {names}. Name the "
+                "files: pretrained_cfg_overlay=dict(file=dict(localizer='...', resized='...', patch='...')).")
+        out[part] = read_state_dict(found[0])
+    return out
+
+
+def _map_localizer(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """An authors' AnchorNet on our keys. Layers that it never uses are dropped."""
+    if 'exp_conv.weight' not in state_dict:
+        return dict(state_dict)
+    names = {'conv1': 'expand.0', 'bn1': 'expand.1', 'conv2': 'depthwise.0', 'bn2': 'depthwise.1', 'se.se1': 'se.fc1',
+             'se.se2': 'se.fc2', 'conv3': 'project.0', 'bn3': 'project.1'}
+    out, dropped = {}, set()
+    for key, value in state_dict.items():
+        module, _, leaf = key.rpartition('.')
+        match = re.fullmatch(r'bneck\.(\d+)\.(.+)', module)
+        if match and match[1] == '0' and match[2] in ('conv1', 'bn1'):
+            dropped.add(module)
+        elif match:
+            out[f'blocks.{match[1]}.{names[match[2]]}.{leaf}'] = value
+        else:
+            out[f"{ {'conv1': 'stem.0', 'bn1': 'stem.1', 'exp_conv': 'conv_head'}.get(module, module)}.{leaf}"] = value
+    _logger.info(f"Left out, as AnchorNet never uses them: {', '.join(sorted(dropped))}.")
+    return out
+
+
+def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: Any) -> dict[str, torch.Tensor]:
+    """Map the authors' weights onto the model's keys. Other weights pass as they are.
+
+    Args:
+        state_dict: Weights; for AnchorNet-patch also {'localizer', 'resized', 'patch'} of weights.
+        model: An `AnchorNet` or an `AnchorNetPatch`.
+
+    Raises:
+        CheckpointError: A part is missing.
+    """
+    if isinstance(model, AnchorNet):
+        return _map_localizer(state_dict)
+    parts = {k: v for k, v in state_dict.items() if isinstance(v, Mapping)}
+    if not parts:
+        if 'exp_conv.weight' in state_dict:
+            raise CheckpointError(
+                "it is the localizer's alone. Give all three: dict(localizer='...', resized='...', patch='...')")
+        return dict(state_dict)
+    missing = [part for part in _PARTS if part not in parts]
+    if missing:
+        raise CheckpointError(f"it lacks {' and '.join(missing)}: expected {', '.join(_PARTS)}")
+    out = {f'localizer.{k}': v for k, v in _map_localizer(clean_state_dict(dict(parts['localizer']))).items()}
+    for part in ('resized', 'patch'):
+        out.update({f'{part}.{k}': v for k, v in clean_state_dict(dict(parts[part])).items()})
+    return out
+
+
+def _cfg(name: str = '', **kwargs: Any) -> dict[str, Any]:
+    return {
+        'hf_hub_id': hub_id(name) if name else None,
+        'num_classes': 1000, 'input_size': (3, 224, 224), 'pool_size': (3, 3),
+        'crop_pct': 0.875, 'interpolation': 'bilinear',
+        'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD,
+        'paper_name': 'Localizing Semantic Patches for Accelerating Image Classification',
+        'paper_ids': 'arXiv:2206.03367',
+        'origin_url': 'https://github.com/winycg/AnchorNet',
+        **kwargs,
+    }
+
+
+def _three(first_conv: str, classifier: str) -> dict[str, Any]:
+    return {
+        'first_conv': (f'resized.{first_conv}', f'patch.{first_conv}', 'localizer.stem.0'),
+        'classifier': (f'resized.{classifier}', f'patch.{classifier}', 'localizer.fc'),
+    }
+
+
+default_cfgs = generate_default_cfgs({
+    'anchornet.paper_in1k': _cfg(
+        'anchornet.paper_in1k', pool_size=(17, 17), first_conv='stem.0', classifier='fc'),
+    'anchornet_patch_densenet201_95.paper_in1k': _cfg(
+        'anchornet_patch_densenet201_95.paper_in1k', **_three('features.conv0', 'classifier')),
+    'anchornet_patch_resnet50_95.untrained': _cfg(**_three('conv1', 'fc'), origin_url=None),
+    'anchornet_patch.untrained': _cfg(**_three('features.conv0', 'classifier'), origin_url=None),
+    'test_anchornet_patch.untrained': _cfg(
+        num_classes=10, input_size=(3, 96, 96), crop_pct=1.0, origin_url=None, **_three('conv1.0', 'fc')),
+})
+
+
+def _create(pretrained: bool = False, pretrained_cfg: Any = None, variant: str = '', **kwargs: Any) -> AnchorNetPatch:
+    model: Any = build_model_with_cfg(AnchorNetPatch, variant, pretrained, pretrained_cfg=pretrained_cfg, **kwargs)
+    model.pretrained_cfg.update(first_conv=model._traits['first_conv'], classifier=model.classifier_names)
+    return model
+
+
+def _create_anchornet_patch(variant: str, pretrained: bool = False, **kwargs: Any) -> AnchorNetPatch:
+    if kwargs.pop('features_only', False):
+        raise RuntimeError('features_only is not implemented for AnchorNet-patch models.')
+    return build_dynamic_model(
+        partial(_create, variant=variant), variant, pretrained, filter_fn=checkpoint_filter_fn,
+        read_fn=read_anchornet_checkpoint, **kwargs)
+
+
+@register_model
+def anchornet(pretrained: bool = False, **kwargs: Any) -> AnchorNet:
+    """AnchorNet, the localizer: a classifier of its own."""
+    return build_dynamic_model(
+        partial(build_model_with_cfg, AnchorNet, 'anchornet'), 'anchornet', pretrained,
+        filter_fn=checkpoint_filter_fn, **kwargs)
+
+
+@register_model
+def anchornet_patch(pretrained: bool = False, **kwargs: Any) -> AnchorNetPatch:
+    """AnchorNet-patch over the timm model `backbone`, DenseNet-201 if none is named."""
+    return _create_anchornet_patch('anchornet_patch', pretrained, **dict(dict(exact_original=False), **kwargs))
+
+
+@register_model
+def anchornet_patch_densenet201_95(pretrained: bool = False, **kwargs: Any) -> AnchorNetPatch:
+    """AnchorNet-patch over DenseNet-201, windows of 95, 5 steps."""
+    model_args = dict(backbone='densenet201')
+    return _create_anchornet_patch('anchornet_patch_densenet201_95', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def anchornet_patch_resnet50_95(pretrained: bool = False, **kwargs: Any) -> AnchorNetPatch:
+    """AnchorNet-patch over ResNet-50, windows of 95, 5 steps."""
+    model_args = dict(backbone='resnet50')
+    return _create_anchornet_patch('anchornet_patch_resnet50_95', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def test_anchornet_patch(pretrained: bool = False, **kwargs: Any) -> AnchorNetPatch:
+    """An AnchorNet-patch of 0.6 M parameters for demonstration and tests, over the ResNet of test_focusnet."""
+    blocks = [(8, 16, 1, 2), (16, 24, 2, 2), (24, 32, 2, 1), (32, 48, 2, 1), (48, 48, 2, 1)]
+    model_args = dict(
+        backbone='test_focusnet', backbone_args=dict(output_stride=16), patch_size=48, num_steps=3, img_size=96,
+        exact_original=False, localizer_args=dict(blocks=blocks, num_features=128))
+    return _create_anchornet_patch('test_anchornet_patch', pretrained, **dict(model_args, **kwargs))
