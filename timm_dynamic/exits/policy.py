@@ -148,7 +148,7 @@ class ValuePolicy(ExitPolicy):
         return change_probability(x, change) * (basis @ benefit) - (basis @ cost).clamp(*self.cost_range[t])
 
     def interpolate(self, other: 'ValuePolicy', share: float) -> 'ValuePolicy | None':
-        """Go some of the way to another policy, as between the policies of neighbouring prices that tables are solved for.
+        """Go some of the way to another policy, as the solver does between the policies of neighbouring prices.
 
         Args:
             other: The policy for share 1.
