@@ -49,7 +49,10 @@ def simulate(logits, confidence, thresholds):
 
 
 def test_real_exit_is_simulated_exit_and_costs_what_the_table_says(model, images):
-    thresholds = spread_thresholds(model, images)
+    check_real_exit(model, images, spread_thresholds(model, images))
+
+
+def check_real_exit(model, images, thresholds):
     expected = simulate(*full_run(model, images), thresholds)
     assert len(expected[1].unique()) == model.num_steps  # some leave at every step
     with torch.inference_mode(), FlopCounterMode(display=False) as counter:
@@ -58,8 +61,16 @@ def test_real_exit_is_simulated_exit_and_costs_what_the_table_says(model, images
     assert torch.equal(result.steps_used, expected[1])
     assert result.steps_used.dtype == torch.int64
     torch.testing.assert_close(result.confidence, expected[2], rtol=0, atol=1e-5)
-    predicted = sum(model.step_macs[t - 1] for t in expected[1].tolist())
-    assert counter.get_total_flops() / 2 == predicted
+    table = collect_exit_table(model, [(images, torch.zeros(len(images), dtype=torch.int64))])
+    predicted = table.evaluate(thresholds).gmacs * 1e9 * len(images)
+    assert counter.get_total_flops() / 2 == pytest.approx(predicted, rel=1e-12)
+
+
+def test_real_exit_of_a_large_model():
+    torch.manual_seed(0)
+    model = timm.create_model('gfnet_mobilenetv3_large_100_96').eval()
+    x = torch.randn(8, 3, model.img_size, model.img_size)
+    check_real_exit(model, x, spread_thresholds(model, x))
 
 
 def test_sample_by_sample(model, images):

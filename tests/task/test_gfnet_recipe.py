@@ -101,7 +101,7 @@ def test_recipe_is_chosen_by_the_model():
 
 
 def test_options_of_another_recipe():
-    with pytest.raises(ValueError, match="'gfnet' trains GFNet models, .*; got 'resnet50'"):
+    with pytest.raises(ValueError, match=r"'gfnet' trains GFNet models, .*; got 'resnet50'"):
         create_recipe(options('--recipe', 'gfnet').base)
     with pytest.raises(ValueError, match="--init-from belongs to the recipe 'gfnet' and 'end-to-end', not to 'class"):
         create_recipe(options('--init-from', 'x').base)

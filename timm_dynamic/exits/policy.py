@@ -148,7 +148,7 @@ class ValuePolicy(ExitPolicy):
         return change_probability(x, change) * (basis @ benefit) - (basis @ cost).clamp(*self.cost_range[t])
 
     def interpolate(self, other: 'ValuePolicy', share: float) -> 'ValuePolicy | None':
-        """Go some of the way to another policy, as between policies that a table was solved for.
+        """Go some of the way to another policy, as the solver does between the policies of neighbouring prices.
 
         Args:
             other: The policy for share 1.
@@ -162,7 +162,8 @@ class ValuePolicy(ExitPolicy):
         change, benefit, cost = ([torch.lerp(v, w, share) for v, w in zip(getattr(self, name), getattr(other, name))]
                  for name in ('change', 'benefit', 'cost'))
         ranges = torch.tensor([self.cost_range, other.cost_range], dtype=torch.float64)
-        return ValuePolicy(self.scale, change, benefit, cost, torch.lerp(ranges[0], ranges[1], share).tolist())
+        cost_range = torch.lerp(ranges[0], ranges[1], share).tolist()
+        return ValuePolicy(self.scale, change, benefit, cost, cost_range)
 
     def state_dict(self) -> dict[str, Any]:
         return {

@@ -1,0 +1,13 @@
+#!/usr/bin/env python3
+"""Measure what timm_dynamic promises.
+
+    python benchmark.py --help
+    python benchmark.py crop --batch-size 256
+    python benchmark.py exits TABLE
+"""
+import sys
+
+from timm_dynamic.benchmark import benchmark_main
+
+if __name__ == '__main__':
+    sys.exit(benchmark_main())

@@ -1,0 +1,117 @@
+import json
+
+import pytest
+import torch
+from helpers import run_python
+
+from timm_dynamic.benchmark import benchmark_crop, benchmark_exits, crop, run_benchmark, time_interleaved
+from timm_dynamic.exits import ExitTable, solve_thresholds
+from timm_dynamic.training.report import read_rows
+
+
+def test_timing_takes_turns():
+    order = []
+    seconds = time_interleaved({'a': lambda: order.append('a'), 'b': lambda: order.append('b')}, repeats=3)
+    assert order == [*'aabb', *'ababab']  # twice beforehand, then by turns
+    assert set(seconds) == {'a', 'b'}
+    assert all(0 < s < 1 for s in seconds.values())
+
+
+@pytest.mark.parametrize('channels_last', [False, True])
+def test_crop(channels_last, tmp_path):
+    file = tmp_path / 'new' / 'crop.json'
+    rows = run_benchmark([
+        'crop', '--batch-size', '3', '--img-size', '20', '--patch-size', '8', '--device', 'cpu', '--repeats', '2',
+        '--results-file', str(file), *['--channels-last'] * channels_last])
+    assert json.loads(file.read_text()) == rows
+    assert [row['crop'] for row in rows] == ['loop', 'vectorised']
+    for row in rows:
+        assert (row['batch_size'], row['img_size'], row['patch_size']) == (3, 20, 8)
+        assert row['channels_last'] is channels_last
+        assert row['images_per_s'] == pytest.approx(3000 / row['ms'])
+        assert row['speedup'] == pytest.approx(rows[0]['ms'] / row['ms'])
+
+
+def test_crop_is_checked_before_it_is_timed(monkeypatch):
+    monkeypatch.setattr(crop, 'crop_patches', lambda images, coords, size: images[:, :, :size, :size])
+    with pytest.raises(AssertionError, match='not those of the loop'):
+        benchmark_crop(2, 20, 8, repeats=1)
+
+
+@pytest.mark.parametrize(('args', 'message'), [
+    (dict(patch_size=30), 'A patch of 30 pixels is larger than the image of 20'),
+    (dict(repeats=0), 'Expected positive numbers.*0 repeats'),
+    (dict(batch_size=0), 'Expected positive numbers, got batch size 0'),
+    (dict(device='nowhere'), "There is no device 'nowhere'"),
+])
+def test_bad_crop(args, message):
+    with pytest.raises(ValueError, match=message):
+        benchmark_crop(**{'batch_size': 2, 'img_size': 20, 'patch_size': 8, **args})
+
+
+@pytest.fixture(scope='module')
+def table():
+    """Right with a probability of the confidence. Step 2 halves the distance to 1, step 3 adds almost nothing."""
+    generator = torch.Generator().manual_seed(0)
+    u, luck = torch.rand(2, 2000, 1, generator=generator)
+    confidence = 1 - (1 - u) * torch.tensor([1., 0.5, 0.45])
+    return ExitTable(confidence, luck < confidence, [10**9, 2 * 10**9, 3 * 10**9])
+
+
+def test_exits(table, tmp_path, caplog):
+    """The default rivals spend without regard to what a step gains."""
+    table.save(tmp_path / 'table.safetensors')
+    file = tmp_path / 'exits.csv'
+    rows = run_benchmark(['exits', str(tmp_path / 'table.safetensors'), '--splits', '1', '--results-file', str(file)])
+    assert [row['rival'] for row in rows] == [*map(str, range(1, 40)), 'all']
+    total = rows[-1]
+    assert total['gain'] == pytest.approx(sum(row['gain'] for row in rows[:-1]) / 39)
+    assert total['least_gain'] == min(row['least_gain'] for row in rows[:-1])
+    assert total['share'] == pytest.approx(total['gain'] / total['oracle_gain'])
+    assert total['gain'] > 0
+    assert 0 < total['solve_seconds'] < 5
+    assert read_rows(file)[-1]['gain'] == pytest.approx(total['gain'])
+
+
+@pytest.mark.parametrize('method', ['thresholds', 'policy'])
+def test_exits_against_given_rivals(table, method, tmp_path):
+    table.save(tmp_path / 'table.safetensors')
+    good, bad = solve_thresholds(table, 1.5).tolist(), [-1., 0., 0.]
+    bad[0] = table.confidence[:, 0].quantile(0.5).item()  # as many go on, but all to the end
+    rivals = tmp_path / 'rivals.json'
+    rivals.write_text(json.dumps([good, {'thresholds': [bad[0], 2., 0.], 'top1': 1}]))
+    rows = run_benchmark([
+        'exits', str(tmp_path / 'table.safetensors'), '--rivals', str(rivals), '--splits', '2', '--no-oracle',
+        '--budget-rule', method])
+    assert [row['rival'] for row in rows] == ['1', '2', 'all']
+    assert rows[0]['gmacs'] == table.evaluate(good).gmacs
+    assert rows[0]['top1'] == table.evaluate(good).top1
+    assert abs(rows[0]['gain']) < 1
+    assert rows[1]['gain'] > 1
+    assert 'oracle_gain' not in rows[2]
+
+
+def test_bad_rivals(table, tmp_path):
+    table.save(tmp_path / 'table.safetensors')
+    file = tmp_path / 'rivals.json'
+    for text, message in [
+            ('[[0.5, 0.5]]', 'Expected 3 thresholds'),
+            ('[]', 'at least one rival'),
+            ('{', 'expected a JSON list of thresholds'),
+            ('[{"top1": 1}]', 'expected a JSON list of thresholds'),
+            ('[[null, 0, 0]]', 'expected a JSON list of thresholds'),
+    ]:
+        file.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            run_benchmark(['exits', str(tmp_path / 'table.safetensors'), '--rivals', str(file)])
+    with pytest.raises(ValueError, match='at least one rival and one split, got 1 and 0'):
+        benchmark_exits(table, [[0.5] * 3], splits=0)
+
+
+def test_script():
+    result = run_python('benchmark.py', 'crop', '-b', '2', '--img-size', '20', '--patch-size', '8', '--repeats', '1')
+    assert 'vectorised' in result.stdout
+    result = run_python('benchmark.py', 'crop', '--patch-size', '300', check=False)
+    assert result.returncode == 1
+    assert result.stderr.splitlines()[-1] == 'ValueError: A patch of 300 pixels is larger than the image of 224.'
+    assert run_python('benchmark.py', check=False).returncode == 2

@@ -1,0 +1,52 @@
+"""The command line of benchmark.py."""
+import argparse
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+from ..training.report import format_table, write_rows
+from ..training.run import run_script
+from . import crop, exits
+
+_logger = logging.getLogger(__name__)
+
+_BENCHMARKS = (crop, exits)
+
+
+def create_benchmark_parser() -> argparse.ArgumentParser:
+    """Parser for benchmark.py, with a subcommand for each benchmark."""
+    parser = argparse.ArgumentParser(
+        prog='benchmark.py', description='Measure what timm_dynamic promises.', allow_abbrev=False)
+    commands = parser.add_subparsers(dest='benchmark', metavar='BENCHMARK', required=True)
+    for benchmark in _BENCHMARKS:
+        p = commands.add_parser(benchmark.NAME, help=benchmark.HELP, description=benchmark.HELP, allow_abbrev=False)
+        benchmark.add_arguments(p)
+        p.add_argument('--results-file', metavar='FILE', help='write the table as CSV or JSON, too, by its ending')
+        p.set_defaults(run=benchmark.run)
+    return parser
+
+
+def run_benchmark(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    """Run benchmark.py.
+
+    Args:
+        argv: Command line without the script's name (default: this process's).
+
+    Returns:
+        The rows of the table that was printed.
+    """
+    args = create_benchmark_parser().parse_args(argv)
+    rows = args.run(args)
+    _logger.info('\n' + format_table(rows))
+    if args.results_file:
+        write_rows(args.results_file, rows)
+    return rows
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of benchmark.py. Returns the exit status: 0; 1 for what the user can mend."""
+    def script() -> int:
+        run_benchmark(argv)
+        return 0
+
+    return run_script(script)

@@ -1,0 +1,41 @@
+"""Timing that can be compared."""
+import time
+from collections.abc import Callable, Mapping
+from statistics import median
+from typing import Any
+
+import torch
+
+
+def time_interleaved(
+        functions: Mapping[str, Callable[[], Any]],
+        repeats: int = 20,
+        device: torch.device | str = 'cpu',
+) -> dict[str, float]:
+    """Time functions in turn, so that whatever else the machine does meets all of them alike.
+
+    Args:
+        functions: What to time, by name. Each is run twice beforehand.
+        repeats: How often each is timed.
+        device: Device that they run on; it is waited for.
+
+    Returns:
+        Median seconds of one call, by name.
+    """
+    device = torch.device(device)
+    for function in functions.values():
+        function(), function()
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    for _ in range(repeats):
+        for name, function in functions.items():
+            _wait_for(device)
+            start = time.perf_counter()
+            function()
+            _wait_for(device)
+            seconds[name].append(time.perf_counter() - start)
+    return {name: median(values) for name, values in seconds.items()}
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type != 'cpu':
+        getattr(torch, device.type).synchronize()
