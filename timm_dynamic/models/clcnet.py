@@ -610,20 +610,20 @@ def _check_pool(global_pool: str) -> None:
 def checkpoint_filter_fn(
         state_dict: Mapping[str, Any],
         model: Any,
-        fetch_members: bool = False,
-        cache_dir: str | Path | None = None,
+        absent: list[int] | None = None,
 ) -> dict[str, torch.Tensor]:
     """Map weights onto the model's keys: of a whole cascade, of a confidence net (ours or the authors'), or of parts.
+
+    Members that are not there are left as they are in the model.
 
     Args:
         state_dict: Weights; or weights by part, which are 'confidence_net' and members by name or by number, from 0.
         model: The model.
-        fetch_members: Members that are not there get the weights that timm has for them. Otherwise they are left as
-            they are in the model.
-        cache_dir: For timm.
+        absent: If given, the numbers in `model.members` of members that are not there are added to it, and a confidence
+            net that is not there is an error.
 
     Raises:
-        CheckpointError: A part is not known, cannot be fetched, or was trained for other classes.
+        CheckpointError: A part is not known, or does not fit.
     """
     parts = all(isinstance(v, Mapping) for v in state_dict.values())
     if not parts and any(k.startswith('members.') for k in state_dict):
@@ -633,24 +633,22 @@ def checkpoint_filter_fn(
     out: dict[str, torch.Tensor] = {}
     net_state = confidence_net_filter_fn(by_part.pop('confidence_net', {}))
     if hasattr(model, 'confidence_net'):
-        if not net_state and fetch_members:
+        if not net_state and absent is not None:
             raise CheckpointError("it holds no confidence_net, which the confidence 'clcnet' needs")
         net_state = net_state or model.confidence_net.state_dict()
         out.update({f'confidence_net.{k.removeprefix("confidence_net.")}': v for k, v in net_state.items()})
     elif net_state:
         _logger.info(f"The confidence net is left out: the cascade's confidence is '{model.confidence_kind}'.")
-    if fetch_members:
-        _check_member_classes(model)
     for index in range(len(model.members)):
         steps = [t for t, i in enumerate(model.member_of_step) if i == index]
         spec = model.specs[steps[0]]
         names = [n for n in (*map(str, steps), spec.source, spec.model) if isinstance(n, str) and n in by_part]
         if names:
             member_state = _member_filter(by_part.pop(names[0]), spec, model.members[index])
-        elif fetch_members and spec.source:
-            member_state = _fetch_member(spec, model.view_sizes[steps[0]], model, cache_dir)
         else:
             member_state = model.members[index].state_dict()
+            if absent is not None:
+                absent.append(index)
         out.update({f'members.{index}.{k}': v for k, v in member_state.items()})
     if by_part:
         raise CheckpointError(
@@ -668,29 +666,41 @@ def _member_filter(state_dict: Any, spec: _Member, net: Any) -> dict[str, torch.
     return state_dict
 
 
-def _fetch_member(spec: _Member, size: int, model: CLCNet, cache_dir: str | Path | None) -> dict[str, torch.Tensor]:
-    """The weights that timm has for a member, for the cascade's classes and channels."""
-    args = {**spec.args, 'img_size': size} if spec.fixed_size else spec.args
-    try:
-        net: Any = timm.create_model(
-            spec.source or '', pretrained=True, num_classes=model.num_classes, in_chans=model.in_chans,
-            cache_dir=cache_dir, **args)
-    except CheckpointError:
-        raise
-    except (RuntimeError, OSError, HfHubHTTPError, ValueError) as e:  # timm's and the Hub's
+def _fetch_members(model: CLCNet, absent: Sequence[int], cache_dir: str | Path | None) -> None:
+    """Give members the weights that timm has for them. Modules have theirs.
+
+    Raises:
+        CheckpointError: They cannot be had, or some are for other classes than the cascade's and some are not.
+    """
+    specs = {index: (model.specs[t], model.view_sizes[t]) for t, index in enumerate(model.member_of_step)}
+    # Those that bring weights bring them for the cascade's classes.
+    classes = {spec.label: spec.num_classes if index in absent else model.num_classes
+               for index, (spec, _) in specs.items()}
+    if model.num_classes in classes.values() and len(set(classes.values())) > 1:
         raise CheckpointError(
-            f"the weights of the member {spec.label} cannot be had ({str(e).splitlines()[0]}). Give a file: "
-            f"pretrained_cfg_overlay=dict(file={{'confidence_net': ..., '{spec.source}': 'FILE'}})") from e
-    return net.state_dict()
+            f'The members have weights for different numbers of classes ({_listed(classes)}): they cannot answer '
+            'together.')
+    for index in absent:
+        spec, size = specs[index]
+        if spec.source is None:
+            continue
+        args = {**spec.args, 'img_size': size} if spec.fixed_size else spec.args
+        try:
+            net: Any = timm.create_model(
+                spec.source, pretrained=True, num_classes=model.num_classes, in_chans=model.in_chans,
+                cache_dir=cache_dir, **args)
+        except CheckpointError:
+            raise
+        except (RuntimeError, OSError, HfHubHTTPError, ValueError) as e:  # timm's and the Hub's
+            raise CheckpointError(
+                f'The weights of the member {spec.label} cannot be had ({str(e).splitlines()[0]}). Files of your own '
+                f"load with pretrained_cfg_overlay=dict(file={{'confidence_net': FILE, '{spec.source}': FILE}})."
+            ) from e
+        model.members[index].load_state_dict(net.state_dict())
 
 
-def _check_member_classes(model: CLCNet) -> None:
-    """Members with weights for different classes would be mixed from trained and untrained classifiers."""
-    classes = {m.label: m.num_classes for m in model.specs}
-    if model.num_classes and len(set(classes.values())) > 1 and model.num_classes in classes.values():
-        found = ', '.join(f'{label} {count}' for label, count in classes.items())
-        raise CheckpointError(
-            f'The members have weights for other numbers of classes ({found}), so they cannot answer together.')
+def _listed(classes: Mapping[str, int]) -> str:
+    return ', '.join(f'{label} {count}' for label, count in classes.items())
 
 
 def _cfg(name: str = '', members: Sequence[tuple[str, str]] = (), **kwargs: Any) -> dict[str, Any]:
@@ -745,15 +755,17 @@ def _create(pretrained: bool = False, pretrained_cfg: Any = None, variant: str =
 def _create_clcnet(variant: str, pretrained: bool = False, **kwargs: Any) -> CLCNet:
     if kwargs.pop('features_only', False):
         raise RuntimeError('features_only is not implemented for CLCNet models: the maps are of several networks.')
-    filter_fn = partial(checkpoint_filter_fn, fetch_members=True, cache_dir=kwargs.get('cache_dir'))
+    absent: list[int] = []
     if pretrained:
         cfg = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay'))
         source = cfg.file or cfg.state_dict is not None or cfg.source in ('hf-hub', 'local-dir')
         if not source and kwargs.get('confidence', 'clcnet') != 'clcnet':  # all weights are the members'
             kwargs['pretrained_cfg_overlay'] = {**(kwargs.get('pretrained_cfg_overlay') or {}), 'state_dict': {}}
-    return build_dynamic_model(
-        partial(_create, variant=variant), variant, pretrained, filter_fn=filter_fn, read_fn=read_confidence_net,
-        **kwargs)
+    model: CLCNet = build_dynamic_model(
+        partial(_create, variant=variant), variant, pretrained, filter_fn=partial(checkpoint_filter_fn, absent=absent),
+        read_fn=read_confidence_net, **kwargs)
+    _fetch_members(model, absent, kwargs.get('cache_dir'))
+    return model
 
 
 @register_model
@@ -763,10 +775,9 @@ def clcnet(pretrained: bool = False, **kwargs: Any) -> CLCNet:
         members = _resolve_members(kwargs['models'], kwargs.get('member_args'), kwargs.get('views'))
         classes = {m.label: m.num_classes for m in members}
         if len(set(classes.values())) > 1:
-            found = ', '.join(f'{label} {count}' for label, count in classes.items())
             raise ValueError(
-                f'The members are made for different numbers of classes ({found}): give num_classes to create them '
-                'anew for other data.')
+                f'The members are made for different numbers of classes ({_listed(classes)}): give num_classes to '
+                'create them anew for other data.')
         kwargs['num_classes'] = next(iter(classes.values()))
     return _create_clcnet('clcnet', pretrained, **kwargs)
 
