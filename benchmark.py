@@ -3,6 +3,7 @@
 
     python benchmark.py --help
     python benchmark.py crop --batch-size 256
+    python benchmark.py train-step --model test_gfnet
     python benchmark.py exits TABLE
 """
 import sys

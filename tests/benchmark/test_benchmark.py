@@ -1,10 +1,19 @@
 import json
 
 import pytest
+import timm
 import torch
 from helpers import run_python
 
-from timm_dynamic.benchmark import benchmark_crop, benchmark_exits, crop, run_benchmark, time_interleaved
+from timm_dynamic.benchmark import (
+    benchmark_crop,
+    benchmark_exits,
+    benchmark_train_step,
+    crop,
+    run_benchmark,
+    time_interleaved,
+    train_step,
+)
 from timm_dynamic.exits import ExitTable, solve_thresholds
 from timm_dynamic.training.report import read_rows
 
@@ -115,3 +124,20 @@ def test_script():
     assert result.returncode == 1
     assert result.stderr.splitlines()[-1] == 'ValueError: A patch of 300 pixels is larger than the image of 224.'
     assert run_python('benchmark.py', check=False).returncode == 2
+
+
+@pytest.mark.parametrize('arguments', [{}, {'step_classifier': 'concat'}, {'first_head': True}])
+def test_train_step(arguments, monkeypatch):
+    model = timm.create_model('test_gfnet', img_size=32, patch_size=16, num_classes=3, **arguments)
+    monkeypatch.setattr(train_step.timm, 'create_model', lambda name: model)
+    rows = benchmark_train_step('test_gfnet', 3, repeats=1)
+    assert [row['train-step'] for row in rows] == ['loop', 'vectorised']
+    assert all(row['images_per_s'] == pytest.approx(3000 / row['ms']) for row in rows)
+    monkeypatch.setattr(train_step, '_loop', lambda task, images, target, actions: task(images, target)['loss'])
+    with pytest.raises(AssertionError, match='another gradient than the loop'):
+        benchmark_train_step('test_gfnet', 3, repeats=1)
+
+
+def test_train_step_of_what_has_none():
+    with pytest.raises(ValueError, match=r"one of GFNets, e\.g\. --model gfnet_resnet50_96; got 'test_focusnet'"):
+        benchmark_train_step('test_focusnet')

@@ -372,8 +372,8 @@ def official_table():
 def test_official_table(method, splits, mean, worst_point):
     """Gain over the published operating points at equal cost, on halves that were not solved on.
 
-    Measured over 5 splits: policies gain 0.542 points, 0.948 of an oracle's gain; thresholds 0.531. A rival is chosen on
-    all images, so that on some halves it is luckier than on others: the standard deviation of a gain is 0.06 points.
+    Measured over 5 splits: policies gain 0.542 points, 0.948 of an oracle's gain; thresholds 0.531. A rival is chosen
+    on all images, so that on some halves it is luckier than on others: the standard deviation of a gain is 0.06 points.
     The worst point is that of the mean over the halves, the worst of 330 single values was -0.13.
     """
     table, rivals = official_table()

@@ -62,7 +62,8 @@ def test_variants_are_those_of_the_paper(name, spec):
     for key in ('input_size', 'mean', 'std', 'crop_pct', 'interpolation'):
         assert getattr(cfg, key) == getattr(deep, key) == model.pretrained_cfg[key]
     assert tuple(cfg.first_conv) == model.pretrained_cfg['first_conv'] == (f'members.0.{conv}', f'members.1.{conv}')
-    assert tuple(cfg.classifier) == model.pretrained_cfg['classifier'] == tuple(f'members.{i}.classifier' for i in (0, 1))
+    classifiers = ('members.0.classifier', 'members.1.classifier')
+    assert tuple(cfg.classifier) == model.pretrained_cfg['classifier'] == classifiers
 
 
 def test_cost_is_that_of_the_members_and_the_confidence_net():

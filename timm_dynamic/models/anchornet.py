@@ -114,7 +114,8 @@ class AnchorNet(nn.Module):
     ) -> None:
         super().__init__()
         dd: dict[str, Any] = {'device': device, 'dtype': dtype}
-        self.num_classes, self.in_chans, self.drop_rate, self.global_pool = num_classes, in_chans, drop_rate, global_pool
+        self.num_classes, self.in_chans = num_classes, in_chans
+        self.drop_rate, self.global_pool = drop_rate, global_pool
         self.num_features = self.head_hidden_size = num_features
         self.grad_checkpointing = False
         self.stem = nn.Sequential(
