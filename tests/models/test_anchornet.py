@@ -1,0 +1,175 @@
+from functools import partial
+
+import pytest
+import timm
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import timm_dynamic  # noqa: F401
+from timm_dynamic.exits import early_exit
+from timm_dynamic.layers import crop_patches, get_glance
+from timm_dynamic.utils import CheckpointError, save_pretrained
+
+create_small = partial(timm.create_model, 'test_anchornet_patch', num_classes=7)
+
+
+@pytest.fixture(scope='module')
+def tiny():
+    torch.manual_seed(0)
+    return timm.create_model('test_anchornet_patch').eval()
+
+
+@pytest.mark.parametrize(('name', 'millions'), [
+    ('anchornet_patch_densenet201_95', 40.70), ('anchornet_patch_resnet50_95', 51.79), ('anchornet_patch', 40.70)])
+def test_the_papers_models(name, millions):
+    model = timm.create_model(name, device='meta')
+    assert (model.patch_size, model.num_steps, model.img_size, model.iou_thresholds) == (95, 5, 224, (0.3,) * 3)
+    assert (model.localizer_field, model.localizer_stride) == (95, 8)
+    assert model.exact_original == (name != 'anchornet_patch')
+    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, abs=0.01)
+    weights, cfg = model.state_dict(), timm.get_pretrained_cfg(name)
+    assert tuple(cfg.classifier) == model.pretrained_cfg['classifier'] == model.classifier_names
+    assert tuple(cfg.first_conv) == model.pretrained_cfg['first_conv']
+    assert all(f'{layer}.weight' in weights for layer in (*cfg.classifier, *cfg.first_conv))
+
+
+def test_anchornet_sees_windows():
+    model = timm.create_model('anchornet').eval()
+    x = torch.randn(1, 3, 224, 224)
+    with torch.inference_mode():
+        features = model.forward_features(x)
+        assert features.shape == (1, 512, 17, 17)
+        changed = x.clone()
+        changed[:, :, 8 * 3:8 * 3 + 95, 8 * 5:8 * 5 + 95] += 1
+        moved = (model.forward_features(changed) - features).abs().amax(dim=1)[0] > 1e-6
+        # a window somewhere else does not change what position (3, 5) sees
+        outside = x.clone()
+        outside[:, :, :8 * 3] += 1
+        outside[:, :, 8 * 3 + 95:] += 1
+        still = (model.forward_features(outside) - features).abs().amax(dim=1)[0]
+    assert moved[3, 5]
+    assert (still[3] < 1e-4).all()
+    with pytest.raises(ValueError, match='Images of 64x64 pixels hold no window of 95'):
+        model(torch.randn(1, 3, 64, 64))
+    assert model.reset_classifier(5) is None
+    assert model(x).shape == (1, 5)
+
+
+def test_as_timm_expects():
+    model = create_small()
+    x = torch.randn(2, 3, 96, 96)
+    out = model(x)
+    assert out.shape == (2, 7)
+    out.mean().backward()
+    assert [n for n, p in model.named_parameters() if p.grad is None] == []
+    model.eval()
+    with torch.no_grad():
+        features = model.forward_features(x)
+        assert features.shape[1] == model.num_features
+        assert model.forward_head(features, pre_logits=True).shape == (2, model.head_hidden_size)
+        torch.testing.assert_close(model.forward_head(features), next(model.forward_steps(x)))
+        model.reset_classifier(5)
+        assert model(x).shape == (2, 5)
+    assert [c.out_features for c in model.get_classifier()] == [5, 5, 5]
+    model.set_grad_checkpointing()
+    model.train()(x).sum().backward()
+    assert create_small(in_chans=1)(torch.randn(2, 1, 96, 96)).shape == (2, 7)
+    with pytest.raises(RuntimeError, match='features_only is not implemented'):
+        create_small(features_only=True)
+
+
+def test_a_step_adds_a_window(tiny):
+    x = torch.randn(3, 3, 96, 96)
+    with torch.inference_mode():
+        state = tiny.init_state(x)
+        first, state = tiny.step(0, state)
+        torch.testing.assert_close(first, tiny.resized(get_glance(x, 48)))
+        assert 'windows' not in state  # the localizer has not run
+        second, state = tiny.step(1, state)
+        torch.testing.assert_close(second, first + tiny.patch(crop_patches(x, state['windows'][:, 0], 48)))
+        out = tiny.forward_all(x)
+    assert all(len(v) == 3 for v in state.values())
+    assert torch.equal(out['coords'], state['windows'].transpose(0, 1))
+    torch.testing.assert_close(out['logits'][1], second)
+    torch.testing.assert_close(out['localizer_logits'], tiny.localizer(x))
+    assert ((state['windows'] >= 0) & (state['windows'] <= 48)).all()
+
+
+def test_exit_costs_what_the_steps_say(tiny):
+    x = torch.randn(8, 3, 96, 96)
+    with torch.inference_mode():
+        steps = torch.stack(list(tiny.forward_steps(x)))
+        confidence = steps.softmax(dim=-1).amax(dim=-1)
+        thresholds = [confidence[0].median().item(), confidence[1].quantile(0.75).item(), 0.]
+        with FlopCounterMode(display=False) as counter:
+            result = early_exit(tiny, x, thresholds)
+    assert set(result.steps_used.tolist()) > {1}
+    expected = steps[result.steps_used - 1, torch.arange(8)]
+    torch.testing.assert_close(result.logits, expected, rtol=0, atol=1e-5)
+    predicted = sum(tiny.step_macs[t - 1] for t in result.steps_used.tolist())
+    assert counter.get_total_flops() / 2 == pytest.approx(predicted, rel=1e-3)
+
+
+def test_any_localizer_and_backbone():
+    model = timm.create_model(
+        'anchornet_patch', backbone='test_efficientnet', patch_size=64, num_steps=3, num_classes=4, img_size=128,
+        localizer='test_resnet', localizer_stride=32).eval()
+    x = torch.randn(2, 3, 128, 128)
+    assert model(x).shape == (2, 4)
+    located = model.locate(x)
+    assert located['cam'].shape == (2, 4, 4)
+    # windows of 64 around the middles 16, 48, 80, 112 of what the positions see, within the image
+    assert model._corners(4, 128, x.device).tolist() == [0, 16, 48, 64]
+    with pytest.raises(ValueError, match="stride of the localizer 'test_resnet' as localizer_stride"):
+        timm.create_model('anchornet_patch', backbone='test_resnet', localizer='test_resnet')
+
+
+def test_keeps_itself(tiny, tmp_path):
+    save_pretrained(tiny, tmp_path)
+    again = timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()
+    x = torch.randn(2, 3, 96, 96)
+    assert torch.equal(again(x), tiny(x))
+    other = timm.create_model(f'local-dir:{tmp_path}', pretrained=True, num_classes=4, in_chans=1)
+    assert other(torch.randn(2, 1, 96, 96)).shape == (2, 4)
+
+
+@pytest.mark.parametrize(('arguments', 'message'), [
+    (dict(img_size=(96, 80)), 'square images, got img_size 96x80'),
+    (dict(patch_size=97), 'patch_size must be between 1 and img_size 96, got 97'),
+    (dict(num_steps=1), 'num_steps must be at least 2'),
+    (dict(iou_thresholds=[0.3, 0.3]), '3 steps look at 2 windows, which need 1 iou_thresholds, got 2'),
+    (dict(backbone='resnet51'), "Unknown backbone 'resnet51'"),
+    (dict(global_pool='max'), "must be 'avg', got 'max'"),
+])
+def test_bad_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        create_small(**arguments)
+
+
+@pytest.mark.parametrize(('shape', 'message'), [
+    ((2, 3, 96, 80), 'square images, got 96x80'),
+    ((2, 3, 40, 40), 'Images of 40 pixels are smaller than the windows of 48'),
+    ((2, 3, 70, 70), 'Expected to choose 1 to 1 windows of a 1x1 map, got 2'),
+    ((2, 1, 96, 96), r'Expected images \[batch, 3, height, width\], got \[2, 1, 96, 96\]'),
+])
+def test_bad_images(tiny, shape, message):
+    with pytest.raises(ValueError, match=message), torch.inference_mode():
+        tiny(torch.zeros(shape))
+
+
+def test_authors_files(tmp_path):
+    model = create_small(num_classes=5)
+    parts = {'anchornet.pth': model.localizer, 'r18_resized_48_best.pth.tar': model.resized,
+             'r18_patch_48_best.pth.tar': model.patch}
+    for name, net in parts.items():
+        torch.save({'net': net.state_dict()}, tmp_path / name)
+    load = partial(create_small, num_classes=5, pretrained=True)
+    mapping = dict(zip(('localizer', 'resized', 'patch'), (str(tmp_path / name) for name in parts)))
+    for file in (tmp_path, mapping):
+        again = load(pretrained_cfg_overlay=dict(file=file))
+        assert all(torch.equal(v, again.state_dict()[k]) for k, v in model.state_dict().items())
+    with pytest.raises(CheckpointError, match='lacks patch: expected localizer, resized, patch'):
+        load(pretrained_cfg_overlay=dict(file={k: v for k, v in mapping.items() if k != 'patch'}))
+    (tmp_path / 'r18_patch_48_best.pth.tar').unlink()
+    with pytest.raises(CheckpointError, match="should hold one file with 'patch' in its name"):
+        load(pretrained_cfg_overlay=dict(file=tmp_path))
