@@ -1,3 +1,4 @@
+from .anchornet import AnchorNetTask
 from .focus_picking import FocusPickingTask, create_baseline
 from .glance_focus import EndToEndTask, GlanceFocusTask, PatchPolicyTask
 from .recipe import RECIPES, create_recipe
@@ -5,6 +6,7 @@ from .stage import Recipe, Stage, StageContext
 
 __all__ = [
     'RECIPES',
+    'AnchorNetTask',
     'EndToEndTask',
     'FocusPickingTask',
     'GlanceFocusTask',

@@ -66,6 +66,7 @@ def save_pretrained(
             tensors = {f'{part}.{k}': v for part, state in task_state.items() for k, v in state.items()}
             save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, Path(tmp) / TASK_STATE)
         for name in names:
+            shutil.copymode(Path(tmp) / CONFIG, Path(tmp) / name)  # safetensors lets nobody else read what it writes
             with atomic_write(folder / name) as target:
                 os.replace(Path(tmp) / name, target)
 
