@@ -644,7 +644,7 @@ def checkpoint_filter_fn(
         spec = model.specs[steps[0]]
         names = [n for n in (*map(str, steps), spec.source, spec.model) if isinstance(n, str) and n in by_part]
         if names:
-            member_state = _member_filter(by_part.pop(names[0]), spec, model.members[index])
+            member_state = _map_member(by_part.pop(names[0]), spec, model.members[index])
         else:
             member_state = model.members[index].state_dict()
             if absent is not None:
@@ -656,14 +656,10 @@ def checkpoint_filter_fn(
     return out
 
 
-def _member_filter(state_dict: Any, spec: _Member, net: Any) -> dict[str, torch.Tensor]:
-    """Weights of a member from a file: a family of timm's has its own filter, which is not public; ours have one."""
+def _map_member(state_dict: Any, spec: _Member, net: Any) -> dict[str, torch.Tensor]:
+    """Weights of a member from a file; our own families know foreign keys."""
     filter_fn = checkpoint_filter_of(spec.model) if isinstance(spec.model, str) else None
-    state_dict = dict(filter_fn(state_dict, net) if filter_fn else state_dict)
-    bad = [k for k, v in net.state_dict().items() if k not in state_dict or state_dict[k].shape != v.shape]
-    if bad:
-        raise CheckpointError(f"the weights given for the member {spec.label} do not fit it (first: '{bad[0]}')")
-    return state_dict
+    return dict(filter_fn(state_dict, net) if filter_fn else state_dict)
 
 
 def _fetch_members(model: CLCNet, absent: Sequence[int], cache_dir: str | Path | None) -> None:
