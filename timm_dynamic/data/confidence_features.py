@@ -138,6 +138,7 @@ def _parse(f: io.TextIOBase, path: str | Path) -> Iterator[tuple[int, str, np.nd
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter('error')  # numpy only warns of what it cannot read
-                yield number, name, np.fromstring(rest, dtype=np.float32, sep=',')
+                values = np.fromstring(rest, dtype=np.float32, sep=',') if rest else np.empty(0, np.float32)
         except (DeprecationWarning, ValueError) as e:
             raise ValueError(f"'{path}', line {number}: not all of it are numbers.") from e
+        yield number, name, values

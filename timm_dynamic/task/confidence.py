@@ -72,7 +72,8 @@ class ConfidenceTask(TrainingTask):
 
     @property
     def net(self) -> ConfidenceNet:
-        return unwrap_model(self.trainable_module).net  # type: ignore[return-value]
+        module: Any = unwrap_model(self.trainable_module)
+        return module.net
 
     def forward(self, input: torch.Tensor, target: torch.Tensor) -> dict[str, torch.Tensor]:
         """Compute the loss.
