@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -100,7 +101,8 @@ class ConfidenceFeatures:
         Raises:
             ValueError: A row is ragged, or holds no such numbers; its line is named.
         """
-        names, rows = [], []
+        names: list[Any] = []
+        rows: list[Any] = []
         with open(path, encoding='utf-8-sig', newline='') as f:
             for line, name, values in _parse(f, path):
                 if rows and len(values) != len(rows[0]):

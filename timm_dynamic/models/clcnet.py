@@ -518,8 +518,8 @@ class CLCNet(DynamicNet):
         return self.replay(logits).logits[-1]
 
     def _widths(self) -> list[int]:
-        nets = [self._net(t) for t in range(self.num_steps)]
-        return [getattr(net, 'head_hidden_size', None) or getattr(net, 'num_features', 0) for net in nets]
+        nets: list[Any] = [self._net(t) for t in range(self.num_steps)]
+        return [int(getattr(net, 'head_hidden_size', 0) or getattr(net, 'num_features', 0)) for net in nets]
 
     # What timm asks of its models
 
