@@ -274,6 +274,11 @@ class AnchorNetPatch(DynamicNet):
         self._traits: dict[str, Any] = {'first_conv': tuple(
             f'{part}.{name}' for part, names in zip(self._networks(), first_convs) for name in names)}
 
+    @property
+    def setup_name(self) -> str:
+        """What the released code calls such a model in its tables, e.g. 'densenet201_95_[0.3, 0.3, 0.3]'."""
+        return f'{self.backbone}_{self.patch_size}_{list(self.iou_thresholds)}'
+
     def _networks(self) -> dict[str, Any]:
         return {'resized': self.resized, 'patch': self.patch, 'localizer': self.localizer}
 
