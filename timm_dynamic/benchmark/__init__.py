@@ -4,12 +4,14 @@ from .run import main as benchmark_main
 from .run import run_benchmark
 from .timing import time_interleaved
 from .train_step import benchmark_train_step
+from .windows import benchmark_windows
 
 __all__ = [
     'benchmark_crop',
     'benchmark_exits',
     'benchmark_main',
     'benchmark_train_step',
+    'benchmark_windows',
     'run_benchmark',
     'time_interleaved',
 ]

@@ -356,8 +356,8 @@ class AnchorNetPatch(DynamicNet):
                 f'{type(classifier).__name__}.')
         if classifier.in_features != shape[1]:
             raise ValueError(
-                f'{what} classifies {classifier.in_features} features, its map has {shape[1]}: expected a classifier of '
-                'the mean of the map.')
+                f'{what} classifies {classifier.in_features} features, its map has {shape[1]}: expected a classifier '
+                'of the mean of the map.')
 
     def set_input_size(self, img_size: int | tuple[int, int]) -> None:
         side = img_size if isinstance(img_size, int) else min(img_size)

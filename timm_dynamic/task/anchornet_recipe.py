@@ -26,8 +26,8 @@ _PAPER: dict[str, dict[str, Any]] = {
 _DEMO: dict[str, dict[str, Any]] = {
     'static': dict(DEMO_COMMON, epochs=6),
     'localizer': dict(DEMO_COMMON, epochs=10),
-    'resized': dict(DEMO_COMMON, epochs=10, lr=2e-3, warmup_epochs=0, init_downstream='scratch'),
-    'patch': dict(DEMO_COMMON, epochs=8, lr=2e-3, warmup_epochs=0, init_downstream='scratch'),
+    'resized': dict(DEMO_COMMON, epochs=4, lr=1e-3, warmup_epochs=0, init_downstream='scratch'),
+    'patch': dict(DEMO_COMMON, epochs=4, lr=1e-3, warmup_epochs=0, init_downstream='scratch'),
 }
 
 
