@@ -1,0 +1,370 @@
+"""Stages of a cascade's recipe that do not train by batches of images: features, and the confidence net."""
+import argparse
+import hashlib
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from ..data import ConfidenceFeatures
+from ..exits import ExitTable
+from ..exits.confidence import auroc, cascade_table, cross_area
+from ..models._builder import checkpoint_filter_of
+from ..models.clcnet import FINAL_RULES, CLCNet, _fetch_members
+from ..task import (
+    ConfidenceFit,
+    Stage,
+    fit_confidence_net,
+    fit_folds,
+    make_folds,
+    member_sources,
+    member_stage,
+    score_folds,
+)
+from ..utils import atomic_write, copy_pretrained, load_weights, save_pretrained, seeded, write_json
+from .build import build_eval_loader, build_model, eval_views, model_dtype, training_data_config, uses_demo_data
+from .evaluate import progress_bar
+from .report import format_table, write_rows
+from .signals import Stopped, StopRequest
+
+_logger = logging.getLogger(__name__)
+
+CALIBRATION = 'calibration.safetensors'
+_BATCHES_PER_PART = 50  # what a killed run loses, at most
+
+
+def build_cascade(args: argparse.Namespace, stage_weights: Mapping[str, Path]) -> CLCNet:
+    """Create a cascade with its members' weights; the confidence net has initial values.
+
+    Raises:
+        CheckpointError: A member's weights are not to be had, or do not fit.
+    """
+    whole = args.pretrained or ':' in args.model
+    with seeded(args.seed, 'model'):
+        model: CLCNet = build_model(args, pretrained=whole)
+    if args.initial_checkpoint:
+        load_weights(model, args.initial_checkpoint, checkpoint_filter_of(model.pretrained_cfg['architecture']))
+        whole = True
+    absent = []
+    for index, source in enumerate(member_sources(args, uses_demo_data(args), model)):
+        if source == 'pretrained':
+            if not whole:
+                absent.append(index)
+            continue
+        if source == 'scratch':
+            path = stage_weights.get(member_stage(index))
+            if path is None or not path.exists():
+                raise ValueError(
+                    f"The weights of the cascade's member {index + 1} are not at '{path}': run the stage "
+                    f"'{member_stage(index)}' first, or name weights with --init-members.")
+        else:
+            path = Path(source)
+        spec = model.specs[model.member_of_step.index(index)]
+        filter_fn = checkpoint_filter_of(spec.model) if isinstance(spec.model, str) else None
+        load_weights(model.members[index], path, filter_fn, label=f"'{path}' (of member {index + 1})")
+    _fetch_members(model, absent, None)
+    return model
+
+
+# What the members say
+
+def collect_features(
+        stage: Stage,
+        args: argparse.Namespace,
+        accelerator: Accelerator,
+        folder: Path,
+        stage_weights: Mapping[str, Path],
+        stop: StopRequest,
+) -> dict[str, Any]:
+    """Run the members once over a split, and keep what they say: see `ConfidenceFeatures`, a file for each member.
+
+    Parts are kept on the way. A run that was killed goes on with the images that are in none.
+
+    Raises:
+        ValueError: There is no split, or its images have no order.
+        Stopped: A signal came; what is done is kept.
+    """
+    split = feature_split(args)
+    model = build_cascade(args, stage_weights).eval()
+    print_ = _fingerprint(model, split)
+    model = model.to(device=accelerator.device, dtype=model_dtype(args))
+    data_config = training_data_config(args, model)
+
+    def open_loader(indices: Sequence[int]) -> Any:
+        return build_eval_loader(
+            args, split, data_config, model.num_classes, accelerator.device, 1, samples=args.val_num_samples,
+            views=eval_views(args, model), indices=indices)
+
+    whole = open_loader([0]).dataset.dataset
+    if isinstance(whole, torch.utils.data.IterableDataset):
+        raise ValueError(f"Features need images that can be counted; '{split}' of this dataset can only be iterated.")
+    if accelerator.is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in _parts(folder):
+            if _read_part(path, print_) is None:
+                path.unlink()
+    accelerator.wait_for_everyone()
+    done = {int(i) for path in _parts(folder) for i in _done(path)}
+    accelerator.wait_for_everyone()  # all have seen the same parts
+    left = [i for i in range(len(whole)) if i not in done]
+    if done and left:
+        _logger.info(f'Features of {len(done)} images are here already, {len(left)} are left.')
+    mine = left[accelerator.process_index::accelerator.num_processes]
+    if mine:
+        _run_members(model, open_loader(mine), mine, accelerator, folder, print_, stop, f'features of {split}')
+    accelerator.wait_for_everyone()
+    result = {'split': split, 'images': len(whole)}
+    if accelerator.is_main_process:
+        parts = [part for path in _parts(folder) if (part := _read_part(path, print_)) is not None]
+        order = torch.cat([part['index'] for part in parts]).argsort()
+        logits = torch.cat([part['logits'] for part in parts])[order]
+        target = torch.cat([part['target'] for part in parts])[order]
+        names = [_name_of(whole, i, split) for i in range(len(whole))]
+        for t in range(model.num_steps):
+            ConfidenceFeatures.from_logits(logits[:, t], target, names).save(folder / f'member{t + 1}.safetensors')
+            result[f'top1_member{t + 1}'] = round(100 * float((logits[:, t].argmax(1) == target).float().mean()), 4)
+        write_json(folder / 'index.json', {
+            'split': split, 'images': len(whole), 'classes': model.num_classes,
+            'members': {f'member{t + 1}.safetensors': spec.label for t, spec in enumerate(model.specs)}})
+        for path in _parts(folder):
+            path.unlink()
+        _logger.info(f'Features of {len(whole)} images of {split}: {folder}')
+    accelerator.wait_for_everyone()
+    return result
+
+
+def feature_split(args: argparse.Namespace) -> str:
+    """Split that the confidence net is trained on."""
+    split = args.feature_split or args.val_split
+    if not split:
+        raise ValueError('A confidence net is trained on images that its members were not: name some, --feature-split.')
+    return split
+
+
+@torch.inference_mode()
+def _run_members(
+        model: CLCNet,
+        loader: Any,
+        indices: Sequence[int],
+        accelerator: Accelerator,
+        folder: Path,
+        fingerprint: str,
+        stop: StopRequest,
+        desc: str,
+) -> None:
+    waiting: list[tuple[torch.Tensor, torch.Tensor]] = []
+    begin = end = 0
+
+    def keep() -> None:
+        nonlocal begin
+        path = folder / f'part-{indices[begin]:08d}-{end - begin}.safetensors'
+        logits, target = (torch.cat(values).cpu().contiguous() for values in zip(*waiting))
+        with atomic_write(path) as tmp:
+            save_file(
+                {'index': torch.tensor(indices[begin:end]), 'logits': logits, 'target': target}, tmp,
+                metadata={'of': fingerprint})
+        waiting.clear()
+        begin = end
+
+    for number, (views, target) in enumerate(progress_bar(loader, accelerator, desc=desc, leave=False), 1):
+        with accelerator.autocast():
+            state = model.init_state(views)
+            logits = [model._net(t)(model._view(t, state)) for t in range(model.num_steps)]
+        waiting.append((torch.stack([x.float() for x in logits], dim=1), target))
+        end += len(target)
+        if number % _BATCHES_PER_PART == 0 or end == len(indices) or stop:
+            keep()
+        if stop and end < len(indices):
+            raise Stopped(stop.signum)
+
+
+def _fingerprint(model: CLCNet, split: str) -> str:
+    """What features depend on, the images aside."""
+    digest = hashlib.sha256(json.dumps([split, model.view_configs], default=str).encode())
+    for name, value in model.members.state_dict().items():
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _parts(folder: Path) -> list[Path]:
+    return sorted(folder.glob('part-*.safetensors'))
+
+
+def _read_part(path: Path, fingerprint: str) -> dict[str, torch.Tensor] | None:
+    """A part; None if it is of other members."""
+    try:
+        with safe_open(path, framework='pt') as f:
+            if (f.metadata() or {}).get('of') == fingerprint:
+                return {name: f.get_tensor(name) for name in ('index', 'logits', 'target')}
+    except (SafetensorError, OSError):
+        pass
+    return None
+
+
+def _done(path: Path) -> list[int]:
+    with safe_open(path, framework='pt') as f:
+        return f.get_tensor('index').tolist()
+
+
+def _name_of(dataset: Any, index: int, split: str) -> str:
+    return dataset.filename(index) if hasattr(dataset, 'filename') else f'{split}/{index:06d}'
+
+
+# The confidence net
+
+def train_confidence(
+        stage: Stage,
+        args: argparse.Namespace,
+        accelerator: Accelerator,
+        folder: Path,
+        stage_weights: Mapping[str, Path],
+        stop: StopRequest,
+) -> dict[str, Any]:
+    """Train the confidence net on features, and export the cascade with it.
+
+    Out of fold, each image is scored by a net that has not seen it: measures of confidence are compared by that, and
+    the exit table that exits are fitted on is made of it. The net that is exported has seen all.
+
+    Raises:
+        ValueError: There are no features, or they do not go together, with the folds or with the cascade.
+    """
+    model = build_cascade(args, stage_weights)
+    asked = args.confidence or model.confidence_kind
+    data_config = training_data_config(args, model)
+    result: dict[str, Any] = {}
+    if accelerator.is_main_process:
+        features = _read_features(args, stage_weights, model)
+        merged = ConfidenceFeatures.merge(features)
+        folder.mkdir(parents=True, exist_ok=True)
+        fit = fit_confidence_net(merged.probabilities, merged.hits, seed=args.seed)
+        nets, folds = _fit_folds(args, merged)
+        result = {'val_error': fit.val_error, 'test_error': fit.test_error, 'best': fit.val_error,
+                  'best_epoch': fit.best_epoch}
+        model.set_confidence('clcnet', net=fit.net)
+        own = args.features is None  # the rows of one are those of the other members, image by image
+        if nets and own:
+            scores = score_folds(nets, merged.probabilities, folds).unflatten(0, (len(features), -1))
+            rows = compare_out_of_fold(model, features, scores)
+            write_rows(folder / 'confidences.csv', rows)
+            _logger.info(
+                f'Measures of confidence on {len(features[0])} images, out of {args.folds} folds (area: mean top-1 over '
+                f'all budgets, exits fitted on the other half):\n{format_table(rows)}\n{advice(rows)}')
+            kind, rule = _choose(asked, model.final_rule, rows)
+            table = _table_of(model, features, scores, kind, rule)
+            table.save(folder / CALIBRATION)
+            result['auroc'] = next(r['auroc'] for r in rows if r['confidence'] == kind)
+        else:
+            kind, rule = asked, model.final_rule
+            if kind == 'all':
+                raise ValueError('--confidence all compares out of fold: it needs the features stage and --folds.')
+            (folder / CALIBRATION).unlink(missing_ok=True)
+            if not nets:
+                _logger.warning('--folds 0: no accuracy on the images that the confidence net was trained on is '
+                                'cross-validated.')
+        if (kind, rule) != (model.confidence_kind, model.final_rule):
+            model.set_confidence(kind, rule)
+        write_rows(folder / 'summary.csv', [{'epoch': i, **row} for i, row in enumerate(fit.history)])
+        save_pretrained(model, folder / 'last', data_config=data_config)
+        copy_pretrained(folder / 'last', folder / 'best')
+        for k, net in enumerate(nets):
+            (folder / 'folds').mkdir(exist_ok=True)
+            net.save(folder / 'folds' / f'fold{k + 1}.safetensors')
+    accelerator.wait_for_everyone()
+    return result
+
+
+def _read_features(
+        args: argparse.Namespace,
+        stage_weights: Mapping[str, Path],
+        model: CLCNet,
+) -> list[ConfidenceFeatures]:
+    if args.features:
+        paths = [Path(path) for path in args.features]
+    else:
+        folder = stage_weights['features'].parent
+        paths = [folder / f'member{t + 1}.safetensors' for t in range(model.num_steps)]
+    for path in paths:
+        if not path.is_file():
+            advice = '' if args.features else ": run the stage 'features' first, or name files with --features"
+            raise ValueError(f"There are no features at '{path}'{advice}.")
+    features = [ConfidenceFeatures.load(path) for path in paths]
+    for path, f in zip(paths, features):
+        if f.probabilities.shape[1] != model.num_classes:
+            raise ValueError(
+                f"'{path}' holds probabilities of {f.probabilities.shape[1]} classes, the cascade has "
+                f'{model.num_classes}.')
+    return features
+
+
+def _fit_folds(args: argparse.Namespace, features: ConfidenceFeatures) -> tuple[list[Any], torch.Tensor]:
+    """A net for each fold, and the fold of each row: rows of one image are in one fold."""
+    if not args.folds:
+        return [], torch.empty(0)
+    numbers: dict[str, int] = {}
+    image = torch.tensor([numbers.setdefault(name, len(numbers)) for name in features.names])
+    folds = make_folds(len(numbers), args.folds, args.seed)[image]
+    fits: list[ConfidenceFit] = fit_folds(features.probabilities, features.hits, folds, seed=args.seed)
+    return [fit.net for fit in fits], folds
+
+
+def _confidences(model: CLCNet, features: Sequence[ConfidenceFeatures], scores: torch.Tensor, kind: str) -> torch.Tensor:
+    """Of each member's answers [T, N]."""
+    if kind == 'clcnet':
+        return scores
+    return torch.stack([model._measure(f.probabilities, kind) for f in features])
+
+
+def _table_of(model: CLCNet, features: Sequence[ConfidenceFeatures], scores: torch.Tensor, kind: str, rule: str) -> ExitTable:
+    hits = torch.stack([f.hits for f in features])
+    return cascade_table(_confidences(model, features, scores, kind), hits, model.step_macs, rule)
+
+
+def compare_out_of_fold(
+        model: CLCNet,
+        features: Sequence[ConfidenceFeatures],
+        scores: torch.Tensor,
+) -> list[dict[str, Any]]:
+    """Compare measures of confidence and final rules on the members' features.
+
+    Args:
+        model: The cascade.
+        features: Of each member, of the same images in the same order.
+        scores: Of the confidence net, out of fold [T, N].
+
+    Returns:
+        A row for each: 'confidence', 'final_rule', 'auroc' (of the first member's answer being right), and 'area'.
+    """
+    rows = []
+    for kind in ('max_prob', 'margin', 'entropy', 'clcnet'):
+        first = _confidences(model, features, scores, kind)[0]
+        for rule in FINAL_RULES:
+            table = _table_of(model, features, scores, kind, rule)
+            rows.append({
+                'confidence': kind, 'final_rule': rule, 'auroc': round(auroc(first, features[0].hits), 4),
+                'area': round(cross_area(table), 4)})
+    return rows
+
+
+def advice(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Say which measure is the best one, and whether the paper's choice is."""
+    best = max(rows, key=lambda row: row['area'])
+    paper = next(r for r in rows if r['confidence'] == 'clcnet' and r['final_rule'] == 'most_confident')
+    text = f"Best by area: {best['confidence']} with the rule {best['final_rule']} ({best['area']:.2f})."
+    if best is not paper:
+        text += f" The paper's choice, clcnet with most_confident, has {paper['area']:.2f}."
+    return text
+
+
+def _choose(asked: str, rule: str, rows: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
+    best = max(rows, key=lambda row: row['area'])
+    return (best['confidence'], best['final_rule']) if asked == 'all' else (asked, rule)
+
+
+RUNNERS = {'features': collect_features, 'confidence': train_confidence}
