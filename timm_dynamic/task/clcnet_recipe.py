@@ -6,7 +6,9 @@ from ..models.clcnet import CLCNet
 from .gfnet_recipe import DEMO_COMMON, STATIC_PAPER, create_static_task
 from .stage import Recipe, Stage
 
-_DEMO_EPOCHS = 6
+_DEMO_EPOCHS = 12, 8  # of the first member, and of the dearer ones
+# The paper's, for the confidence net; its batches have 256 rows.
+_CONFIDENCE: dict[str, Any] = dict(epochs=200, lr=0.02, clip_grad=1., patience_epochs=50)
 
 
 def member_stage(index: int) -> str:
@@ -36,13 +38,13 @@ def create_clcnet_recipe(args: argparse.Namespace, demo: bool, model: Any) -> Re
         raise ValueError(f"The recipe 'clcnet' is for cascades, e.g. --model clcnet; got '{args.model}'.")
     if args.folds < 0 or args.folds == 1:
         raise ValueError(f'--folds: expected at least 2, or 0 for none, got {args.folds}.')
-    defaults: dict[str, Any] = dict(DEMO_COMMON, epochs=_DEMO_EPOCHS) if demo else STATIC_PAPER
     stages = []
     for index, source in enumerate(member_sources(args, demo, model)):
         steps = [t for t, i in enumerate(model.member_of_step) if i == index]
         spec, sizes = model.specs[steps[0]], [model.view_sizes[t] for t in steps]
         if source != 'scratch':
             continue
+        defaults: dict[str, Any] = dict(DEMO_COMMON, epochs=_DEMO_EPOCHS[index > 0]) if demo else STATIC_PAPER
         if not isinstance(spec.model, str):
             raise ValueError(f'--init-members scratch: {spec.label} is a module and is not trained here.')
         view: dict[str, Any] = dict(
@@ -60,5 +62,5 @@ def create_clcnet_recipe(args: argparse.Namespace, demo: bool, model: Any) -> Re
     } if demo else {}
     if not args.features:
         stages.append(Stage('features', None, collect, runs='features', shown=False))
-    stages.append(Stage('confidence', None, collect, runs='confidence', label=args.model))
+    stages.append(Stage('confidence', None, {**collect, **_CONFIDENCE}, runs='confidence', label=args.model))
     return Recipe('clcnet', tuple(stages))

@@ -9,14 +9,16 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ..data import ConfidenceFeatures
 from ..exits import ExitTable
-from ..exits.confidence import auroc, cascade_table, cross_area
+from ..exits.confidence import auroc, cascade_table, cross_area, curve_area
+from ..exits.engine import _interleave, _rank_of
 from ..models._builder import checkpoint_filter_of
-from ..models.clcnet import FINAL_RULES, CLCNet, _fetch_members
+from ..models.clcnet import CONFIDENCES, FINAL_RULES, CLCNet, _fetch_members
 from ..task import (
     ConfidenceFit,
     Stage,
@@ -243,8 +245,9 @@ def train_confidence(
         features = _read_features(args, stage_weights, model)
         merged = ConfidenceFeatures.merge(features)
         folder.mkdir(parents=True, exist_ok=True)
-        fit = fit_confidence_net(merged.probabilities, merged.hits, seed=args.seed)
-        nets, folds = _fit_folds(args, merged)
+        how = dict(epochs=args.epochs, lr=args.lr, clip_grad=args.clip_grad, patience=args.patience_epochs)
+        fit = fit_confidence_net(merged.probabilities, merged.hits, seed=args.seed, **how)
+        nets, folds = _fit_folds(args, merged, how)
         result = {'val_error': fit.val_error, 'test_error': fit.test_error, 'best': fit.val_error,
                   'best_epoch': fit.best_epoch}
         model.set_confidence('clcnet', net=fit.net)
@@ -303,14 +306,18 @@ def _read_features(
     return features
 
 
-def _fit_folds(args: argparse.Namespace, features: ConfidenceFeatures) -> tuple[list[Any], torch.Tensor]:
+def _fit_folds(
+        args: argparse.Namespace,
+        features: ConfidenceFeatures,
+        how: Mapping[str, Any],
+) -> tuple[list[Any], torch.Tensor]:
     """A net for each fold, and the fold of each row: rows of one image are in one fold."""
     if not args.folds:
         return [], torch.empty(0)
     numbers: dict[str, int] = {}
     image = torch.tensor([numbers.setdefault(name, len(numbers)) for name in features.names])
     folds = make_folds(len(numbers), args.folds, args.seed)[image]
-    fits: list[ConfidenceFit] = fit_folds(features.probabilities, features.hits, folds, seed=args.seed)
+    fits: list[ConfidenceFit] = fit_folds(features.probabilities, features.hits, folds, seed=args.seed, **how)
     return [fit.net for fit in fits], folds
 
 
@@ -355,16 +362,103 @@ def compare_out_of_fold(
 def advice(rows: Sequence[Mapping[str, Any]]) -> str:
     """Say which measure is the best one, and whether the paper's choice is."""
     best = max(rows, key=lambda row: row['area'])
-    paper = next(r for r in rows if r['confidence'] == 'clcnet' and r['final_rule'] == 'most_confident')
     text = f"Best by area: {best['confidence']} with the rule {best['final_rule']} ({best['area']:.2f})."
-    if best is not paper:
-        text += f" The paper's choice, clcnet with most_confident, has {paper['area']:.2f}."
+    for row in rows:
+        if row is not best and (row['confidence'], row['final_rule']) == ('clcnet', 'most_confident'):
+            text += f" The paper's choice, clcnet with most_confident, has {row['area']:.2f}."
     return text
 
 
 def _choose(asked: str, rule: str, rows: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
     best = max(rows, key=lambda row: row['area'])
     return (best['confidence'], best['final_rule']) if asked == 'all' else (asked, rule)
+
+
+# Comparing measures of confidence on what a cascade's members say
+
+class MemberRecorder:
+    """Notes what the members of a cascade say while it is evaluated, and to what targets.
+
+    Args:
+        model: The cascade.
+        limit: Number of this process's images that count; the rest is padding.
+        accelerator: Processes.
+    """
+
+    def __init__(self, model: CLCNet, limit: int | None, accelerator: Accelerator) -> None:
+        self.model, self.limit, self.accelerator = model, limit, accelerator
+        self._said: list[torch.Tensor] = []
+        self._batches: list[torch.Tensor] = []
+        self._targets: list[torch.Tensor] = []
+        self._handles = [net.register_forward_hook(lambda _, __, out: self._said.append(out.float().cpu()))
+                         for net in model.members]
+
+    def add(self, output: torch.Tensor, target: torch.Tensor) -> None:
+        """Take in the targets of the batch just seen, see `evaluate_dynamic`."""
+        self._batches.append(torch.stack(self._said, dim=1))
+        self._targets.append(target.cpu())
+        self._said = []
+
+    def finish(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits of all members [N, T, C] and targets [N], over all processes, in the order of the dataset."""
+        for handle in self._handles:
+            handle.remove()
+        logits, target = (torch.cat(values)[:self.limit] for values in (self._batches, self._targets))
+        if self.accelerator.num_processes > 1:
+            join = torch.cat if self.limit is None else _interleave
+            logits, target = (join(shares) for shares in zip(*gather_object([(logits, target)])))
+        return logits, target
+
+
+@torch.no_grad()
+def replay_tables(model: CLCNet, logits: torch.Tensor, target: torch.Tensor) -> dict[tuple[str, str], ExitTable]:
+    """Exit tables of a cascade with every confidence that it can have, and both final rules.
+
+    Args:
+        model: The cascade.
+        logits: Of its members [N, T, C].
+        target: [N] int64.
+
+    Returns:
+        By confidence and final rule.
+    """
+    device = next(model.parameters()).device
+    kinds = [kind for kind in CONFIDENCES if kind != 'clcnet' or hasattr(model, 'confidence_net')]
+    found: dict[tuple[str, str], list[Any]] = {(kind, rule): [] for kind in kinds for rule in FINAL_RULES}
+    for part, truth in zip(logits.split(1024), target.to(device).split(1024)):
+        said = part.to(device).transpose(0, 1)
+        for (kind, rule), tables in found.items():
+            answers = model.replay(said, kind, rule)
+            rank = torch.stack([_rank_of(step, truth) for step in answers.logits], dim=1)
+            tables.append((answers.confidence.T, rank < 1, rank < 5))
+    out = {}
+    for key, tables in found.items():
+        confidence, hits, top5 = (torch.cat(values).cpu() for values in zip(*tables))
+        out[key] = ExitTable(confidence, hits, model.step_macs, top5)
+    return out
+
+
+def compare_confidences(
+        fit: Mapping[tuple[str, str], ExitTable],
+        judge: Mapping[tuple[str, str], ExitTable],
+) -> list[dict[str, Any]]:
+    """Compare confidences and final rules, with exits fitted on other images.
+
+    Args:
+        fit: Tables of images to fit on, see `replay_tables`.
+        judge: Of images to judge on.
+
+    Returns:
+        A row for each: 'confidence', 'final_rule', 'auroc' (of the first member's answer being right), 'area' (mean
+        top-1 over all budgets), 'top1' (of all members), and 'fit_area': the area on the images to fit on alone, one
+        half of them judged with what was fitted on the other. By that one is chosen.
+    """
+    return [{
+        'confidence': kind, 'final_rule': rule,
+        'auroc': round(auroc(table.confidence[:, 0], table.correct[:, 0]), 4),
+        'area': round(curve_area(fit[kind, rule], table), 4), 'top1': round(table.anytime()[-1].top1, 4),
+        'fit_area': round(cross_area(fit[kind, rule]), 4),
+    } for (kind, rule), table in judge.items()]
 
 
 RUNNERS = {'features': collect_features, 'confidence': train_confidence}

@@ -12,6 +12,8 @@ from typing import Any, NoReturn
 import yaml
 from timm.utils import ParseKwargs
 
+from ..models.clcnet import CONFIDENCES, FINAL_RULES
+
 # Options of timm that have no place here, and what takes it.
 REFUSED_TRAIN = {
     '--torchscript': 'TorchScript is at its end in PyTorch. Use --torchcompile.',
@@ -388,6 +390,10 @@ def create_validate_parser() -> argparse.ArgumentParser:
     g.add_argument('--calibrate-table', metavar='FILE', help='fit on this table (default with --exit-table: one half of it, judged on the other)')
     g.add_argument('--save-exit-table', metavar='FILE', help='keep what was measured on --split')
     g.add_argument('--save-budgets', metavar='FOLDER', help='export the model, with the exits for --budget (default: a dozen of budgets) in its config.json')
+    g.add_argument('--confidence', choices=[*CONFIDENCES, 'all'], help=(
+        "of a cascade; 'all' compares all of them and both final rules, and takes what is best on the images to fit on"))
+    g.add_argument('--final-rule', choices=FINAL_RULES, help='of a cascade: which answer is the final one')
+    g.add_argument('--save-predictions', metavar='FILE', help='write file, answer, truth, steps used and confidence of every image (CSV)')
     g.add_argument('--curve', metavar='FILE', help='picture of accuracy over multiply-adds, with the --compare models (needs matplotlib)')
 
     g = p.add_argument_group('Run')
