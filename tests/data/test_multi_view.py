@@ -37,5 +37,6 @@ def test_dtype():
     transform = create_multi_view_transform(VIEWS)
     batch = collate_views([(transform(image), 0) for image in make_images(2)])
     (small, large), target = next(iter(MultiViewLoader([batch], VIEWS, dtype=torch.float16)))
-    assert small.dtype == large.dtype == torch.float16 and target.dtype == torch.int64
+    assert small.dtype == large.dtype == torch.float16
+    assert target.dtype == torch.int64
     assert batch[0][0].dtype == torch.uint8  # four times less to move

@@ -20,7 +20,8 @@ def test_rules_by_hand():
     confidence = torch.tensor([[0.9, 0.4, 0.5], [0.6, 0.7, 0.5], [0.8, 0.1, 0.6]])
     hits = torch.tensor([[True, False, False], [False, True, True], [False, False, True]])
     last = cascade_table(confidence, hits, (1, 2, 3), 'last')
-    assert torch.equal(last.confidence, confidence.T) and torch.equal(last.correct, hits.T)
+    assert torch.equal(last.confidence, confidence.T)
+    assert torch.equal(last.correct, hits.T)
     best = cascade_table(confidence, hits, (1, 2, 3))
     # an answer replaces the one so far only where it is more confident
     assert torch.equal(best.confidence, torch.tensor([[.9, .9, .9], [.4, .7, .7], [.5, .5, .6]]))

@@ -97,6 +97,10 @@ def test_bad_input():
         fit_confidence_net(probabilities, hits[1:])
     with pytest.raises(ValueError, match='5 samples are too few'):
         fit_confidence_net(probabilities[:5], hits[:5])
+    with pytest.raises(ValueError, match=r'row 0 is not\. Sort them'):
+        fit_confidence_net(probabilities.flip(1), hits)
+    with pytest.raises(ValueError, match=r'row 3 has a minimum of .* and a sum of 2'):
+        fit_confidence_net(torch.where(torch.arange(20)[:, None] == 3, 2 * probabilities, probabilities), hits)
     with pytest.raises(ValueError, match=r'empty: \[0\]'):
         fit_folds(probabilities, hits, torch.ones(20, dtype=torch.int64))
     with pytest.raises(ValueError, match='2 nets, but a sample of fold 2'):

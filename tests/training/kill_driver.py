@@ -4,8 +4,8 @@
 
 Points, each the N-th time it is reached (1 by default): `update` (between two batches), `tensors` (half of the state's
 tensors on disk), `values` (state written, not yet renamed), `rename` (renamed, pointer not yet set), `export` (weights
-of last/ written, config not), `part` (before a part of a cascade's features is written), `fit` (its confidence net is fitted, and
-not kept), `never`.
+of last/ written, config not), `part` (before a part of a cascade's features is written), `fit` (its confidence net is
+fitted, and not kept), `never`.
 """
 import os
 import signal

@@ -182,7 +182,8 @@ def test_clcnet(image_folder, tmp_path, caplog):
     # nothing is left to do; and the confidence net alone, from the authors' format
     assert run_training([*args, '--resume', 'auto'])['results'] == result['results']
     ConfidenceFeatures.load(run / 'features/member1.safetensors').save_csv(tmp_path / 'a.csv')
-    other = [str(tmp_path / 'other') if a == str(tmp_path) else a for a in args if a not in ('--init-members', 'scratch')]
+    args = [a for a in args if a not in ('--init-members', 'scratch')]
+    other = [str(tmp_path / 'other') if a == str(tmp_path) else a for a in args]
     members = ['--init-members', *(str(run / f'member{i}/best') for i in (1, 2))]
     more = run_training([*other, *members, '--features', str(tmp_path / 'a.csv')])
     assert list(more['results']) == ['confidence']
@@ -195,7 +196,8 @@ def test_clcnet_judged_on_its_own_features_is_judged_out_of_fold(image_folder, t
     args = _args(image_folder, tmp_path, '--val-split', 'val', '--confidence', 'all', family='clcnet')
     with caplog.at_level('INFO'):
         run_training(args)
-    assert "fitted on 'a random half of val, out of fold', judged on 'the other half of val, out of fold'" in caplog.text
+    halves = 'a random half of val, out of fold', 'the other half of val, out of fold'
+    assert "fitted on '{}', judged on '{}'".format(*halves) in caplog.text
     rows = list(csv.DictReader((tmp_path / 'run/confidences.csv').open()))
     best = max(rows, key=lambda row: float(row['area']))
     model = timm.create_model(f'local-dir:{tmp_path / "run/best"}', pretrained=True)
@@ -228,6 +230,7 @@ def test_clcnet_killed_between_and_within_its_stages_ends_the_same(image_folder,
     (['--init-members', 'pretrained'], 'There are no weights of test_focusnet'),
     (['--init-members', 'missing', '--stage', 'features'], "No checkpoint at 'missing'"),
     (['--folds', '1'], 'expected at least 2, or 0 for none, got 1'),
+    (['--folds', '99', '--stage', 'features', 'confidence'], 'Expected 2 to 33 folds, as many as there are'),
     (['--stage', 'confidence'], "no features at '"),
     (['--stage', 'features'], "run the stage 'member1' first"),
     (['--features', '{csv}', '--stage', 'confidence'], 'holds probabilities of 4 classes, the cascade has 3'),

@@ -98,7 +98,7 @@ def test_the_best_confidence_is_taken(folder, run, tmp_path):
             assert row['top1'] == pytest.approx(100 * (net(view).argmax(1) == target).double().mean().item(), abs=1e-3)
     # all steps of the rule `last` are the last member
     assert {r['top1'] for r in compared if r['final_rule'] == 'last'} == {members[1]['top1']}
-    step = [r for r in rows if r.get('point') == 'step 2'][0]
+    step = next(r for r in rows if r.get('point') == 'step 2')
     assert rows[0]['top1'] == step['top1'] == best['top1']
 
 

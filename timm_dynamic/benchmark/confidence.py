@@ -12,14 +12,14 @@ from torch.utils._pytree import tree_leaves
 from ..layers import ConfidenceNet, SparseMasks
 from .timing import time_interleaved
 
-NAME, HELP = 'confidence', 'score probabilities: the confidence net against one that computes all that the original does'
+NAME, HELP = 'confidence', 'score probabilities: the confidence net against a version that computes all the original does'
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--batch-size', '-b', type=int, default=1024, metavar='N', help='(%(default)s)')
     parser.add_argument('--classes', type=int, nargs='+', default=[1000], metavar='N', help='(%(default)s)')
     parser.add_argument('--part', type=int, default=32, metavar='N', help=(
-        'the straightforward version is timed on so many rows: it needs memory for classes² numbers a row (%(default)s)'))
+        'rows that the straightforward version is timed on: for each it holds classes² numbers (%(default)s)'))
     parser.add_argument('--device', default='cpu', metavar='DEVICE', help='(%(default)s)')
     parser.add_argument('--repeats', type=int, default=3, metavar='N', help='runs of each, by turns (%(default)s)')
 

@@ -14,7 +14,7 @@ from timm.utils import unwrap_model
 from torch import nn
 
 from ..layers import ConfidenceNet, SparseMasks
-from ..layers.confidence_net import GhostBatchNorm
+from ..layers.confidence_net import GhostBatchNorm, check_probabilities
 from ..utils import fold_seed, seeded
 
 _logger = logging.getLogger(__name__)
@@ -161,12 +161,14 @@ def fit_confidence_net(
         seed: Seed of everything random. The same seed gives the same net on the same machine.
 
     Raises:
-        ValueError: Shapes do not go together, or there are too few samples for three parts.
+        ValueError: Shapes do not go together, these are no sorted probabilities, or there are too few samples for three
+            parts.
     """
     if probabilities.ndim != 2 or hits.shape != (len(probabilities),):
         raise ValueError(
             f'Expected probabilities [N, classes] and hits [N], got {list(probabilities.shape)} and '
             f'{list(hits.shape)}.')
+    check_probabilities(probabilities, is_sorted=True)
     sizes = [math.floor(len(hits) * share) for share in split]
     sizes.append(len(hits) - sum(sizes))
     if min(sizes[0] - 1, *sizes[1:]) < 1:

@@ -26,7 +26,8 @@ class Stage:
 
     Attributes:
         name: For `--stage`, folders and tables.
-        create_task: Makes the task from a model, the stage's options and a context; None where `runs` says what is done.
+        create_task: Makes the task from a model, the stage's options and a context; None where `runs` says what is
+            done.
         defaults: Options that differ from timm's. `global_batch_size` stands for the batch over all processes and
             accumulation steps.
         starts_from: Earlier stage whose weights this one starts from; None for a new model.

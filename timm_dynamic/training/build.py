@@ -325,7 +325,7 @@ def build_eval_loader(
         img_dtype=model_dtype(args) or torch.float32,
         device=device,
         use_prefetcher=not args.no_prefetcher and views is None,
-        **({} if views is None else {'collate_fn': collate_views}),
+        collate_fn=None if views is None else collate_views,
         **kwargs,
     )
     inner = getattr(loader, 'loader', loader)

@@ -3,6 +3,7 @@ import argparse
 import hashlib
 import json
 import logging
+import signal
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,8 @@ def build_cascade(args: argparse.Namespace, stage_weights: Mapping[str, Path]) -
     with seeded(args.seed, 'model'):
         model: CLCNet = build_model(args, pretrained=whole)
     if args.initial_checkpoint:
-        load_weights(model, args.initial_checkpoint, checkpoint_filter_of(model.pretrained_cfg['architecture']))
+        cfg: Any = model.pretrained_cfg
+        load_weights(model, args.initial_checkpoint, checkpoint_filter_of(cfg['architecture']))
         whole = True
     absent = []
     for index, source in enumerate(member_sources(args, uses_demo_data(args), model)):
@@ -67,7 +69,7 @@ def build_cascade(args: argparse.Namespace, stage_weights: Mapping[str, Path]) -
                     f"'{member_stage(index)}' first, or name weights with --init-members.")
         else:
             path = Path(source)
-        spec = model.specs[model.member_of_step.index(index)]
+        spec: Any = model.specs[model.member_of_step.index(index)]
         filter_fn = checkpoint_filter_of(spec.model) if isinstance(spec.model, str) else None
         load_weights(model.members[index], path, filter_fn, label=f"'{path}' (of member {index + 1})")
     _fetch_members(model, absent, None)
@@ -103,7 +105,8 @@ def collect_features(
             args, split, data_config, model.num_classes, accelerator.device, 1, samples=args.val_num_samples,
             views=eval_views(args, model), indices=indices)
 
-    whole = open_loader([0]).dataset.dataset
+    first = open_loader([0])
+    whole, labels = first.dataset.dataset, _label_names(first.class_to_idx, model.num_classes)
     if isinstance(whole, torch.utils.data.IterableDataset):
         raise ValueError(f"Features need images that can be counted; '{split}' of this dataset can only be iterated.")
     if accelerator.is_main_process:
@@ -132,13 +135,19 @@ def collect_features(
             ConfidenceFeatures.from_logits(logits[:, t], target, names).save(folder / f'member{t + 1}.safetensors')
             result[f'top1_member{t + 1}'] = round(100 * float((logits[:, t].argmax(1) == target).float().mean()), 4)
         write_json(folder / 'index.json', {
-            'split': split, 'images': len(whole), 'classes': model.num_classes,
+            'label_names': labels, 'split': split, 'images': len(whole), 'classes': model.num_classes,
             'members': {f'member{t + 1}.safetensors': spec.label for t, spec in enumerate(model.specs)}})
         for path in _parts(folder):
             path.unlink()
         _logger.info(f'Features of {len(whole)} images of {split}: {folder}')
     accelerator.wait_for_everyone()
     return result
+
+
+def _label_names(class_to_idx: Mapping[str, int] | None, num_classes: int) -> list[str] | None:
+    if class_to_idx is None or len(class_to_idx) != num_classes:
+        return None
+    return sorted(class_to_idx, key=lambda name: class_to_idx[name])
 
 
 def feature_split(args: argparse.Namespace) -> str:
@@ -183,7 +192,7 @@ def _run_members(
         if number % _BATCHES_PER_PART == 0 or end == len(indices) or stop:
             keep()
         if stop and end < len(indices):
-            raise Stopped(stop.signum)
+            raise Stopped(stop.signum or signal.SIGTERM)
 
 
 def _fingerprint(model: CLCNet, split: str) -> str:
@@ -257,8 +266,8 @@ def train_confidence(
             rows = compare_out_of_fold(model, features, scores)
             write_rows(folder / 'confidences.csv', rows)
             _logger.info(
-                f'Measures of confidence on {len(features[0])} images, out of {args.folds} folds (area: mean top-1 over '
-                f'all budgets, exits fitted on the other half):\n{format_table(rows)}\n{advice(rows)}')
+                f'Measures of confidence on {len(features[0])} images, out of {args.folds} folds (area: mean top-1 '
+                f'over all budgets, exits fitted on the other half):\n{format_table(rows)}\n{advice(rows)}')
             kind, rule = _choose(asked, model.final_rule, rows)
             table = _table_of(model, features, scores, kind, rule)
             table.save(folder / CALIBRATION)
@@ -274,7 +283,10 @@ def train_confidence(
         if (kind, rule) != (model.confidence_kind, model.final_rule):
             model.set_confidence(kind, rule)
         write_rows(folder / 'summary.csv', [{'epoch': i, **row} for i, row in enumerate(fit.history)])
-        save_pretrained(model, folder / 'last', data_config=data_config)
+        index = stage_weights['features'].parent / 'index.json' if own else None
+        labels = json.loads(index.read_text(encoding='utf-8'))['label_names'] if index else None
+        save_pretrained(
+            model, folder / 'last', data_config=data_config, **({'label_names': labels} if labels else {}))
         copy_pretrained(folder / 'last', folder / 'best')
         for k, net in enumerate(nets):
             (folder / 'folds').mkdir(exist_ok=True)
@@ -321,14 +333,25 @@ def _fit_folds(
     return [fit.net for fit in fits], folds
 
 
-def _confidences(model: CLCNet, features: Sequence[ConfidenceFeatures], scores: torch.Tensor, kind: str) -> torch.Tensor:
+def _confidences(
+        model: CLCNet,
+        features: Sequence[ConfidenceFeatures],
+        scores: torch.Tensor,
+        kind: str,
+) -> torch.Tensor:
     """Of each member's answers [T, N]."""
     if kind == 'clcnet':
         return scores
     return torch.stack([model._measure(f.probabilities, kind) for f in features])
 
 
-def _table_of(model: CLCNet, features: Sequence[ConfidenceFeatures], scores: torch.Tensor, kind: str, rule: str) -> ExitTable:
+def _table_of(
+        model: CLCNet,
+        features: Sequence[ConfidenceFeatures],
+        scores: torch.Tensor,
+        kind: str,
+        rule: str,
+) -> ExitTable:
     hits = torch.stack([f.hits for f in features])
     return cascade_table(_confidences(model, features, scores, kind), hits, model.step_macs, rule)
 

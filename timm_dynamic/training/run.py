@@ -423,7 +423,7 @@ def _judge_exits(
     else:
         calibration = None
     if calibration is not None:
-        fitted = dict(split=split, fitted_on=fitted_on)
+        fitted: dict[str, Any] = dict(split=split, fitted_on=fitted_on)
         budgets = budget_rows(calibration, table, **fitted)
         text += (f"\n\n{label}, budgets (exits fitted on '{fitted_on}', judged on '{split}'):\n"
                  + format_table(budgets))

@@ -493,8 +493,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if not args.model and not many and not args.exit_table:
         parser.error('--model is needed (a name, local-dir:FOLDER, a wildcard, all, or a text file of names).')
     if args.exit_table:
-        for option in (
-                'calibrate_split', 'calibrate_samples', 'save_exit_table', 'save_predictions', 'confidence', 'final_rule'):
+        others = ('save_exit_table', 'save_predictions', 'confidence', 'final_rule')
+        for option in ('calibrate_split', 'calibrate_samples', *others):
             if getattr(args, option):
                 parser.error(
                     f"--exit-table judges what was measured before and runs no model: --{option.replace('_', '-')} has "
