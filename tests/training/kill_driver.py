@@ -4,8 +4,7 @@
 
 Points, each the N-th time it is reached (1 by default): `update` (between two batches), `tensors` (half of the state's
 tensors on disk), `values` (state written, not yet renamed), `rename` (renamed, pointer not yet set), `export` (weights
-of last/ written, config not), `part` (before a part of a cascade's features is written), `fit` (its confidence net is
-fitted, and not kept), `never`.
+of last/ written, config not), `part` (before a part of a cascade's features is written), `never`.
 """
 import os
 import signal
@@ -67,21 +66,15 @@ def main() -> int:
             die()
         return atomic_write(path)
 
-    keep, fit = cascade_module.save_file, cascade_module.fit_confidence_net
+    keep = cascade_module.save_file
 
     def killing_keep(tensors, path, **kwargs):
         if reached('part'):  # before this part: those written so far are kept
             die()
         keep(tensors, path, **kwargs)
 
-    def killing_fit(*args, **kwargs):
-        fitted = fit(*args, **kwargs)
-        if reached('fit'):
-            die()
-        return fitted
-
     cascade_module._BATCHES_PER_PART = 1
-    cascade_module.save_file, cascade_module.fit_confidence_net = killing_keep, killing_fit
+    cascade_module.save_file = killing_keep
     trainer_module.Trainer._update = killing_update
     safetensors.torch.save_file = killing_save_file
     state_module.fsync_dir = killing_fsync_dir
