@@ -50,3 +50,23 @@ def test_bundled_weights_are_small_and_whole(folder):
     assert {p.name for p in folder.iterdir()} == {'model.safetensors', 'config.json'}
     assert (folder / 'model.safetensors').stat().st_size < 2e6
     assert timm.create_model(folder.name, pretrained=True).pretrained_cfg['architecture'] == folder.name.split('.')[0]
+
+
+def test_clcnet_for_digits():
+    model = timm.create_model('test_clcnet', pretrained=True).eval()
+    assert model.confidence_kind == 'clcnet'
+    size, *_ = model.view_sizes
+    shallow, whole = model.step_macs
+    with torch.inference_mode():
+        batches = [((torch.nn.functional.interpolate(x, size, mode='bilinear', antialias=True), x), y)
+                   for x, y in _batches(model, 600)]
+        table = collect_exit_table(model, batches)
+        point = table.evaluate(model.make_stop_rule(model.set_budget(gmacs=0.7 * whole / 1e9)['policy']))
+    alone = [p.top1 for p in table.anytime()]
+    assert alone[0] < 60
+    assert alone[1] > 88
+    assert point.gmacs * 1e9 < 0.75 * whole
+    # better than sending on as many images at random
+    share = (point.gmacs * 1e9 - shallow) / (whole - shallow)
+    assert point.top1 > alone[0] + share * (alone[1] - alone[0]) + 4
+    assert timm.create_model('test_clcnet', pretrained=True, num_classes=3)(torch.randn(2, 3, 96, 96)).shape == (2, 3)

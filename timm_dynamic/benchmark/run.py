@@ -6,11 +6,11 @@ from typing import Any
 
 from ..training.report import format_table, write_rows
 from ..training.run import run_script
-from . import crop, exits, train_step
+from . import confidence, crop, exits, train_step
 
 _logger = logging.getLogger(__name__)
 
-_BENCHMARKS = (crop, train_step, exits)
+_BENCHMARKS = (crop, train_step, exits, confidence)
 
 
 def create_benchmark_parser() -> argparse.ArgumentParser:

@@ -204,7 +204,7 @@ class ConfidenceNet(nn.Module):
             ValueError: They are no probabilities, or not sorted: sort them, or let `score` do it.
         """
         if not torch.compiler.is_compiling() and not probabilities.is_meta:
-            _check_probabilities(probabilities, is_sorted=True)
+            check_probabilities(probabilities, is_sorted=True)
         return self.score_sorted(probabilities)
 
     def score(self, probabilities: torch.Tensor) -> torch.Tensor:
@@ -219,7 +219,7 @@ class ConfidenceNet(nn.Module):
         Raises:
             ValueError: They are no probabilities.
         """
-        _check_probabilities(probabilities, is_sorted=False)
+        check_probabilities(probabilities, is_sorted=False)
         return self.score_sorted(probabilities.sort(dim=1, descending=True).values)
 
     def score_sorted(self, probabilities: torch.Tensor) -> torch.Tensor:
@@ -372,7 +372,8 @@ def sparsemax(x: torch.Tensor) -> torch.Tensor:
     return (x - excess.gather(1, support - 1) / support).relu()
 
 
-def _check_probabilities(probabilities: torch.Tensor, is_sorted: bool) -> None:
+def check_probabilities(probabilities: torch.Tensor, is_sorted: bool) -> None:
+    """Raise a ValueError, which names the row, if these are no probabilities [B, n], or not sorted falling."""
     if probabilities.ndim != 2 or probabilities.shape[1] < 1 or not probabilities.is_floating_point():
         raise ValueError(
             f'Expected probabilities [batch, classes], floating point, got {list(probabilities.shape)} '
