@@ -1,4 +1,5 @@
 import copy
+import itertools
 import weakref
 
 import pytest
@@ -108,7 +109,8 @@ def test_cascade_of_views_with_targets():
     for r, s, (x, target) in zip(plain, ExitStream(model, thresholds, 4).run(with_targets), with_targets):
         torch.testing.assert_close(r.logits, early_exit(model, x, thresholds).logits, rtol=0, atol=1e-5)
         assert torch.equal(r.logits, s.logits)
-        assert r.target is None and s.target is target
+        assert r.target is None
+        assert s.target is target
 
 
 def test_loader_gives_targets_with_results_of_its_batches(net):
@@ -177,7 +179,7 @@ def test_memory_and_calls_do_not_grow_with_the_stream(net, scale):
         peak_pages = max(peak_pages, len(run._pages))
     assert run.peak_queued <= 3 * 15 + 16
     assert peak_pages <= 128 // 16 + 2
-    assert not run._pages and not run._inputs
+    assert len(run._pages) == len(run._inputs) == 0
     assert max(len(queue.spare) for queue in run._queues) <= 2
     assert run.runs[0] == 20 * scale
 
@@ -216,13 +218,13 @@ def test_results_so_far_come_before_an_error_of_the_source(net, bad):
     def source():
         yield from batches
         if bad is ZeroDivisionError:
-            1 / 0
+            raise ZeroDivisionError
         yield torch.zeros(2, 3, 3, 2)  # which the model does not take
 
-    results, run = [], ExitStream(net, THRESHOLDS, batch_size=16).run(source())
+    run = ExitStream(net, THRESHOLDS, batch_size=16).run(source())
+    results = list(itertools.islice(run, 5))
     with pytest.raises(bad):
-        for r in run:
-            results.append(r)
+        next(run)
     check(results, net, batches)
     assert list(run) == []
 
@@ -239,8 +241,7 @@ def test_complete_results_come_before_an_error_of_the_model(net):
     net.step = fails
     results, run = [], ExitStream(net, THRESHOLDS, batch_size=16).run(batches)
     with pytest.raises(RuntimeError, match='out of order'):
-        for r in run:
-            results.append(r)
+        results.extend(run)
     del net.step
     assert 2 < len(results) < 12
     check(results, net, batches[:len(results)])

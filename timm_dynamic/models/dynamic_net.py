@@ -17,6 +17,8 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from ..layers.fold import fold_batch_norm
+
 _logger = logging.getLogger(__name__)
 
 State = dict[str, torch.Tensor]
@@ -164,6 +166,16 @@ class DynamicNet(nn.Module):
         self._compiled_steps = [
             _compile_step(t, cuda_graphs, dict(backend=backend, dynamic=False, **kwargs))
             for t in range(self.num_steps)]
+
+    def fold_batch_norm(self) -> int:
+        """Fold batch normalisation into convolutions, in place, for faster inference: see `layers.fold_batch_norm`.
+
+        Returns:
+            How many were folded.
+        """
+        parameter = next(self.parameters())
+        x = self.example_input(device=parameter.device, dtype=parameter.dtype)
+        return fold_batch_norm(self, lambda: list(self.forward_steps(x)))
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, '_compiled_steps': None}
