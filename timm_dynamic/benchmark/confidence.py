@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 from ..layers import ConfidenceNet, SparseMasks
 from .timing import time_interleaved
 
-NAME, HELP = 'confidence', 'score probabilities: the confidence net against a version that computes all the original does'
+NAME, HELP = 'confidence', 'score probabilities: the confidence net against one that computes all the original does'
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
