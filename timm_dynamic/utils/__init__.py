@@ -1,6 +1,6 @@
 from .checkpoint import CheckpointError, describe_mismatch, load_weights, read_checkpoint, read_state_dict
 from .export import copy_pretrained, read_task_state, save_exit_cfg, save_pretrained
-from .files import atomic_write, clean_partial_files, write_json
+from .files import atomic_write, clean_partial_files, sha256_of, write_json
 from .seeding import fold_seed, seeded
 
 __all__ = [
@@ -17,5 +17,6 @@ __all__ = [
     'save_exit_cfg',
     'save_pretrained',
     'seeded',
+    'sha256_of',
     'write_json',
 ]
