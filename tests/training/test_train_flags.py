@@ -508,6 +508,9 @@ def policy_update(name, *value, gives):
 # The tables
 
 GFNET = ['--model', 'test_gfnet', '--model-kwargs', 'patch_size=16', 'backbone=test_resnet', 'backbone_args=None']
+ANCHORNET = [
+    '--model', 'test_anchornet_patch', '--img-size', '80', '--model-kwargs', 'patch_size=32', 'backbone=test_resnet',
+    'backbone_args=None']
 WHOLE = ['--init-from', '{gfnet}']
 DEMO = ['--dataset', 'cluttered_digits', '--num-classes', '10']
 REMOTE = ['--dataset', 'wds/somewhere']
@@ -741,6 +744,9 @@ OURS = {
     '--demo-clutter': built(lambda t: t.loader.dataset.dataset.clutter, '0.25', gives=0.25, base=DEMO),
     '--init-local': built(local_mark, '{weights}', gives=0.25, base=GFNET),
     '--init-global': built(global_mark, '{weights}', gives=0.25, base=GFNET),
+    '--init-downstream': ran(
+        lambda r: round(r.trainer.model.patch.conv1[0].weight.mean().item(), 3), '{weights}', gives=0.25,
+        base=[*ANCHORNET, '--lr', '1e-9']),
     '--init-from': built(local_mark, '{gfnet}', gives=0.125, base=GFNET),
     '--aux-weight': built(lambda t: t.task.aux_weight, '3', gives=3.0, base=GFNET),
     '--freeze-global': built(lambda t: len(t.task.frozen), gives=1, base=GFNET),

@@ -25,6 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     table = ExitTable.load(args.table)
+    rivals: list[Any]
     if args.rivals:
         rivals = read_rivals(args.rivals)
     else:

@@ -197,8 +197,8 @@ def judge_solver(
         'seconds': seconds / len(gains),
     }
     if oracle:
-        result['oracle_gains'] = torch.stack(oracle_gains)
-        result['oracle_mean'] = result['oracle_gains'].mean().item()
+        result['oracle_gains'] = best = torch.stack(oracle_gains)
+        result['oracle_mean'] = best.mean().item()
         result['share'] = result['mean'] / result['oracle_mean'] if result['oracle_mean'] else math.nan
     return result
 

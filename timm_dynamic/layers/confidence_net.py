@@ -278,7 +278,8 @@ class ConfidenceNet(nn.Module):
         if any(k.startswith(prefix) for k in state_dict):
             state_dict = {k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)}
         try:
-            net = cls(**_args_of(state_dict))
+            args: dict[str, Any] = _args_of(state_dict)
+            net = cls(**args)
         except (KeyError, IndexError, ValueError) as e:
             first = next(iter(state_dict), 'nothing')
             raise CheckpointError(f"{label} holds no confidence net (its first key: '{first}').") from e

@@ -318,11 +318,10 @@ class AnchorNetPatch(DynamicNet):
             if not isinstance(classifier, nn.Linear):
                 raise ValueError('The windows are those of a class: the localizer needs a linear classifier.')
             cam = class_activation_map(features.float(), classifier.weight.float(), logits.argmax(dim=1))
-            corners = tuple(self._corners(n, x.shape[-1], x.device) for n in cam.shape[1:])
+            rows, columns = (self._corners(n, x.shape[-1], x.device) for n in cam.shape[1:])
             index, found = choose_windows(
-                cam, corners, self.patch_size, self.num_steps - 1, self.iou_thresholds, self.exact_original)
-            rows, columns = index // cam.shape[2], index % cam.shape[2]
-            windows = torch.stack([corners[0][rows], corners[1][columns]], dim=2)
+                cam, (rows, columns), self.patch_size, self.num_steps - 1, self.iou_thresholds, self.exact_original)
+            windows = torch.stack([rows[index // cam.shape[2]], columns[index % cam.shape[2]]], dim=2)
         return {'cam': cam, 'windows': windows, 'num_valid': found, 'localizer_logits': logits}
 
     def _corners(self, cells: int, img_size: int, device: torch.device) -> torch.Tensor:

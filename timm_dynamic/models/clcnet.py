@@ -102,7 +102,8 @@ def _resolve(model: str | nn.Module, args: Mapping[str, Any] | None, view: Mappi
     Raises:
         ValueError: There is no such model.
     """
-    args, view, source = dict(args or {}), dict(view or {}), None
+    args, view = dict(args or {}), dict(view or {})
+    source: str | None = None
     if isinstance(model, str):
         match = re.fullmatch(r'(.+)@(\d+)', model)
         if match:
@@ -250,7 +251,7 @@ class CLCNet(DynamicNet):
             if key not in nets:
                 nets[key] = member.create(size, num_classes, in_chans, **(kwargs if named else {}))
             keys.append(key)
-        self.members = nn.ModuleList(nets.values())
+        self.members: Any = nn.ModuleList(nets.values())
         self.member_of_step = tuple(list(nets).index(key) for key in keys)
         if confidence == 'clcnet':
             self.confidence_net = ConfidenceNet(device=device, dtype=dtype)
@@ -269,14 +270,14 @@ class CLCNet(DynamicNet):
 
     # What timm records and exports: what members are, not where they came from
 
-    @property
-    def _model_args(self) -> dict[str, Any]:  # type: ignore[override]
+    def _get_model_args(self) -> dict[str, Any]:
         return self._recorded
 
-    @_model_args.setter
-    def _model_args(self, args: Mapping[str, Any]) -> None:
+    def _set_model_args(self, args: Mapping[str, Any]) -> None:
         own = {k: v for k, v in self.__dict__.get('_recorded', {}).items() if k in _RECORDED}
         object.__setattr__(self, '_recorded', {**args, **own})
+
+    _model_args: Any = property(_get_model_args, _set_model_args)
 
     @property
     def reference_view(self) -> dict[str, Any]:
@@ -517,8 +518,8 @@ class CLCNet(DynamicNet):
         return self.replay(logits).logits[-1]
 
     def _widths(self) -> list[int]:
-        nets = [self._net(t) for t in range(self.num_steps)]
-        return [getattr(net, 'head_hidden_size', None) or getattr(net, 'num_features', 0) for net in nets]
+        nets: list[Any] = [self._net(t) for t in range(self.num_steps)]
+        return [int(getattr(net, 'head_hidden_size', 0) or getattr(net, 'num_features', 0)) for net in nets]
 
     # What timm asks of its models
 
@@ -540,13 +541,13 @@ class CLCNet(DynamicNet):
             _check_pool(global_pool)
         self.num_classes = num_classes
         for net in self.members:
-            net.reset_classifier(num_classes)  # type: ignore[operator]
+            net.reset_classifier(num_classes)
         self._classifier_changed()
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         for net in self.members:
-            net.set_grad_checkpointing(enable)  # type: ignore[operator]
+            net.set_grad_checkpointing(enable)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
@@ -558,7 +559,7 @@ class CLCNet(DynamicNet):
         """The members' groups side by side; the confidence net comes last."""
         out: dict[str, Any] = {}
         for i, net in enumerate(self.members):
-            for name, spec in net.group_matcher(coarse=coarse).items():  # type: ignore[operator]
+            for name, spec in net.group_matcher(coarse=coarse).items():
                 for pattern, suffix in ([(spec, None)] if isinstance(spec, str) else spec or ()):
                     inner = pattern.replace('^', '')
                     out.setdefault(name, []).append((rf'^members\.{i}\.(?:{inner})', suffix))
@@ -644,7 +645,7 @@ def checkpoint_filter_fn(
         spec = model.specs[steps[0]]
         names = [n for n in (*map(str, steps), spec.source, spec.model) if isinstance(n, str) and n in by_part]
         if names:
-            member_state = _member_filter(by_part.pop(names[0]), spec, model.members[index])
+            member_state = _map_member(by_part.pop(names[0]), spec, model.members[index])
         else:
             member_state = model.members[index].state_dict()
             if absent is not None:
@@ -656,14 +657,10 @@ def checkpoint_filter_fn(
     return out
 
 
-def _member_filter(state_dict: Any, spec: _Member, net: Any) -> dict[str, torch.Tensor]:
-    """Weights of a member from a file: a family of timm's has its own filter, which is not public; ours have one."""
+def _map_member(state_dict: Any, spec: _Member, net: Any) -> dict[str, torch.Tensor]:
+    """Weights of a member from a file; our own families know foreign keys."""
     filter_fn = checkpoint_filter_of(spec.model) if isinstance(spec.model, str) else None
-    state_dict = dict(filter_fn(state_dict, net) if filter_fn else state_dict)
-    bad = [k for k, v in net.state_dict().items() if k not in state_dict or state_dict[k].shape != v.shape]
-    if bad:
-        raise CheckpointError(f"the weights given for the member {spec.label} do not fit it (first: '{bad[0]}')")
-    return state_dict
+    return dict(filter_fn(state_dict, net) if filter_fn else state_dict)
 
 
 def _fetch_members(model: CLCNet, absent: Sequence[int], cache_dir: str | Path | None) -> None:

@@ -1,3 +1,5 @@
+from .anchornet import AnchorNetTask
+from .confidence import ConfidenceFit, ConfidenceTask, fit_confidence_net, fit_folds, make_folds, score_folds
 from .focus_picking import FocusPickingTask, create_baseline
 from .glance_focus import EndToEndTask, GlanceFocusTask, PatchPolicyTask
 from .recipe import RECIPES, create_recipe
@@ -5,6 +7,9 @@ from .stage import Recipe, Stage, StageContext
 
 __all__ = [
     'RECIPES',
+    'AnchorNetTask',
+    'ConfidenceFit',
+    'ConfidenceTask',
     'EndToEndTask',
     'FocusPickingTask',
     'GlanceFocusTask',
@@ -14,4 +19,8 @@ __all__ = [
     'StageContext',
     'create_baseline',
     'create_recipe',
+    'fit_confidence_net',
+    'fit_folds',
+    'make_folds',
+    'score_folds',
 ]

@@ -46,18 +46,18 @@ _POLICY: dict[str, Any] = dict(
 
 
 # For minutes on a CPU with the embedded demo set. Digits must not be flipped, nor cropped away.
-_DEMO_COMMON: dict[str, Any] = dict(
+DEMO_COMMON: dict[str, Any] = dict(
     global_batch_size=64, opt='adamw', lr=3e-3, weight_decay=0.05, sched='cosine', warmup_epochs=1, warmup_lr=1e-3,
     smoothing=0., color_jitter=0., train_interpolation='bilinear', hflip=0., scale=[0.9, 1.0], ratio=[0.95, 1.05],
     demo_digit_scale=[24, 36], demo_clutter=0.5, workers=2, channels_last=True, img_size=96,
 )
 _DEMO: dict[str, dict[str, Any]] = {
-    'static': dict(_DEMO_COMMON, epochs=6),
+    'static': dict(DEMO_COMMON, epochs=6),
     'warmup': dict(
-        _DEMO_COMMON, epochs=4, lr=1e-3, warmup_epochs=0, classifier_lr_scale=3., init_local='scratch'),
-    'policy': dict(_DEMO_COMMON, epochs=3, opt='adam', lr=1e-3, weight_decay=0., warmup_epochs=0),
-    'finetune': dict(_DEMO_COMMON, epochs=4, lr=1e-3, warmup_epochs=0),
-    'end-to-end': dict(_DEMO_COMMON, epochs=11, lr=1e-3, policy_std=0., init_local='scratch'),
+        DEMO_COMMON, epochs=4, lr=1e-3, warmup_epochs=0, classifier_lr_scale=3., init_local='scratch'),
+    'policy': dict(DEMO_COMMON, epochs=3, opt='adam', lr=1e-3, weight_decay=0., warmup_epochs=0),
+    'finetune': dict(DEMO_COMMON, epochs=4, lr=1e-3, warmup_epochs=0),
+    'end-to-end': dict(DEMO_COMMON, epochs=11, lr=1e-3, policy_std=0., init_local='scratch'),
 }
 
 
@@ -119,8 +119,8 @@ def load_training_checkpoint(model: GFNet, source: str | Path, needs_policy: boo
     return read_task_state(path if path.is_dir() else path.parent)
 
 
-def load_encoder(encoder: Any, source: str | Path, model: GFNet) -> dict[str, torch.Tensor]:
-    """Load an encoder with weights of its backbone.
+def load_encoder(encoder: Any, source: str | Path, model: Any) -> dict[str, torch.Tensor]:
+    """Load an encoder with weights of its backbone. If it has a classifier, that stays as it is.
 
     Args:
         encoder: The encoder.
@@ -154,10 +154,35 @@ def load_encoder(encoder: Any, source: str | Path, model: GFNet) -> dict[str, to
         if net.pretrained_cfg['num_classes'] != model.num_classes:
             state_dict = {k: v for k, v in state_dict.items() if k.rpartition('.')[0] != head}
     weights = {k: v for k, v in state_dict.items() if k.rpartition('.')[0] != head}
-    load_weights(encoder, weights, adapt=True, label=f"'{text}'")
     classifier = {k.rpartition('.')[2]: v for k, v in state_dict.items() if k.rpartition('.')[0] == head}
-    fits = {'weight': (model.num_classes, model.feature_size), 'bias': (model.num_classes,)}
-    return classifier if {k: tuple(v.shape) for k, v in classifier.items()} == fits else {}
+    fits = 'weight' in classifier and classifier['weight'].ndim == 2 and len(classifier['weight']) == model.num_classes
+    own = {k: v for k, v in encoder.state_dict().items() if k.rpartition('.')[0] == head}  # of a net with a classifier
+    load_weights(encoder, {**weights, **own}, adapt=True, label=f"'{text}'")
+    return classifier if fits else {}
+
+
+def load_backbone_or_warn(net: Any, source: str | Path | None, model: Any, what: str, option: str) -> None:
+    """Load a network with weights of its backbone, classifier included where the classes are as many.
+
+    Args:
+        net: The network.
+        source: See `load_encoder`; if None, the backbone's pretrained weights, or a warning.
+        model: What the network is part of.
+        what: What to call it.
+        option: What names another source.
+
+    Raises:
+        CheckpointError: A source was given, and its weights are not to be had or do not fit.
+    """
+    try:
+        classifier = load_encoder(net, source or model.backbone, model)
+    except CheckpointError as e:
+        if source:
+            raise
+        _logger.warning(f'The {what} starts from random weights. {e} Give others with {option}.')
+        return
+    if classifier:
+        net.get_classifier().load_state_dict(classifier)
 
 
 def _init_encoders(model: GFNet, args: argparse.Namespace, context: StageContext) -> Mapping[str, Any] | None:
@@ -190,12 +215,11 @@ def _load_init_from(model: GFNet, args: argparse.Namespace, context: StageContex
 
 
 def _paper_defaults(model: GFNet) -> dict[str, dict[str, Any]]:
-    """Options by stage. 'static' and 'end-to-end' are not in the paper: they follow what is."""
+    """Options by stage. 'end-to-end' is not in the paper: it follows what is."""
     family = next(v for k, v in _FAMILIES.items() if model.backbone.startswith(k))
     warmup, finetune = (
         {**_COMMON, **family, 'classifier_lr_scale': lr / family['lr_base']} for lr in _CLASSIFIER_LR)
     return {
-        'static': {**_COMMON, 'epochs': 90, 'lr_base': 0.1, 'weight_decay': 1e-4, 'img_size': model.img_size},
         'warmup': warmup,
         'policy': {**_POLICY, **{k: v for k, v in family.items() if k == 'train_img_sizes'}},
         'finetune': finetune,
@@ -218,9 +242,16 @@ def _static_stages(
         if args.init_global == 'scratch':
             raise ValueError('--init-global scratch: it is --init-local scratch that trains a net to start from.')
         return ()
-    return (Stage(
-        'static', create_static_task, defaults['static'], model=model.backbone, model_kwargs=model.backbone_args,
-        label=f'{model.backbone}, whole images'),)
+    return (create_static_stage(model, defaults.get('static')),)
+
+
+def create_static_stage(model: Any, defaults: Mapping[str, Any] | None = None) -> Stage:
+    """Train the backbone of a dynamic model on whole images, to start from and to compare with."""
+    if defaults is None:
+        defaults = {**_COMMON, 'epochs': 90, 'lr_base': 0.1, 'weight_decay': 1e-4, 'img_size': model.img_size}
+    return Stage(
+        'static', create_static_task, defaults, model=model.backbone, model_kwargs=model.backbone_args,
+        label=f'{model.backbone}, whole images')
 
 
 def create_gfnet_recipe(args: argparse.Namespace, demo: bool, model: Any) -> Recipe:

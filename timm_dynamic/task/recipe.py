@@ -17,7 +17,9 @@ from timm.task import (
 from torch import nn
 
 from ..loss import FocusPickingLoss
+from ..models.anchornet import AnchorNetPatch
 from ..models.gfnet import GFNet
+from .anchornet_recipe import create_anchornet_recipe
 from .focus_picking import FocusPickingTask
 from .gfnet_recipe import create_end_to_end_recipe, create_gfnet_recipe
 from .stage import Recipe, Stage, StageContext
@@ -104,12 +106,15 @@ RECIPES: dict[str, Callable[[argparse.Namespace, bool, Any], Recipe]] = {
     'classification': _classification,
     'focusnet': _focusnet,
     'gfnet': create_gfnet_recipe,
+    'anchornet': create_anchornet_recipe,
     'end-to-end': create_end_to_end_recipe,
 }
+_FAMILIES: dict[type, str] = {GFNet: 'gfnet', AnchorNetPatch: 'anchornet'}
 # Options that only some recipes know.
 _OWN_OPTIONS = {
     'focus_baseline': ('focusnet',), 'focus_plain': ('focusnet',),
     **dict.fromkeys(('init_global', 'init_local', 'init_from'), ('gfnet', 'end-to-end')),
+    'init_downstream': ('anchornet',),
 }
 
 
@@ -124,7 +129,7 @@ def create_recipe(args: argparse.Namespace, demo: bool = False, model: Any = Non
     Raises:
         ValueError: There is no such recipe, or it lacks something.
     """
-    own = 'gfnet' if isinstance(model, GFNet) else 'classification'
+    own = next((name for family, name in _FAMILIES.items() if isinstance(model, family)), 'classification')
     name = args.recipe or ('focusnet' if args.focus_baseline else own)
     if name not in RECIPES:
         raise ValueError(f"There is no recipe '{name}': choose from {', '.join(RECIPES)}.")

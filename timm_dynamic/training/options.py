@@ -123,7 +123,7 @@ def create_train_parser() -> argparse.ArgumentParser:
 
     g = p.add_argument_group('Recipe')
     g.add_argument('--recipe', metavar='NAME', help=(
-        "'classification', 'focusnet', 'gfnet' or 'end-to-end' (default: by the model and the other options)"))
+        "'classification', 'focusnet', 'gfnet', 'end-to-end' or 'anchornet' (default: by the model and other options)"))
     g.add_argument('--stage', nargs='+', metavar='NAME', help='run only these stages of the recipe')
     g.add_argument('--stage-args', nargs='+', default=[], metavar='STAGE.OPTION=VALUE',
                    help='options for one stage, e.g. baseline.epochs=5')
@@ -142,6 +142,7 @@ def create_train_parser() -> argparse.ArgumentParser:
         "or 'scratch' to train it on whole images first (default: the backbone's pretrained weights if they can be "
         'had; the demo set: scratch)'))
     g.add_argument('--init-global', metavar='SOURCE', help='the same for the global encoder (as --init-local)')
+    g.add_argument('--init-downstream', metavar='SOURCE', help='the same for the resized and the patch net of an AnchorNet-patch')
     g.add_argument('--init-from', default='', metavar='PATH', help=(
         "weights of a whole GFNet that the first stage starts from: a stage's folder, a file, or an authors' checkpoint"))
     g.add_argument('--aux-weight', type=float, default=1.0, metavar='W', help="of the encoders' auxiliary losses (%(default)s)")

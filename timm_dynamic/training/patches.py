@@ -7,7 +7,6 @@ import torch
 from PIL import Image, ImageDraw
 from torch.nn import functional as F
 
-from ..models.gfnet import GFNet
 from ..utils import atomic_write
 
 _SIDE, _GAP, _TEXT = 160, 6, 14  # pixels
@@ -22,14 +21,14 @@ def draw_patches(
         data_config: Mapping[str, Any] | None = None,
         class_to_idx: Mapping[str, int] | None = None,
 ) -> bool:
-    """Draw for each image where a glance-and-focus network looks and what it thinks after each step.
+    """Draw for each image where a dynamic model looks and what it thinks after each step.
 
     A row is an image with its patches marked in the order in which they are seen, the glance, and the patches. Under
     each stand the class that is the most probable after that step, and its probability; green if it is right.
 
     Args:
         path: PNG to write.
-        model: A GFNet in eval mode. Of any other model nothing is drawn.
+        model: A GFNet or AnchorNet-patch in eval mode. Of models that do not choose where to look nothing is drawn.
         images: Normalised images [N, C, S, S].
         targets: True classes [N].
         data_config: Has the 'mean' and 'std' that the images are normalised with (default: drawn by their range).
@@ -38,9 +37,9 @@ def draw_patches(
     Returns:
         Whether it was drawn.
     """
-    if not isinstance(model, GFNet):
-        return False
     out = model.forward_all(images)
+    if 'coords' not in out:
+        return False
     names = {i: name for name, i in (class_to_idx or {}).items()}
     pixels = _to_pixels(images, data_config)
     probabilities, classes = out['logits'].float().softmax(dim=-1).max(dim=-1)

@@ -255,7 +255,7 @@ def run_training(argv: Sequence[str] | None = None) -> dict[str, Any]:
 def _model_with_recipes(args: argparse.Namespace) -> Any:
     """The model, if it is of a family that has recipes of its own."""
     source, name = parse_model_name(args.model)
-    if source is None and not is_model_in_modules(name.split('.')[0], ['gfnet']):
+    if source is None and not is_model_in_modules(name.split('.')[0], ['anchornet', 'gfnet']):
         return None
     return build_model(args)
 

@@ -65,7 +65,9 @@ def save_pretrained(
             names.append(TASK_STATE)
             tensors = {f'{part}.{k}': v for part, state in task_state.items() for k, v in state.items()}
             save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, Path(tmp) / TASK_STATE)
+        mode = (Path(tmp) / CONFIG).stat().st_mode  # the user's umask; safetensors lets nobody else read what it writes
         for name in names:
+            (Path(tmp) / name).chmod(mode)
             with atomic_write(folder / name) as target:
                 os.replace(Path(tmp) / name, target)
 

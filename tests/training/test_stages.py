@@ -1,4 +1,4 @@
-"""All stages of GFNet's recipes: run, killed, resumed, in two processes."""
+"""All stages of the recipes of dynamic models: run, killed, resumed, in two processes."""
 import csv
 import json
 import signal
@@ -19,11 +19,19 @@ HERE = Path(__file__).parent
 STAGES = ('static', 'warmup', 'policy', 'finetune')
 
 
-def _args(images, out, *more):
+ANCHORNET = ('static', 'localizer', 'resized', 'patch')
+MODELS = {
+    'gfnet': ['--model', 'test_gfnet', '--img-size', '48', '--model-kwargs', 'patch_size=16',
+              '--init-local', 'scratch'],
+    'anchornet': ['--model', 'test_anchornet_patch', '--img-size', '80', '--model-kwargs', 'patch_size=32',
+                  '--init-downstream', 'scratch'],
+}
+
+
+def _args(images, out, *more, family='gfnet'):
     return [
-        '--model', 'test_gfnet', '--num-classes', '3', '--img-size', '48', '--model-kwargs', 'patch_size=16',
-        '--data-dir', str(images), '--device', 'cpu', '--batch-size', '8', '--epochs', '1', '-j', '0',
-        '--output', str(out), '--experiment', 'run', '--init-local', 'scratch', *map(str, more)]
+        *MODELS[family], '--num-classes', '3', '--data-dir', str(images), '--device', 'cpu', '--batch-size', '8',
+        '--epochs', '1', '-j', '0', '--output', str(out), '--experiment', 'run', *map(str, more)]
 
 
 def _rows(folder):
@@ -103,27 +111,47 @@ def test_stages_one_by_one(image_folder, tmp_path, capsys):
             torch.testing.assert_close(state[key], value, rtol=1e-4, atol=1e-6)
 
 
+def test_anchornet(image_folder, tmp_path):
+    result = run_training(_args(image_folder, tmp_path, '--save-patches', 2, family='anchornet'))
+    run = tmp_path / 'run'
+    assert list(result['results']) == list(ANCHORNET)
+    states = [timm.create_model(f'local-dir:{run / f / "best"}', pretrained=True).state_dict()
+              for f in ('localizer', 'resized', '.')]
+    static = timm.create_model(f'local-dir:{run / "static" / "best"}', pretrained=True).state_dict()
+    for before, after, part in ((states[0], states[1], 'resized'), (states[1], states[2], 'patch')):
+        changed = {k.split('.')[0] for k, v in after.items() if not torch.equal(v, before[k])}
+        assert changed == {part}
+    # the patch net started from the static one: one epoch at a small learning rate has not moved it far
+    assert (states[2]['patch.fc.weight'] - static['fc.weight']).abs().max() < 0.02
+    assert (states[1]['patch.fc.weight'] - static['fc.weight']).abs().max() > 0.02
+    assert [k for k in _rows(run)[0] if k.startswith('eval_top1_')] == [f'eval_top1_step{t}' for t in (1, 2, 3)]
+    with Image.open(run / 'patches.png') as picture:
+        assert picture.size == (4 * 166 + 6, 2 * 180 + 6)
+
+
 def test_end_to_end_recipe(image_folder, tmp_path):
     result = run_training(_args(image_folder, tmp_path, '--recipe', 'end-to-end'))
     assert list(result['results']) == ['static', 'end-to-end']
     assert 'eval_top1_step3' in _rows(tmp_path / 'run')[0]
 
 
-def test_mixed_precision(image_folder, tmp_path):
-    run_training(_args(image_folder, tmp_path, '--amp', '--amp-dtype', 'bfloat16'))
-    for folder in ('warmup', 'policy', '.'):
+@pytest.mark.parametrize(('family', 'stages'), [('gfnet', STAGES), ('anchornet', ANCHORNET)])
+def test_mixed_precision(image_folder, tmp_path, family, stages):
+    run_training(_args(image_folder, tmp_path, '--amp', '--amp-dtype', 'bfloat16', family=family))
+    for folder in (*stages[1:-1], '.'):
         row, = _rows(tmp_path / 'run' / folder)
         assert 0 < abs(float(row['train_loss'])) < 10
 
 
-# After 6 updates of the static net, at 9 images a batch: in each stage in mid-epoch, and while a state is written.
+# In each stage in mid-epoch, and while a state is written.
 KILLS = ['update:2', 'update:8', 'tensors:3', 'update:2', 'rename:3', 'update:8', 'values:2']
 
 
-def test_killed_in_every_stage_ends_bit_identical(image_folder, tmp_path):
+@pytest.mark.parametrize(('family', 'stages'), [('gfnet', STAGES), ('anchornet', ANCHORNET)])
+def test_killed_in_every_stage_ends_bit_identical(image_folder, tmp_path, family, stages):
     args = _args(
         image_folder, tmp_path, '--epochs', 2, '--model-ema', '--model-ema-decay', 0.9, '--checkpoint-interval', 2,
-        '--policy-updates', 2, '--drop', 0.1, '--batch-size', 24, '--stage-args', 'static.epochs=1')
+        '--policy-updates', 2, '--drop', 0.1, '--batch-size', 24, '--stage-args', 'static.epochs=1', family=family)
 
     def run(kill, name):
         given = [name if a == 'run' else a for a in args]
@@ -137,12 +165,12 @@ def test_killed_in_every_stage_ends_bit_identical(image_folder, tmp_path):
     for kill in KILLS:
         assert run(kill, 'killed') == -signal.SIGKILL
         seen.append(stage() if StateStore(tmp_path / 'killed' / 'state').exists() else None)
-    assert {'warmup', 'policy', 'finetune'} <= set(seen), seen
+    assert set(stages[1:]) <= set(seen), seen
     assert run('never', 'killed') == 0
     reference, killed = tmp_path / 'reference', tmp_path / 'killed'
-    for folder in ('static', 'warmup', 'policy', '.'):
+    for folder in (*stages[:-1], '.'):
         for file in ('last/model.safetensors', 'best/model.safetensors', 'last/task.safetensors'):
-            if (folder, file) == ('static', 'last/task.safetensors'):
+            if 'task' in file and (family == 'anchornet' or folder == 'static'):
                 continue
             assert (reference / folder / file).read_bytes() == (killed / folder / file).read_bytes(), (folder, file)
         rows = [[{k: v for k, v in row.items() if k != 'seconds'} for row in _rows(run / folder)]
@@ -153,13 +181,14 @@ def test_killed_in_every_stage_ends_bit_identical(image_folder, tmp_path):
         assert str(a) == str(b)
 
 
-def test_two_processes_in_every_stage(tmp_path):
+@pytest.mark.parametrize(('family', 'stages'), [('gfnet', STAGES), ('anchornet', ANCHORNET)])
+def test_two_processes_in_every_stage(tmp_path, family, stages):
     images = make_images(tmp_path / 'images', {'train': 17, 'val': 7})
-    args = _args(images, tmp_path, '--batch-size', 4, '--policy-updates', 2)
+    args = _args(images, tmp_path, '--batch-size', 4, '--policy-updates', 2, family=family)
     run_python(HERE / 'ddp_driver.py', tmp_path / 'report.json', *args, processes=2)
     expected = {
         'weights_equal': True, 'weights_learned': True, 'averages_equal': None, 'data_differ': True, 'updates': 3}
-    assert json.loads((tmp_path / 'report.json').read_text()) == dict.fromkeys(STAGES, expected)
+    assert json.loads((tmp_path / 'report.json').read_text()) == dict.fromkeys(stages, expected)
 
 
 @pytest.mark.parametrize(('changes', 'message'), [

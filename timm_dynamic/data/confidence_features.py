@@ -1,0 +1,146 @@
+"""What a confidence net is trained on: sorted probabilities of a classifier, and whether it was right."""
+import csv
+import io
+import json
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from ..utils import atomic_write
+
+_FORMAT = 'timm_dynamic.confidence_features.1'
+
+
+@dataclass
+class ConfidenceFeatures:
+    """Features of N images.
+
+    Attributes:
+        probabilities: Sorted falling [N, n], float32.
+        hits: Whether the classifier was right [N], bool.
+        names: File names. Names may repeat: of images in different folders, or where features were merged.
+    """
+    probabilities: torch.Tensor
+    hits: torch.Tensor
+    names: list[str]
+
+    def __post_init__(self) -> None:
+        shape = list(self.probabilities.shape)
+        if len(shape) != 2 or list(self.hits.shape) != shape[:1] or len(self.names) != shape[0]:
+            raise ValueError(
+                f'Expected probabilities [N, classes], hits [N] and N names, got {shape}, {list(self.hits.shape)} and '
+                f'{len(self.names)}.')
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @classmethod
+    def from_logits(cls, logits: torch.Tensor, target: torch.Tensor, names: Sequence[str]) -> 'ConfidenceFeatures':
+        """Make features of a classifier's logits [N, n] and the true classes [N]."""
+        probabilities = logits.float().softmax(dim=1).sort(dim=1, descending=True).values
+        return cls(probabilities.cpu(), (logits.argmax(dim=1) == target).cpu(), list(names))
+
+    @classmethod
+    def merge(cls, features: Sequence['ConfidenceFeatures']) -> 'ConfidenceFeatures':
+        """Join features, e.g. of a shallow and a deep classifier.
+
+        Raises:
+            ValueError: They have different numbers of classes.
+        """
+        classes = [f.probabilities.shape[1] for f in features]
+        if len(set(classes)) != 1:
+            raise ValueError(f'Features of different numbers of classes cannot be merged: {classes}.')
+        return cls(
+            torch.cat([f.probabilities for f in features]), torch.cat([f.hits for f in features]),
+            [name for f in features for name in f.names])
+
+    def save(self, path: str | Path) -> None:
+        """Write safetensors, whole or not at all; the names are in its header."""
+        with atomic_write(path) as tmp:
+            save_file(
+                {'probabilities': self.probabilities.contiguous(), 'hits': self.hits.contiguous()}, tmp,
+                metadata={'format': _FORMAT, 'names': json.dumps(self.names)})
+
+    @classmethod
+    def load(cls, path: str | Path) -> 'ConfidenceFeatures':
+        """Read what `save` wrote, or a CSV, by its suffix.
+
+        Raises:
+            ValueError: It is neither, or damaged.
+        """
+        if Path(path).suffix.lower() == '.csv':
+            return cls.load_csv(path)
+        try:
+            with safe_open(path, framework='pt') as f:
+                metadata = f.metadata() or {}
+                if metadata.get('format') != _FORMAT:
+                    raise ValueError(f'its format is not {_FORMAT}')
+                return cls(f.get_tensor('probabilities'), f.get_tensor('hits'), json.loads(metadata['names']))
+        except (SafetensorError, OSError, KeyError, ValueError) as e:
+            raise ValueError(f"'{path}' cannot be read as confidence features: {e}") from e
+
+    def save_csv(self, path: str | Path) -> None:
+        """Write a CSV as the authors' scripts do: no header, UTF-8 with BOM; base name, n probabilities, 0 or 1."""
+        with atomic_write(path) as tmp, open(tmp, 'w', encoding='utf-8-sig', newline='') as f:
+            writer = csv.writer(f)
+            for name, row, hit in zip(self.names, self.probabilities.numpy(), self.hits.tolist()):
+                writer.writerow([os.path.basename(name), *map(str, row), int(hit)])  # shortest that reads back the same
+
+    @classmethod
+    def load_csv(cls, path: str | Path) -> 'ConfidenceFeatures':
+        """Read a CSV of the authors', see `save_csv`. Rows that are not sorted are sorted.
+
+        Raises:
+            ValueError: A row is ragged, or holds no such numbers; its line is named.
+        """
+        names: list[Any] = []
+        rows: list[Any] = []
+        with open(path, encoding='utf-8-sig', newline='') as f:
+            for line, name, values in _parse(f, path):
+                if rows and len(values) != len(rows[0]):
+                    raise ValueError(
+                        f"'{path}', line {line}: {len(values) - 1} probabilities, the first row has "
+                        f'{len(rows[0]) - 1}.')
+                if len(values) < 2 or values[-1] not in (0, 1):
+                    raise ValueError(f"'{path}', line {line}: expected probabilities and then 0 or 1.")
+                names.append(name)
+                rows.append(values)
+        if not rows:
+            raise ValueError(f"'{path}' is empty.")
+        table = torch.from_numpy(np.stack(rows))
+        probabilities = table[:, :-1].sort(dim=1, descending=True).values
+        bad = ((probabilities.sum(dim=1) - 1).abs() > 0.01) | (probabilities[:, -1] < 0)
+        if bad.any():
+            row = int(bad.int().argmax())
+            raise ValueError(
+                f"'{path}': the probabilities of '{names[row]}' (image {row + 1}) sum to "
+                f'{probabilities[row].sum():.4g}, and the smallest is {probabilities[row, -1]:.4g}.')
+        return cls(probabilities, table[:, -1] > 0.5, names)
+
+
+def _parse(f: io.TextIOBase, path: str | Path) -> Iterator[tuple[int, str, np.ndarray]]:
+    """Line number, name and numbers of each row. numpy reads a row some ten times faster than the csv module."""
+    for number, line in enumerate(f, 1):
+        line = line.rstrip('\r\n')
+        if not line:
+            continue
+        if line.startswith('"'):
+            name, *fields = next(csv.reader([line]))
+            rest = ','.join(fields)
+        else:
+            name, _, rest = line.partition(',')
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter('error')  # numpy only warns of what it cannot read
+                values = np.fromstring(rest, dtype=np.float32, sep=',') if rest else np.empty(0, np.float32)
+        except (DeprecationWarning, ValueError) as e:
+            raise ValueError(f"'{path}', line {number}: not all of it are numbers.") from e
+        yield number, name, values

@@ -1,0 +1,139 @@
+"""Training of AnchorNet-patch: one of its three networks after the other.
+
+Paper: `Localizing Semantic Patches for Accelerating Image Classification` - Yang et al., ICME 2022,
+https://arxiv.org/abs/2206.03367
+"""
+import logging
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.task import TrainingTask
+from timm.utils import unwrap_model
+from torch import nn
+
+from ..layers import crop_patches, get_glance
+from ..models.anchornet import AnchorNetPatch
+
+_logger = logging.getLogger(__name__)
+
+PARTS = ('localizer', 'resized', 'patch')
+
+
+class AnchorNetModule(nn.Module):
+    """An AnchorNet-patch of which one network runs.
+
+    Args:
+        model: The whole.
+        part: 'localizer' (sees images), 'resized' (images scaled down) or 'patch' (windows that the localizer finds).
+    """
+
+    def __init__(self, model: AnchorNetPatch, part: str) -> None:
+        super().__init__()
+        self.model = model
+        self.part = part
+
+    def no_weight_decay(self) -> set[str]:
+        return {f'model.{name}' for name in self.model.no_weight_decay()}
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Logits [n·B, num_classes]: one per image, or one per window, all first windows first."""
+        model = self.model
+        if self.part == 'localizer':
+            return model.localizer(x)
+        if self.part == 'resized':
+            return model.resized(get_glance(x, model.patch_size))
+        with torch.no_grad():
+            windows = model.locate(x)['windows'].transpose(0, 1)
+        views = crop_patches(x.repeat(len(windows), 1, 1, 1), windows.flatten(0, 1), model.patch_size)
+        return model.patch(views)
+
+
+class AnchorNetTask(TrainingTask):
+    """Train one network of an AnchorNet-patch by cross-entropy. The others are in eval mode and do not learn.
+
+    Every window of an image has the image's class. The patch net is validated by what the whole model makes of it, step
+    by step (the original: by the mean of five crops).
+
+    Args:
+        model: The whole.
+        part: 'localizer', 'resized' or 'patch'.
+        smoothing: Label smoothing.
+        device: Device of the task.
+        dtype: Dtype of the task.
+        verbose: Log what is used.
+    """
+
+    def __init__(
+            self,
+            model: AnchorNetPatch,
+            part: str,
+            smoothing: float = 0.,
+            device: torch.device | None = None,
+            dtype: torch.dtype | None = None,
+            verbose: bool = True,
+    ) -> None:
+        super().__init__(device=device, dtype=dtype, verbose=verbose)
+        if not isinstance(model, AnchorNetPatch):
+            raise ValueError(f'This training is for AnchorNet-patch models, got {type(model).__name__}.')
+        if part not in PARTS:
+            raise ValueError(f"part must be one of {', '.join(PARTS)}, got {part!r}.")
+        self.part, self.smoothing = part, smoothing
+        self.trainable_module: Any = AnchorNetModule(model, part)
+        for name in PARTS:
+            getattr(model, name).requires_grad_(name == part)
+        if self.verbose:
+            learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
+            _logger.info(f'AnchorNetTask: {learning / 1e6:.2f} M parameters of the {part} net learn.')
+
+    def train(self, mode: bool = True) -> 'AnchorNetTask':
+        """Set the mode; the networks that do not learn stay in eval mode."""
+        super().train(mode)
+        model = self.get_eval_model()
+        for name in PARTS:
+            if name != self.part:
+                getattr(model, name).eval()
+        return self
+
+    def prepare_distributed(self, device_ids: list | None = None, **ddp_kwargs: Any) -> 'AnchorNetTask':
+        """Wrap what is trained in DistributedDataParallel."""
+        from torch.nn.parallel import DistributedDataParallel
+        self.trainable_module = DistributedDataParallel(self.trainable_module, device_ids=device_ids, **ddp_kwargs)
+        return self
+
+    def compile(  # type: ignore[override]
+            self,
+            backend: str = 'inductor',
+            mode: str | None = None,
+            **compile_kwargs: Any,
+    ) -> nn.Module:
+        """Compile what is trained."""
+        self.trainable_module = torch.compile(self.trainable_module, backend=backend, mode=mode, **compile_kwargs)
+        return self.trainable_module
+
+    def get_eval_model(self, module: nn.Module | None = None, ema: bool = False) -> Any:
+        """The whole model."""
+        module = module if module is not None else self.get_trainable_module(ema=ema)
+        return unwrap_model(module).model if module is not None else None
+
+    def forward(self, input: torch.Tensor, target: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Compute the loss.
+
+        Args:
+            input: Images [B, in_chans, S, S].
+            target: Class indices [B], int64, or probabilities [B, C].
+
+        Returns:
+            'loss', and 'output' (logits of the images, or of their first windows [B, C]).
+        """
+        logits = self.trainable_module(input)
+        repeated = target.repeat(len(logits) // len(target), *[1] * (target.ndim - 1))
+        smoothing = 0. if target.is_floating_point() else self.smoothing  # mixup has smoothed already
+        loss = F.cross_entropy(logits.float(), repeated, label_smoothing=smoothing)
+        return {'loss': loss, 'output': logits[:len(input)]}
+
+    def forward_eval(self, model: AnchorNetPatch, x: torch.Tensor) -> torch.Tensor:
+        """Logits to validate by [n, B, C]: of the one network, or of all steps once the last one is trained."""
+        if self.part == 'patch':
+            return model.forward_all(x)['logits']
+        return AnchorNetModule(model, self.part)(x)[None]

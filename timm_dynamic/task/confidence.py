@@ -1,0 +1,273 @@
+"""Training of confidence nets: to tell from sorted probabilities whether a classifier is right."""
+import copy
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.task import TrainingTask
+from timm.utils import unwrap_model
+from torch import nn
+
+from ..layers import ConfidenceNet, SparseMasks
+from ..utils import fold_seed, seeded
+
+_logger = logging.getLogger(__name__)
+
+WRONG_WEIGHT = 2.0  # wrong predictions are drawn so many times as often as right ones
+
+
+class ConfidenceModule(nn.Module):
+    """A confidence net beside the masks that its training loss needs: what is wrapped, optimised and saved.
+
+    Args:
+        net: The net.
+    """
+
+    def __init__(self, net: ConfidenceNet) -> None:
+        super().__init__()
+        self.net = net
+        self.masks = SparseMasks(net)
+
+    def forward(self, probabilities: torch.Tensor) -> dict[str, torch.Tensor]:
+        """'output' [B], the scores of sorted probabilities [B, n]; and in train mode the masks' 'entropy', scalar."""
+        mapped, features = self.net.forward_steps(probabilities)
+        out = {'output': self.net.decide(features)}
+        return {**out, 'entropy': self.masks(self.net, mapped, features)} if self.training else out
+
+
+class ConfidenceTask(TrainingTask):
+    """Regression of 1 (right) and 0 (wrong), with masks that are kept sparse.
+
+    Loss: mean squared error + `sparsity` · entropy of the masks.
+
+    Args:
+        net: Confidence net.
+        sparsity: Weight of the entropy.
+        device: Device of the task.
+        dtype: Dtype of the task.
+        verbose: Log what is used.
+    """
+
+    def __init__(
+            self,
+            net: ConfidenceNet,
+            sparsity: float = 1e-3,
+            device: torch.device | None = None,
+            dtype: torch.dtype | None = None,
+            verbose: bool = True,
+    ) -> None:
+        super().__init__(device=device, dtype=dtype, verbose=verbose)
+        self.trainable_module: Any = ConfidenceModule(net).to(self.device)
+        self.sparsity = sparsity
+
+    def prepare_distributed(self, device_ids: list | None = None, **ddp_kwargs: Any) -> 'ConfidenceTask':
+        """Wrap net and masks in DistributedDataParallel."""
+        from torch.nn.parallel import DistributedDataParallel
+        self.trainable_module = DistributedDataParallel(self.trainable_module, device_ids=device_ids, **ddp_kwargs)
+        return self
+
+    @property
+    def net(self) -> ConfidenceNet:
+        module: Any = unwrap_model(self.trainable_module)
+        return module.net
+
+    def forward(self, input: torch.Tensor, target: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Compute the loss.
+
+        Args:
+            input: Probabilities [B, n], sorted falling.
+            target: Whether the classifier was right [B], bool or numbers from 0 to 1.
+
+        Returns:
+            'loss', 'output' (scores [B]), 'error' (the mean squared one), and in train mode 'entropy'.
+        """
+        out = self.trainable_module(input)
+        error = F.mse_loss(out['output'], target.to(out['output'].dtype))
+        return {**out, 'error': error, 'loss': error + self.sparsity * out['entropy'] if 'entropy' in out else error}
+
+
+@dataclass
+class ConfidenceFit:
+    """A trained confidence net, and how it came about.
+
+    Attributes:
+        net: With the weights of the best epoch, in eval mode.
+        best_epoch: Counted from 0.
+        val_error: Mean squared error of the held-out part that chose the epoch.
+        test_error: That of the part that chose nothing.
+        history: 'train_loss' and 'val_error' of each epoch.
+    """
+    net: ConfidenceNet
+    best_epoch: int
+    val_error: float
+    test_error: float
+    history: list[dict[str, float]] = field(repr=False)
+
+
+def draw_batches(hits: torch.Tensor, batch_size: int, seed: int, epoch: int) -> Iterator[torch.Tensor]:
+    """Indices of an epoch's batches: as many samples as there are, with replacement, wrong ones drawn twice as often.
+
+    Args:
+        hits: Whether the classifier was right [N], bool.
+        batch_size: Size of a batch; the last one may be smaller, but has two samples at least.
+        seed: Seed; each epoch has draws of its own.
+        epoch: Epoch.
+    """
+    weights = torch.where(hits.cpu(), 1.0, WRONG_WEIGHT).double().cumsum(0)
+    generator = torch.Generator().manual_seed(fold_seed(seed, 'confidence', epoch))
+    drawn = torch.rand(len(hits), dtype=torch.float64, generator=generator) * weights[-1]
+    order = torch.searchsorted(weights, drawn, right=True).clamp(max=len(hits) - 1)
+    for batch in order.split(batch_size):
+        if len(batch) > 1:  # a batch norm needs two
+            yield batch
+
+
+def fit_confidence_net(
+        probabilities: torch.Tensor,
+        hits: torch.Tensor,
+        net: ConfidenceNet | None = None,
+        epochs: int = 200,
+        batch_size: int = 256,
+        lr: float = 0.02,
+        clip_grad: float = 1.0,
+        sparsity: float = 1e-3,
+        patience: int = 50,
+        split: tuple[float, float] = (0.8, 0.1),
+        seed: int = 0,
+) -> ConfidenceFit:
+    """Train a confidence net as the paper does.
+
+    Adam, weighted sampling, a random part to stop early on and one to test on.
+
+    Args:
+        probabilities: Sorted falling [N, n], float32.
+        hits: Whether the classifier was right [N], bool.
+        net: Net to start from; by default a new one.
+        epochs: At most so many.
+        batch_size: Batch size.
+        lr: Learning rate.
+        clip_grad: Largest norm of the gradient.
+        sparsity: See `ConfidenceTask`.
+        patience: Stop after so many epochs without a smaller validation error.
+        split: Shares to train and to validate on; the rest is for testing.
+        seed: Seed of everything random. The same seed gives the same net on the same machine.
+
+    Raises:
+        ValueError: Shapes do not go together, or there are too few samples for three parts.
+    """
+    if probabilities.ndim != 2 or hits.shape != (len(probabilities),):
+        raise ValueError(
+            f'Expected probabilities [N, classes] and hits [N], got {list(probabilities.shape)} and '
+            f'{list(hits.shape)}.')
+    sizes = [math.floor(len(hits) * share) for share in split]
+    sizes.append(len(hits) - sum(sizes))
+    if min(sizes[0] - 1, *sizes[1:]) < 1:
+        raise ValueError(f'{len(hits)} samples are too few to be split into training, validation and test: {sizes}.')
+    order = torch.randperm(len(hits), generator=torch.Generator().manual_seed(fold_seed(seed, 'confidence split')))
+    parts = [(probabilities[rows], hits[rows].float()) for rows in order.split(sizes)]
+
+    with seeded(seed, 'confidence weights'):
+        task = ConfidenceTask(net or ConfidenceNet(), sparsity, verbose=False)
+    parameters = list(task.trainable_module.parameters())
+    optimizer = torch.optim.Adam(parameters, lr=lr)
+    best: tuple[float, int, dict[str, Any]] = (math.inf, -1, {})
+    history = []
+    for epoch in range(epochs):
+        task.train()
+        total = 0.0
+        for rows in draw_batches(parts[0][1] > 0.5, batch_size, seed, epoch):
+            loss = task(parts[0][0][rows], parts[0][1][rows])['loss']
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(parameters, clip_grad)
+            optimizer.step()
+            total += loss.item() * len(rows)
+        error = _error(task, *parts[1])
+        history.append({'train_loss': total / sizes[0], 'val_error': error})
+        if error < best[0]:
+            best = error, epoch, copy.deepcopy(task.net.state_dict())
+        elif epoch - best[1] >= patience:
+            break
+    if best[1] < 0:
+        raise ValueError(
+            f'The validation error is no number in any of {len(history)} epochs: try a smaller lr than {lr}.')
+    task.net.load_state_dict(best[2])
+    fit = ConfidenceFit(task.net.eval(), best[1], best[0], _error(task, *parts[2]), history)
+    _logger.info(
+        f'Confidence net: best of {len(history)} epochs is {fit.best_epoch}, mean squared error {fit.val_error:.4f} '
+        f'(validation), {fit.test_error:.4f} (test).')
+    return fit
+
+
+@torch.no_grad()
+def _error(task: ConfidenceTask, probabilities: torch.Tensor, hits: torch.Tensor) -> float:
+    task.eval()
+    batches = zip(probabilities.split(1024), hits.split(1024))
+    return float(sum((task.net.score_sorted(x) - y).square().sum() for x, y in batches) / len(hits))
+
+
+def make_folds(num_samples: int, num_folds: int, seed: int = 0) -> torch.Tensor:
+    """Random folds of equal size, or one more in some [N] int64.
+
+    Raises:
+        ValueError: There are more folds than samples, or fewer than two.
+    """
+    if not 2 <= num_folds <= num_samples:
+        raise ValueError(f'Expected 2 to {num_samples} folds, as many as there are samples, got {num_folds}.')
+    order = torch.randperm(num_samples, generator=torch.Generator().manual_seed(fold_seed(seed, 'confidence folds')))
+    folds = torch.empty(num_samples, dtype=torch.int64)
+    folds[order] = torch.arange(num_samples) % num_folds
+    return folds
+
+
+def fit_folds(
+        probabilities: torch.Tensor,
+        hits: torch.Tensor,
+        folds: torch.Tensor,
+        seed: int = 0,
+        **kwargs: Any,
+) -> list[ConfidenceFit]:
+    """Train a net for each fold, on the samples of the other folds.
+
+    Args:
+        probabilities: See `fit_confidence_net`.
+        hits: Likewise.
+        folds: Fold of each sample [N] int64, from 0; each has samples. Rows of one image belong to one fold.
+        seed: Seed.
+        **kwargs: For `fit_confidence_net`.
+    """
+    num_folds = int(folds.max()) + 1
+    empty = [k for k in range(num_folds) if not (folds == k).any()]
+    if folds.shape != hits.shape or empty or num_folds < 2:
+        raise ValueError(
+            f'Expected a fold for each of {len(hits)} samples and none empty, got shape {list(folds.shape)}, '
+            f'{num_folds} folds, empty: {empty}.')
+    return [
+        fit_confidence_net(probabilities[folds != k], hits[folds != k], seed=fold_seed(seed, 'fold', k), **kwargs)
+        for k in range(num_folds)]
+
+
+@torch.no_grad()
+def score_folds(nets: Sequence[ConfidenceNet], probabilities: torch.Tensor, folds: torch.Tensor) -> torch.Tensor:
+    """Score each sample with the net that has not seen it.
+
+    Args:
+        nets: A net for each fold.
+        probabilities: Sorted falling [N, n].
+        folds: Fold of each sample [N] int64.
+
+    Returns:
+        Scores [N], float32.
+    """
+    if int(folds.max()) >= len(nets):
+        raise ValueError(f'There are {len(nets)} nets, but a sample of fold {int(folds.max())}, counted from 0.')
+    scores = torch.empty(len(probabilities))
+    for k, net in enumerate(nets):
+        rows = (folds == k).nonzero().squeeze(1)
+        for part in rows.split(1024):
+            scores[part] = net(probabilities[part]).float()
+    return scores
