@@ -6,6 +6,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
+from ..models._builder import DEFAULT_HUB_ORG
 from ..utils import atomic_write
 from ..utils.export import CONFIG
 from .catalog import Entry
@@ -98,8 +99,8 @@ def _facts(config: Mapping[str, Any], entry: Entry) -> str:
 
 
 def _usage(config: Mapping[str, Any], entry: Entry, repo_id: str) -> str:
-    # By name where the name leads here, and nowhere else.
-    name = entry.name if repo_id == entry.hub_id else f'hf-hub:{repo_id}'
+    # By name where the name leads here for everybody.
+    name = entry.name if repo_id == f'{DEFAULT_HUB_ORG}/{entry.name}' else f'hf-hub:{repo_id}'
     text = f"""\
 ```python
 import timm, timm_dynamic  # registers the models

@@ -12,8 +12,9 @@ import timm
 import torch
 
 from ..layers.confidence_net import read_confidence_net
+from ..models._builder import BUNDLED
 from ..models.dynamic_net import DynamicNet
-from ..utils import CheckpointError, read_checkpoint, save_pretrained, sha256_of, write_json
+from ..utils import CheckpointError, copy_pretrained, read_checkpoint, save_pretrained, sha256_of, write_json
 from ..utils.export import CONFIG, WEIGHTS
 from ..utils.files import partial_name
 from .card import anytime_of, write_card
@@ -90,13 +91,7 @@ def export(
         state_dict: Weights to write in place of the model's own.
         **config: Further entries of config.json.
     """
-    metrics = dict(entry.metrics)
-    if isinstance(model, DynamicNet):
-        anytime = anytime_of(model.exit_cfg, entry)
-        if anytime:
-            metrics.setdefault('top1', anytime[-1])
-        config = {'step_macs': list(model.step_macs), 'metrics': metrics, **config}
-    save_pretrained(model, folder, state_dict=state_dict, **{'metrics': metrics, **config})
+    save_pretrained(model, folder, state_dict=state_dict, **{**_numbers_of(model, entry), **config})
     finish(folder, entry)
 
 
@@ -104,11 +99,42 @@ def finish(folder: str | Path, entry: Entry) -> None:
     """Make an exported folder one that can be published: its weights' hash, where they are from, and a card."""
     folder = Path(folder)
     config = json.loads((folder / CONFIG).read_text(encoding='utf-8'))
-    config['weights_sha256'] = sha256_of(folder / WEIGHTS)
+    config.update(weights_sha256=sha256_of(folder / WEIGHTS), entry=entry.name)
     cfg = config.setdefault('pretrained_cfg', {})
     cfg.update({k: v for k, v in {'license': entry.licence, 'origin_url': entry.repository}.items() if v})
     write_json(folder / CONFIG, config)
     write_card(folder, entry)
+
+
+def stage_bundled(entry: Entry, folder: str | Path) -> Path:
+    """Make a folder that can be published of weights that come with the package. Returns its path."""
+    folder = Path(folder)
+    copy_pretrained(BUNDLED / entry.name, folder)
+    describe(folder, entry)
+    return folder
+
+
+def describe(folder: str | Path, entry: Entry) -> None:
+    """Add to an exported folder what `export` writes beside the weights: costs, metrics, hash and card."""
+    folder = Path(folder)
+    model: Any = timm.create_model(f'local-dir:{folder}', pretrained=True)
+    config = json.loads((folder / CONFIG).read_text(encoding='utf-8'))
+    write_json(folder / CONFIG, {**config, **_numbers_of(model, entry)})
+    finish(folder, entry)
+
+
+def _numbers_of(model: Any, entry: Entry) -> dict[str, Any]:
+    metrics = dict(entry.metrics)
+    if not isinstance(model, DynamicNet):
+        return {'metrics': metrics}
+    anytime = anytime_of(model.exit_cfg, entry)
+    if anytime:
+        metrics.setdefault('top1', anytime[-1])
+    for budget in model.exit_cfg.get('budgets', ()):
+        judged = budget.get('judged', {})
+        if judged.get('exit_shares', [0])[-1] == 1:  # the whole model, with nothing stopped early
+            metrics.update({k: judged[k] for k in ('top1', 'top5') if k in judged and k not in metrics})
+    return {'step_macs': list(model.step_macs), 'metrics': metrics}
 
 
 def _add_budgets(model: DynamicNet, entry: Entry) -> None:

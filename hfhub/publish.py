@@ -1,0 +1,111 @@
+#!/usr/bin/env python3
+"""Publish folders that convert.py or train.py --push-to-hub wrote on the Hugging Face Hub, and verify what arrived.
+
+    python hfhub/publish.py --all --dry-run
+    python hfhub/publish.py output/hub/gfnet_resnet50_96.paper_in1k
+    python hfhub/publish.py output/train/RUN/hub --repo ORG/NAME --private
+
+Log in first, with `hf auth login`. Running it again is safe: only what differs is sent.
+"""
+import argparse
+import json
+import logging
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+from timm_dynamic.hub import (
+    Entry,
+    PublishError,
+    check_login,
+    check_permission,
+    files_to_publish,
+    publish,
+    read_catalog,
+    stage_bundled,
+)
+
+CATALOG = Path(__file__).parent / 'catalog.json'
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('folder', nargs='?', metavar='FOLDER', help='Folder to publish.')
+    parser.add_argument('--all', action='store_true', help='Publish every model of the catalog that is in --root.')
+    parser.add_argument('--root', default='output/hub', metavar='FOLDER', help='Where convert.py writes (%(default)s)')
+    parser.add_argument('--repo', metavar='ORG/NAME', help='Default: that of the catalog.')
+    parser.add_argument('--dry-run', action='store_true', help='Say what would go where, and how much; send nothing.')
+    parser.add_argument('--private', action='store_true', help='Create private repositories.')
+    parser.add_argument('--revision', metavar='BRANCH', help='Branch to publish to; created if needed. Default: main')
+    parser.add_argument('--i-have-permission', action='store_true',
+                        help='The authors, who state no licence, have agreed to the publication.')
+    parser.add_argument('--catalog', default=CATALOG, help='Default: catalog.json beside this script.')
+    args = parser.parse_args()
+    if bool(args.folder) == args.all:
+        parser.error('Expected either a FOLDER or --all.')
+    if args.all and args.repo:
+        parser.error('--repo is for one FOLDER; the organisation of --all is set by TIMM_DYNAMIC_HUB_ORG.')
+    logging.basicConfig(format='%(message)s')
+
+    staged = Path(tempfile.mkdtemp(prefix='timm_dynamic-'))
+    try:
+        catalog = read_catalog(args.catalog)
+        if args.folder:
+            folder = Path(args.folder)
+            files_to_publish(folder)
+            name = json.loads((folder / 'config.json').read_text(encoding='utf-8')).get('entry')
+            if name not in catalog and not args.repo:
+                raise PublishError(f"'{folder}' is of no model in the catalog: give its repository with --repo.")
+            jobs = [(catalog.get(name), folder, args.repo or catalog[name].hub_id)]
+        else:
+            jobs = [(e, _folder_of(e, Path(args.root), staged), e.hub_id) for e in catalog.values()]
+        if not args.dry_run:
+            check_login(jobs[0][2])
+        return max(_publish(*job, args) for job in jobs)
+    except (PublishError, OSError, ValueError) as e:
+        print(f'error: {e}', file=sys.stderr)
+        return 1
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+
+
+def _folder_of(entry: Entry, root: Path, staged: Path) -> Path:
+    """Where a model lies: what comes with the package needs no conversion, only a card."""
+    folder = root / entry.name
+    return stage_bundled(entry, staged / entry.name) if entry.family == 'digits' and not folder.exists() else folder
+
+
+def _publish(entry: Entry | None, folder: Path, repo: str, args: argparse.Namespace) -> int:
+    """Exit status; with --all, one model that fails does not stop the others."""
+    if args.all and not folder.exists():
+        print(f'{repo}: not converted yet (no {folder})')
+        return 0
+    try:
+        files = files_to_publish(folder)
+        if entry is not None:
+            check_permission(entry, args.i_have_permission)
+    except PublishError as e:
+        print(f'{repo}: {e}', file=sys.stdout if args.all else sys.stderr)
+        # What may not be published is no failure of --all, which publishes the rest.
+        return int(not args.all or args.i_have_permission or entry is None or entry.licence is not None)
+    sizes = {name: path.stat().st_size for name, path in files.items()}
+    to = f'{repo}{"@" + args.revision if args.revision else ""}'
+    print(f'{to}: {sum(sizes.values()):,} bytes from {folder}', flush=True)
+    for name, size in sizes.items():
+        print(f'    {name:<20}{size:>14,}')
+    if args.dry_run:
+        return 0
+    try:
+        report = publish(folder, repo, private=args.private, revision=args.revision)
+    except PublishError as e:
+        print(f'{to}: {e}', file=sys.stderr)
+        return 1
+    sent = f"sent {', '.join(report['uploaded'])}" if report['uploaded'] else 'nothing has changed, nothing was sent'
+    print(f"    {sent}; downloaded again, all hashes agree, logits differ by {report['difference']:.3g}\n"
+          f"    {report['url']}, commit {report['commit']}", flush=True)
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())
