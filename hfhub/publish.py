@@ -13,6 +13,7 @@ import logging
 import shutil
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from timm_dynamic.hub import (
@@ -24,12 +25,13 @@ from timm_dynamic.hub import (
     publish,
     read_catalog,
     stage_bundled,
+    verify_published,
 )
 
 CATALOG = Path(__file__).parent / 'catalog.json'
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('folder', nargs='?', metavar='FOLDER', help='Folder to publish.')
     parser.add_argument('--all', action='store_true', help='Publish every model of the catalog that is in --root.')
@@ -41,7 +43,7 @@ def main() -> int:
     parser.add_argument('--i-have-permission', action='store_true',
                         help='The authors, who state no licence, have agreed to the publication.')
     parser.add_argument('--catalog', default=CATALOG, help='Default: catalog.json beside this script.')
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if bool(args.folder) == args.all:
         parser.error('Expected either a FOLDER or --all.')
     if args.all and args.repo:
@@ -60,9 +62,7 @@ def main() -> int:
             jobs = [(catalog.get(name), folder, args.repo or catalog[name].hub_id)]
         else:
             jobs = [(e, _folder_of(e, Path(args.root), staged), e.hub_id) for e in catalog.values()]
-        if not args.dry_run:
-            check_login(jobs[0][2])
-        return max(_publish(*job, args) for job in jobs)
+        return _publish_all(jobs, args)
     except (PublishError, OSError, ValueError) as e:
         print(f'error: {e}', file=sys.stderr)
         return 1
@@ -76,35 +76,47 @@ def _folder_of(entry: Entry, root: Path, staged: Path) -> Path:
     return stage_bundled(entry, staged / entry.name) if entry.family == 'digits' and not folder.exists() else folder
 
 
-def _publish(entry: Entry | None, folder: Path, repo: str, args: argparse.Namespace) -> int:
-    """Exit status; with --all, one model that fails does not stop the others."""
-    if args.all and not folder.exists():
-        print(f'{repo}: not converted yet (no {folder})')
-        return 0
-    try:
-        files = files_to_publish(folder)
-        if entry is not None:
-            check_permission(entry, args.i_have_permission)
-    except PublishError as e:
-        print(f'{repo}: {e}', file=sys.stdout if args.all else sys.stderr)
-        # What may not be published is no failure of --all, which publishes the rest.
-        return int(not args.all or args.i_have_permission or entry is None or entry.licence is not None)
-    sizes = {name: path.stat().st_size for name, path in files.items()}
-    to = f'{repo}{"@" + args.revision if args.revision else ""}'
-    print(f'{to}: {sum(sizes.values()):,} bytes from {folder}', flush=True)
-    for name, size in sizes.items():
-        print(f'    {name:<20}{size:>14,}')
-    if args.dry_run:
-        return 0
-    try:
-        report = publish(folder, repo, private=args.private, revision=args.revision)
-    except PublishError as e:
-        print(f'{to}: {e}', file=sys.stderr)
-        return 1
-    sent = f"sent {', '.join(report['uploaded'])}" if report['uploaded'] else 'nothing has changed, nothing was sent'
-    print(f"    {sent}; downloaded again, all hashes agree, logits differ by {report['difference']:.3g}\n"
-          f"    {report['url']}, commit {report['commit']}", flush=True)
-    return 0
+def _publish_all(jobs: list[tuple[Entry | None, Path, str]], args: argparse.Namespace) -> int:
+    """Exit status. One model that fails does not stop the others."""
+    chosen, published, status = [], [], 0
+    for entry, folder, repo in jobs:
+        if args.all and not folder.exists():
+            print(f'{repo}: not converted yet (no {folder})')
+            continue
+        try:
+            files = files_to_publish(folder)
+            if entry is not None:
+                check_permission(entry, args.i_have_permission)
+        except PublishError as e:
+            # That some may not be published is no failure of --all, which publishes the rest.
+            forbidden = args.all and entry is not None and entry.licence is None and not args.i_have_permission
+            print(f'{repo}: {e}', file=sys.stdout if forbidden else sys.stderr)
+            status = status if forbidden else 1
+            continue
+        sizes = {name: path.stat().st_size for name, path in files.items()}
+        print(f'{_named(repo, args)}: {sum(sizes.values()):,} bytes from {folder}')
+        print(''.join(f'    {name:<20}{size:>14,}\n' for name, size in sizes.items()), end='', flush=True)
+        chosen.append((folder, repo))
+    if args.dry_run or not chosen:
+        return status
+    check_login(chosen[0][1])
+    for folder, repo in chosen:
+        try:
+            report = publish(folder, repo, private=args.private, revision=args.revision, verify=False)
+        except PublishError as e:
+            print(f'{_named(repo, args)}: {e}', file=sys.stderr)
+            status = 1
+            continue
+        sent = f"sent {', '.join(report['uploaded'])}" if report['uploaded'] else 'nothing differs, nothing was sent'
+        print(f"{_named(repo, args)}: {sent}; {report['url']}, commit {report['commit']}", flush=True)
+        published.append((folder, repo, report['commit']))
+    for repo, difference in verify_published(published).items():
+        print(f'{_named(repo, args)}: downloaded again: all hashes agree, logits differ by {difference:.3g}')
+    return status
+
+
+def _named(repo: str, args: argparse.Namespace) -> str:
+    return f'{repo}@{args.revision}' if args.revision else repo
 
 
 if __name__ == '__main__':

@@ -1,7 +1,8 @@
 """A Hugging Face Hub on the loopback interface: as much of its HTTP protocol as publishing and loading models need.
 
-Requests are answered as the Hub answers them: regular files by git's hash, binary ones through LFS; those are redirected
-to another host ('localhost', where the API is at 127.0.0.1), as the Hub redirects to its CDN. Faults happen on demand.
+Requests are answered as the Hub answers them: regular files by git's hash, binary ones through LFS; those are
+redirected to another host ('localhost', where the API is at 127.0.0.1), as the Hub redirects to its CDN. Faults happen
+on demand.
 """
 import base64
 import hashlib
@@ -223,7 +224,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _repo(self, repo_id: str, write: bool = False) -> Repo | None:
         """The repository if this request may see, or change it; else answer as the Hub does."""
         repo = self.hub.repos.get(repo_id)
-        if repo is None or (repo.private or write) and not self.authorized:
+        if repo is None or ((repo.private or write) and not self.authorized):
             if self.authorized:
                 self._error(404, 'RepoNotFound', 'Repository not found')
             else:

@@ -1,4 +1,4 @@
-"""Whatever the network or the Hub does: success after another try, or a clear error; never wrong or half-loaded models."""
+"""Whatever the network or the Hub does: success after another try, or a clear error; never a wrong model."""
 import json
 import os
 import re

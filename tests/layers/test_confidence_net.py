@@ -160,7 +160,7 @@ class TestWeights:
             ConfidenceNet.from_pretrained(tmp_path / 'a.safetensors')
         with pytest.raises(CheckpointError, match='No checkpoint at'):
             ConfidenceNet.from_pretrained(tmp_path / 'none.safetensors')
-        with pytest.raises(CheckpointError, match="'nobody/nothing' is no file. 'nobody/nothing' is not in the local cache"):
+        with pytest.raises(CheckpointError, match="'nobody/nothing' is not in the local cache"):
             ConfidenceNet.from_pretrained('nobody/nothing', cache_dir=tmp_path)
 
     def test_nothing_in_a_zip_is_executed(self, tmp_path):

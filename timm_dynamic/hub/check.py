@@ -1,11 +1,12 @@
-"""See that a model, loaded in a fresh process, gives the logits that are expected of it.
+"""See that models, loaded in a fresh process, give the logits that are expected of them.
 
-    python -m timm_dynamic.hub.check MODEL EXPECTED.safetensors [CACHE_DIR]
+    python -m timm_dynamic.hub.check EXPECTED.safetensors [CACHE_DIR]
 """
 import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,44 +36,61 @@ def fixed_logits(model: Any, num_images: int = 2) -> torch.Tensor:
     return torch.stack(list(model.forward_steps(x)) if isinstance(model, DynamicNet) else [model(x)]).float()
 
 
-def check_in_fresh_process(model: str, expected: torch.Tensor, cache_dir: str | Path | None = None) -> float:
-    """Load a model with its weights in a new process, and compare its logits.
+def check_in_fresh_process(
+        expected: Mapping[str, torch.Tensor],
+        cache_dir: str | Path | None = None,
+) -> dict[str, float]:
+    """Load models with their weights in a new process, and compare their logits.
 
     Args:
-        model: What `timm.create_model` takes, e.g. 'local-dir:FOLDER'.
-        expected: What `fixed_logits` gave.
+        expected: What `fixed_logits` gave, by what `timm.create_model` takes, e.g. 'local-dir:FOLDER'.
         cache_dir: Of downloads.
 
     Returns:
-        Largest absolute difference.
+        Largest absolute difference, by model.
 
     Raises:
-        CheckpointError: It does not load, or its logits differ.
+        CheckpointError: Some do not load, or their logits differ.
     """
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / 'expected.safetensors'
-        save_file({'logits': expected.contiguous()}, file)
-        command = [sys.executable, '-m', 'timm_dynamic.hub.check', model, str(file)]
-        done = subprocess.run([*command, *([str(cache_dir)] if cache_dir else [])], capture_output=True, text=True)
+        save_file({k: v.contiguous().clone() for k, v in expected.items()}, file)
+        command = [sys.executable, '-m', 'timm_dynamic.hub.check', str(file), *([str(cache_dir)] if cache_dir else [])]
+        done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or [f'exit status {done.returncode}'])[-1]
-        raise CheckpointError(f"'{model}' does not load in a fresh process: {reason}")
-    difference = float(json.loads(done.stdout.strip().splitlines()[-1])['difference'])
-    limit = TOLERANCE * max(1., expected.abs().max().item())
-    if not difference <= limit:
-        raise CheckpointError(
-            f"'{model}' gives other logits in a fresh process: they differ by {difference:.3g}, at most {limit:.3g} "
-            'was expected.')
-    return difference
+        raise CheckpointError(f'The fresh process that was to load {", ".join(expected)} failed: {reason}')
+    found = json.loads(done.stdout.strip().splitlines()[-1])
+    problems = []
+    for model, logits in expected.items():
+        limit = TOLERANCE * max(1., logits.abs().max().item())
+        if isinstance(found[model], str):
+            problems.append(f"'{model}' does not load in a fresh process: {found[model]}")
+        elif not found[model] <= limit:
+            problems.append(
+                f"'{model}' gives other logits in a fresh process: they differ by {found[model]:.3g}, at most "
+                f'{limit:.3g} was expected.')
+    if problems:
+        raise CheckpointError('\n'.join(problems))
+    return {model: float(found[model]) for model in expected}
+
+
+def _difference(name: str, expected: torch.Tensor, cache_dir: str | None) -> float | str:
+    """Or what is wrong with the model."""
+    try:
+        found = fixed_logits(timm.create_model(name, pretrained=True, cache_dir=cache_dir))
+    except Exception as e:
+        return (str(e).strip() or type(e).__name__).splitlines()[0]
+    if found.shape != expected.shape:
+        return f'expected logits {list(expected.shape)}, got {list(found.shape)}.'
+    return (found - expected).abs().max().item()
 
 
 def main(argv: list[str]) -> None:
-    name, file, *cache_dir = argv
-    model = timm.create_model(name, pretrained=True, cache_dir=cache_dir[0] if cache_dir else None)
-    expected, found = load_file(file)['logits'], fixed_logits(model)
-    if found.shape != expected.shape:
-        sys.exit(f'Expected logits {list(expected.shape)}, got {list(found.shape)}.')
-    print(json.dumps({'difference': (found - expected).abs().max().item()}))
+    file, *cache_dir = argv
+    print(json.dumps({
+        name: _difference(name, expected, cache_dir[0] if cache_dir else None)
+        for name, expected in load_file(file).items()}))
 
 
 if __name__ == '__main__':

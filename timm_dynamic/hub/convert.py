@@ -66,7 +66,7 @@ def convert(source: Source, entry: Entry, folder: str | Path, verify: bool = Tru
     try:
         export(model, unverified, entry, weights, conversion=conversion)
         if verify:
-            report['difference'] = check_in_fresh_process(f'local-dir:{unverified}', expected)
+            report['difference'], = check_in_fresh_process({f'local-dir:{unverified}': expected}).values()
         folder.mkdir(parents=True, exist_ok=True)
         for file in unverified.iterdir():
             file.replace(folder / file.name)
@@ -203,7 +203,7 @@ def _files(source: Path | dict[str, Path]) -> dict[str, Path]:
     # A folder of several files is AnchorNet's: localizer, resized, patch.
     names = {'anchornet': 'localizer', 'resized': 'resized', 'patch': 'patch'}
     part = {p: next((n for word, n in names.items() if word in p.name.lower()), p.name) for p in found}
-    return {f'{part[p]}/': p for p in found} if len(found) > 1 else {'': p for p in found}
+    return {f'{part[p]}/' if len(found) > 1 else '': p for p in found}
 
 
 def _tensors(source: Path | dict[str, Path]) -> Iterator[tuple[str, torch.Tensor]]:

@@ -4,7 +4,7 @@ import json
 import logging
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -79,8 +79,8 @@ def check_permission(entry: Entry, permitted: bool = False) -> None:
     """
     if entry.licence is None and not permitted:
         raise PublishError(
-            f'{entry.name} may not be published: {entry.licence_note or "no licence is stated."} With their permission, '
-            'give --i-have-permission.')
+            f'{entry.name} may not be published: {entry.licence_note or "no licence is stated."} With their '
+            'permission, give --i-have-permission.')
 
 
 def check_login(repo_id: str) -> str:
@@ -123,8 +123,8 @@ def publish(
         verify: Download what was published, compare hashes, and logits in a fresh process.
 
     Returns:
-        'commit' (its hash), 'uploaded' (names of files that were sent), 'url', and 'difference' between logits, if
-        verified.
+        'repo' and 'commit' (its hash), 'uploaded' (names of files that were sent), 'url', and 'difference' between
+        logits, if verified.
 
     Raises:
         PublishError: The folder is not fit, the Hub refuses or cannot be reached, or something else arrived.
@@ -154,39 +154,44 @@ def publish(
 
     sent: list[str] = []
     sha, uploaded = _call(f'publish {repo_id}', commit)
-    report = {'commit': sha, 'uploaded': uploaded, 'url': f'{api.endpoint}/{repo_id}'}
+    report = {'repo': repo_id, 'commit': sha, 'uploaded': uploaded, 'url': f'{api.endpoint}/{repo_id}'}
     if verify:
-        report['difference'] = verify_published(folder, repo_id, sha)
+        report['difference'], = verify_published([(folder, repo_id, sha)]).values()
     return report
 
 
-def verify_published(folder: str | Path, repo_id: str, revision: str) -> float:
-    """Download a repository anew, and compare it with the folder that it was published from.
+def verify_published(published: Iterable[tuple[str | Path, str, str]]) -> dict[str, float]:
+    """Download repositories anew, and compare them with the folders that they were published from.
 
     Args:
-        folder: See `files_to_publish`.
-        repo_id: 'ORG/NAME'.
-        revision: Hash of a commit.
+        published: Folder, 'ORG/NAME', and hash of the commit.
 
     Returns:
-        Largest absolute difference between logits.
+        Largest absolute difference between logits, by repository.
 
     Raises:
         PublishError: Files or logits differ.
     """
-    model: Any = timm.create_model(f'local-dir:{folder}', pretrained=True)
-    expected = fixed_logits(model)
+    published = list(published)
+    expected = {}
     with tempfile.TemporaryDirectory() as cache:
+        for folder, repo_id, revision in published:
+            model: Any = timm.create_model(f'local-dir:{folder}', pretrained=True)
+            expected[f'hf-hub:{repo_id}@{revision}'] = fixed_logits(model)
+            try:
+                fetch_weights(f'{repo_id}@{revision}', cache_dir=cache)
+                for name, path in files_to_publish(folder).items():
+                    if sha256_of(download_file(repo_id, name, revision, cache)) != sha256_of(path):
+                        raise PublishError(
+                            f"'{name}' arrived at {repo_id} with another content than that of '{path}'. Publish it "
+                            'again.')
+            except (CheckpointError, OSError) as e:
+                raise PublishError(f'{repo_id} was published, but does not verify: {e}') from e
         try:
-            fetch_weights(f'{repo_id}@{revision}', cache_dir=cache)
-            for name, path in files_to_publish(folder).items():
-                arrived = download_file(repo_id, name, revision, cache)
-                if sha256_of(arrived) != sha256_of(path):
-                    raise PublishError(
-                        f"'{name}' arrived at {repo_id} with another content than that of '{path}'. Publish it again.")
-            return check_in_fresh_process(f'hf-hub:{repo_id}@{revision}', expected, cache)
-        except (CheckpointError, OSError) as e:
-            raise PublishError(f'{repo_id} was published, but does not verify: {e}') from e
+            found = check_in_fresh_process(expected, cache)
+        except CheckpointError as e:
+            raise PublishError(f'Published, but does not verify: {e}') from e
+    return dict(zip((repo_id for _, repo_id, _ in published), found.values()))
 
 
 def _same(there: Any, path: Path) -> bool:

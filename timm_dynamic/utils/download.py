@@ -81,7 +81,7 @@ def fetch_weights(
     except EntryNotFoundError as e:
         raise CheckpointError(f"'{repo}' on the Hugging Face Hub holds no {filename}.") from e
     except (HfHubHTTPError, OSError, ValueError) as e:
-        if isinstance(e, RepositoryNotFoundError) or isinstance(e, HfHubHTTPError) and e.response.status_code == 401:
+        if isinstance(e, HfHubHTTPError) and (e.response.status_code == 401 or isinstance(e, RepositoryNotFoundError)):
             raise CheckpointError(
                 f"The Hugging Face Hub has no repository '{repo}' (yet), or it is private and you are not logged in "
                 '(`hf auth login`).') from e
