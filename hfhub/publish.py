@@ -3,7 +3,7 @@
 
     python hfhub/publish.py --all --dry-run
     python hfhub/publish.py output/hub/gfnet_resnet50_96.paper_in1k
-    python hfhub/publish.py output/train/RUN/hub --repo ORG/NAME --private
+    python hfhub/publish.py output/train/RUN/hub --private
 
 Log in first, with `hf auth login`. Running it again is safe: only what differs is sent.
 """
@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument('folder', nargs='?', metavar='FOLDER', help='Folder to publish.')
     parser.add_argument('--all', action='store_true', help='Publish every model of the catalog that is in --root.')
     parser.add_argument('--root', default='output/hub', metavar='FOLDER', help='Where convert.py writes (%(default)s)')
-    parser.add_argument('--repo', metavar='ORG/NAME', help='Default: that of the catalog.')
+    parser.add_argument('--repo', metavar='ORG/NAME', help='Default: that of the catalog, or of the run.')
     parser.add_argument('--dry-run', action='store_true', help='Say what would go where, and how much; send nothing.')
     parser.add_argument('--private', action='store_true', help='Create private repositories.')
     parser.add_argument('--revision', metavar='BRANCH', help='Branch to publish to; created if needed. Default: main')
@@ -57,9 +57,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             folder = Path(args.folder)
             files_to_publish(folder)
             name = json.loads((folder / 'config.json').read_text(encoding='utf-8')).get('entry')
-            if name not in catalog and not args.repo:
+            entry = catalog.get(name)
+            repo = args.repo or (entry.hub_id if entry else name)  # train.py notes the whole id
+            if not repo or '/' not in repo:
                 raise PublishError(f"'{folder}' is of no model in the catalog: give its repository with --repo.")
-            jobs = [(catalog.get(name), folder, args.repo or catalog[name].hub_id)]
+            jobs = [(entry, folder, repo)]
         else:
             jobs = [(e, _folder_of(e, Path(args.root), staged), e.hub_id) for e in catalog.values()]
         return _publish_all(jobs, args)

@@ -12,6 +12,7 @@ import logging
 import os
 import pickle
 import re
+import runpy
 import shutil
 import sys
 import time
@@ -34,10 +35,12 @@ if __name__ == '__main__':
 import pytest
 import timm
 import torch
+import yaml
 from huggingface_hub import HfApi, constants
 
 import timm_dynamic
 from timm_dynamic.hub import Entry, PublishError, describe, fixed_logits, publish
+from timm_dynamic.training import train_main
 from timm_dynamic.utils import CheckpointError, save_pretrained
 
 ENTRY = Entry('test_gfnet.mine', description='A net.', recipe='None.', licence='mit', limits='All.')
@@ -433,6 +436,68 @@ def budgets_other_classes_and_other_channels():
     assert other(torch.randn(2, 1, 96, 96)).shape == (2, 7)
     assert 'budgets' not in other.exit_cfg
     assert HfApi().endpoint == SERVER.url  # no request went elsewhere
+
+
+def _train(*options: str) -> int:
+    return train_main([
+        '--model', 'test_focusnet', '--img-size', '32', '--demo-digit-scale', '12', '20', '--device', 'cpu', '-b', '64',
+        '--epochs', '1', '-j', '0', '--train-num-samples', '128', '--val-num-samples', '64', '--lr', '0.01',
+        '--output', str(FOLDER / 'train'), *options])
+
+
+@scenario
+def a_run_of_train_py_is_published_with_a_card_of_it():
+    fresh()
+    assert _train('--experiment', 'a', '--push-to-hub', 'me/digits', '--hub-private') == 0
+    repo = SERVER.repos['me/digits']
+    assert repo.private
+    files = repo.commits[repo.refs['main']]
+    assert sorted(files) == ['.gitattributes', 'README.md', 'config.json', 'model.safetensors']
+    card, config = files['README.md'].decode(), json.loads(files['config.json'])
+    row, = json.loads((FOLDER / 'train/a/results.json').read_text())
+    assert config['metrics'] == {'top1': row['top1'], 'top5': row['top5']}
+    meta = yaml.safe_load(card.split('---')[1])
+    result, = meta['model-index'][0]['results']
+    assert [m['value'] for m in result['metrics']] == [row['top1'], row['top5']]
+    assert result['dataset']['name'] == 'cluttered_digits'
+    assert meta['license'] == 'unknown'
+    assert "timm.create_model('hf-hub:me/digits', pretrained=True)" in card
+    assert '| lr | 0.01 |' in card
+    assert '| epochs | 1 |' in card
+    assert 'the recipe `classification`' in card
+    assert str(FOLDER) not in card
+    assert same(load('hf-hub:me/digits'), FOLDER / 'train/a/best')
+
+
+@scenario
+def a_run_that_cannot_be_published_is_not_lost():
+    fresh()
+    SERVER.fail('POST .*/commit/', times=99, status=500)
+    errors = io.StringIO()
+    with contextlib.redirect_stderr(errors):
+        assert _train('--experiment', 'b', '--push-to-hub', 'me/digits') == 1
+    assert 'PublishError: Could not publish me/digits' in errors.getvalue()
+    assert f'Publish it with: python hfhub/publish.py {FOLDER}/train/b/hub' in errors.getvalue()
+    SERVER.faults.clear()
+    script = runpy.run_path(str(Path(__file__).parents[2] / 'hfhub/publish.py'))['main']
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        assert script([str(FOLDER / 'train/b/hub')]) == 0
+    assert 'me/digits: downloaded again: all hashes agree, logits differ by 0' in said.getvalue()
+    assert same(load('hf-hub:me/digits'), FOLDER / 'train/b/best')
+
+
+@scenario
+def a_run_that_could_not_be_published_does_not_begin():
+    fresh()
+    for repo, token, message in (('me/digits', None, 'log in with `hf auth login`'), ('me/digits', 'hf_wrong', '401'),
+                                 ('digits', TOKEN, 'Expected a repository as ORG/NAME'), ('a/b/c', TOKEN, 'a/b/c')):
+        os.environ['HF_TOKEN'] = token or ''
+        errors = io.StringIO()
+        with contextlib.redirect_stderr(errors):
+            assert _train('--experiment', 'c', '--push-to-hub', repo) == 1
+        assert message in errors.getvalue(), errors.getvalue()
+    assert not (FOLDER / 'train/c').exists()
 
 
 def main() -> None:

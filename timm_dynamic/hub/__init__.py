@@ -4,6 +4,7 @@ from .catalog import Entry, find_entry, read_catalog
 from .check import check_in_fresh_process, fixed_logits
 from .convert import account, convert, describe, export, finish, stage_bundled
 from .publish import PublishError, check_login, check_permission, files_to_publish, publish, verify_published
+from .runs import describe_run
 
 __all__ = [
     'Entry',
@@ -14,6 +15,7 @@ __all__ = [
     'check_permission',
     'convert',
     'describe',
+    'describe_run',
     'export',
     'files_to_publish',
     'find_entry',

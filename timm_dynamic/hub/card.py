@@ -156,11 +156,11 @@ def _results(config: Mapping[str, Any], entry: Entry, picture: bool) -> list[str
     if 'top5' in metrics or entry.baseline:
         rows = [('this model', metrics), *([('its frozen baseline', entry.baseline)] if entry.baseline else [])]
         parts.append(f'Accuracy (%){on}, {source}:')
-        parts.append(_table(('', 'top-1', 'top-5'), [(n, m.get('top1'), m.get('top5')) for n, m in rows]))
+        parts.append(table(('', 'top-1', 'top-5'), [(n, m.get('top1'), m.get('top5')) for n, m in rows]))
     steps = steps_of(config, entry)
     if steps:
         parts.append(f'All images stopped after the same step{on}, {source}:')
-        parts.append(_table(('step', 'GMACs', 'top-1 (%)'), [
+        parts.append(table(('step', 'GMACs', 'top-1 (%)'), [
             (t + 1, gmacs, top1) for t, (gmacs, top1) in enumerate(steps)]))
     budgets = budgets_of(config)
     if budgets:
@@ -171,13 +171,13 @@ def _results(config: Mapping[str, Any], entry: Entry, picture: bool) -> list[str
         how = f'fitted on {fitted}, judged on {judged}' if fitted else source
         parts.append(f'Budgets that come with the model{more}{on}, {how}:')
         shares = any(b.get('exit_shares') for b in shown)
-        parts.append(_table(
+        parts.append(table(
             ('GMACs', 'top-1 (%)', *(['exits after step 1, 2, ... (%)'] if shares else [])),
             [(b['gmacs'], b.get('top1'),
               *([_numbers([100 * s for s in b.get('exit_shares') or ()], 3)] if shares else [])) for b in shown]))
     if entry.published:
         parts.append(f'Operating points{on}, as published:')
-        parts.append(_table(
+        parts.append(table(
             ('GMACs', 'threshold', 'top-1 (%)'), [(p['gmacs'], p['threshold'], p['top1']) for p in entry.published]))
     if picture:
         parts.append(f'![Top-1 accuracy over multiply-adds]({PICTURE})')
@@ -236,7 +236,8 @@ def _draw(path: Path, config: Mapping[str, Any], entry: Entry) -> bool:
     return drawn
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """A table in Markdown."""
     lines = [head, ['---'] * len(head), *[[_cell(v) for v in row] for row in rows]]
     return '\n'.join(f'| {" | ".join(line)} |' for line in lines)
 

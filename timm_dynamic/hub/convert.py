@@ -95,15 +95,21 @@ def export(
     finish(folder, entry)
 
 
-def finish(folder: str | Path, entry: Entry) -> None:
-    """Make an exported folder one that can be published: its weights' hash, where they are from, and a card."""
+def finish(folder: str | Path, entry: Entry, repo_id: str | None = None) -> None:
+    """Make an exported folder one that can be published: its weights' hash, where they are from, and a card.
+
+    Args:
+        folder: With model.safetensors and config.json.
+        entry: Says what the card says.
+        repo_id: 'ORG/NAME', for what is in no catalog. Default: the entry's.
+    """
     folder = Path(folder)
     config = json.loads((folder / CONFIG).read_text(encoding='utf-8'))
-    config.update(weights_sha256=sha256_of(folder / WEIGHTS), entry=entry.name)
+    config.update(weights_sha256=sha256_of(folder / WEIGHTS), entry=repo_id or entry.name)
     cfg = config.setdefault('pretrained_cfg', {})
     cfg.update({k: v for k, v in {'license': entry.licence, 'origin_url': entry.repository}.items() if v})
     write_json(folder / CONFIG, config)
-    write_card(folder, entry)
+    write_card(folder, entry, repo_id)
 
 
 def stage_bundled(entry: Entry, folder: str | Path) -> Path:
@@ -114,13 +120,13 @@ def stage_bundled(entry: Entry, folder: str | Path) -> Path:
     return folder
 
 
-def describe(folder: str | Path, entry: Entry) -> None:
+def describe(folder: str | Path, entry: Entry, repo_id: str | None = None) -> None:
     """Add to an exported folder what `export` writes beside the weights: costs, metrics, hash and card."""
     folder = Path(folder)
     model: Any = timm.create_model(f'local-dir:{folder}', pretrained=True)
     config = json.loads((folder / CONFIG).read_text(encoding='utf-8'))
     write_json(folder / CONFIG, {**config, **_numbers_of(model, entry)})
-    finish(folder, entry)
+    finish(folder, entry, repo_id)
 
 
 def _numbers_of(model: Any, entry: Entry) -> dict[str, Any]:
