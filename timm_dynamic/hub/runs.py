@@ -1,12 +1,15 @@
 """What a run of train.py made, as a folder that can be published."""
 import argparse
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import timm
+import torch
+
 from ..utils import copy_pretrained
 from ..utils.export import TASK_STATE
+from ..version import __version__
 from .card import table
 from .catalog import Entry
 from .convert import describe
@@ -44,24 +47,23 @@ def describe_run(
     (Path(folder) / TASK_STATE).unlink(missing_ok=True)
     model = next(iter(stages.values())).model
     last = results[-1] if results else {}
-    where = f' on its split {last["split"]!r} ({last["images"]} images)' if last else ''
-    made_with = ', '.join(f'{p} {version(p)}' for p in ('timm_dynamic', 'timm', 'torch'))
+    where = f"on the split '{last['split']}' ({last['images']} images)" if last else ''
     parts = [
-        f'Trained by `train.py` of [timm_dynamic](https://pypi.org/project/timm-dynamic/) with the recipe `{recipe}` '
-        f'({made_with}). Options that differ from the defaults:',
+        f'Trained by `train.py` of timm_dynamic {__version__} (timm {timm.__version__}, torch {torch.__version__}) with '
+        f'the recipe `{recipe}`. Options that differ from the defaults:',
         _options(stages, defaults),
     ]
     if results:
         columns = list(dict.fromkeys(k for row in results for k in row))
-        parts += [f'The run compared on the same images{where}:',
+        parts += [f'What the run compared, {where}:',
                   table(columns, [[row.get(c) for c in columns] for row in results])]
     describe(folder, Entry(
         repo_id.partition('/')[2],
         description=f'`{_shown(model)}`, trained on {dataset}.',
         dataset=dataset,
         recipe='\n\n'.join(parts),
-        limits=f'It has been judged{where or " nowhere"}; it knows the classes of its training data and no other.',
-        licence_note='Who trained it states none here. Data, and weights that training started from, have their own.',
+        limits=f'Judged {where or "on no images"}. It knows the classes of its training data and no other.',
+        licence_note='Data, and weights that training started from, have licences of their own.',
         metrics={k: float(last[k]) for k in ('top1', 'top5') if k in last},
     ), repo_id)
 
