@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import psutil
+import torch
 from PIL import Image
 
 ROOT = Path(__file__).parents[1]
@@ -49,3 +50,31 @@ def run_python(*args, processes: int = 1, check: bool = True, env: Any = None) -
     if check and process.returncode:
         raise AssertionError(f'exit status {process.returncode}\n{stdout[-4000:]}\n{stderr[-4000:]}')
     return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
+
+
+def authors_checkpoint(model, name, steps=5, prefix='module.', **other):
+    """What the authors' code would save of a GFNet over a ResNet or MobileNet."""
+    weights, parts, classes = model.state_dict(), {}, model.num_classes
+    width = model(model.example_input(), all_steps=True)['features'].shape[2]
+    for part, encoder in (('model_prime_state_dict', 'global_encoder'), ('model_state_dict', 'local_encoder')):
+        parts[part] = {prefix + k.removeprefix(f'{encoder}.'): v for k, v in weights.items() if k.startswith(encoder)}
+        head = 'fc' if 'resnet' in name else 'classifier'
+        parts[part].update({
+            f'{prefix}{head}.weight': torch.randn(classes, width), f'{prefix}{head}.bias': torch.randn(classes)})
+    if 'rnn' in model.classifier.heads:
+        parts['fc'] = {f'rnn.{k}_l0': v for k, v in model.classifier.rnn.state_dict().items()}
+        parts['fc'].update({f'fc.{k}': v for k, v in model.classifier.heads['rnn'].state_dict().items()})
+    else:
+        parts['fc'] = {}
+        for t in range(2, 6):
+            shape = classes, t * width
+            parts['fc'][f'fc_{t}.weight'], parts['fc'][f'fc_{t}.bias'] = torch.randn(shape), torch.randn(classes)
+    parts['policy'] = {
+        **{k.replace('actor.', 'actor.0.') + ('_l0' if k.startswith('gru') else ''): v
+           for k, v in model.policy.state_dict().items()},
+        'critic.0.weight': torch.randn(1, 16), 'critic.0.bias': torch.randn(1)}
+    flops = np.cumsum(np.full(steps, 0.5e9))
+    return {
+        'model_name': name, 'patch_size': model.patch_size, **parts, 'flops': list(flops),
+        'anytime_classification': [torch.tensor(60.), 70.], 'dynamic_threshold': torch.rand(39, steps),
+        'budgeted_batch_classification': [list(np.linspace(flops[0], flops[-1], 39)), [60.] * 39], **other}

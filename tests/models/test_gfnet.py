@@ -3,10 +3,10 @@ import json
 import threading
 from functools import partial
 
-import numpy as np
 import pytest
 import timm
 import torch
+from helpers import authors_checkpoint
 from timm.models import group_parameters
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -357,32 +357,6 @@ class TestAllSteps:
         plain.load_state_dict({k: v for k, v in model.state_dict().items() if 'heads.first' not in k})
         torch.testing.assert_close(out['rnn_logits'], next(plain.forward_steps(x)))
         torch.testing.assert_close(out['logits'][0], model.classifier.heads['first'](out['features'][0]))
-
-
-def authors_checkpoint(model, name, steps=5, prefix='module.', **other):
-    """What the authors' code would save of a model over a ResNet or MobileNet."""
-    weights, parts = model.state_dict(), {}
-    for part, encoder in (('model_prime_state_dict', 'global_encoder'), ('model_state_dict', 'local_encoder')):
-        parts[part] = {prefix + k.removeprefix(f'{encoder}.'): v for k, v in weights.items() if k.startswith(encoder)}
-        head = 'fc' if 'resnet' in name else 'classifier'
-        width = model(torch.zeros(1, 3, 96, 96), all_steps=True)['features'].shape[2]
-        parts[part].update({f'{prefix}{head}.weight': torch.randn(7, width), f'{prefix}{head}.bias': torch.randn(7)})
-    if 'rnn' in model.classifier.heads:
-        parts['fc'] = {f'rnn.{k}_l0': v for k, v in model.classifier.rnn.state_dict().items()}
-        parts['fc'].update({f'fc.{k}': v for k, v in model.classifier.heads['rnn'].state_dict().items()})
-    else:
-        parts['fc'] = {}
-        for t in range(2, 6):
-            parts['fc'][f'fc_{t}.weight'], parts['fc'][f'fc_{t}.bias'] = torch.randn(7, t * width), torch.randn(7)
-    parts['policy'] = {
-        **{k.replace('gru.', 'gru.').replace('actor.', 'actor.0.') + ('_l0' if k.startswith('gru') else ''): v
-           for k, v in model.policy.state_dict().items()},
-        'critic.0.weight': torch.randn(1, 16), 'critic.0.bias': torch.randn(1)}
-    flops = np.cumsum(np.full(steps, 0.5e9))
-    return {
-        'model_name': name, 'patch_size': 64, **parts, 'flops': list(flops),
-        'anytime_classification': [torch.tensor(60.), 70.], 'dynamic_threshold': torch.rand(39, steps),
-        'budgeted_batch_classification': [list(np.linspace(flops[0], flops[-1], 39)), [60.] * 39], **other}
 
 
 @pytest.fixture(scope='module')
