@@ -66,7 +66,7 @@ def convert(path):
 
 def parts(path):
     timm.create_model('test_anchornet_patch', pretrained=True, pretrained_cfg_overlay=dict(
-        file={part: path for part in ('localizer', 'resized', 'patch')}))
+        file=dict.fromkeys(('localizer', 'resized', 'patch'), path)))
 
 
 def folder(path):

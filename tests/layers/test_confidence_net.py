@@ -180,13 +180,13 @@ class TestWeights:
         net.save(tmp_path / 'model.safetensors')
         asked = []
 
-        def download(repo, filename, revision=None, cache_dir=None):
-            asked.append((repo, filename, revision))
-            return str(tmp_path / filename)
+        def fetch(repo, cache_dir=None):
+            asked.append(repo)
+            return tmp_path / 'model.safetensors'
 
-        monkeypatch.setattr('timm_dynamic.layers.confidence_net.hf_hub_download', download)
+        monkeypatch.setattr('timm_dynamic.layers.confidence_net.fetch_weights', fetch)
         again = timm_dynamic.ConfidenceNet.from_pretrained('org/name@v1')
-        assert asked == [('org/name', 'model.safetensors', 'v1')]
+        assert asked == ['org/name@v1']
         assert torch.equal(again.head.weight, net.head.weight)
 
 

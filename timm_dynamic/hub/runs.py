@@ -49,8 +49,8 @@ def describe_run(
     last = results[-1] if results else {}
     where = f"on the split '{last['split']}' ({last['images']} images)" if last else ''
     parts = [
-        f'Trained by `train.py` of timm_dynamic {__version__} (timm {timm.__version__}, torch {torch.__version__}) with '
-        f'the recipe `{recipe}`. Options that differ from the defaults:',
+        f'Trained by `train.py` of timm_dynamic {__version__} (timm {timm.__version__}, torch {torch.__version__}) '
+        f'with the recipe `{recipe}`. Options that differ from the defaults:',
         _options(stages, defaults),
     ]
     if results:
