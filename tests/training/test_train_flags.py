@@ -757,7 +757,30 @@ def cascade(probe, *value, gives, base):
     return check
 
 
+def pushed(repo, *options, private):
+    """What is published; tests/hub has it received."""
+    def check(lab, flag):
+        calls = []
+        lab.monkeypatch.setattr(run_module.hub, 'check_login', calls.append)
+        lab.monkeypatch.setattr(run_module.hub, 'publish', lambda *args, **kwargs: calls.append((args, kwargs)) or {
+            'url': 'https://hub/me/net', 'commit': 'abc'})
+        assert flag in options
+        run = lab.ran(*options)
+        assert calls == [repo, ((run.folder / 'hub', repo), {'private': private})]
+        text = (run.folder / 'hub' / 'README.md').read_text()
+        assert f"timm.create_model('hf-hub:{repo}', pretrained=True)" in text
+        assert str(lab.tmp) not in text
+        assert 'https://hub/me/net' in run.log
+        calls.clear()
+        lab.ran()
+        assert not calls
+
+    return check
+
+
 OURS = {
+    '--push-to-hub': pushed('me/net', '--push-to-hub', 'me/net', private=False),
+    '--hub-private': pushed('me/net', '--push-to-hub', 'me/net', '--hub-private', private=True),
     '--recipe': recipe,
     '--stage': built(lambda t: t.stage.name, 'focus', gives='focus', base=[*FOCUS, '--focus-plain']),
     '--stage-args': built(lambda t: t.num_epochs, 'classification.epochs=7', gives=7),

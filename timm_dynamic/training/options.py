@@ -316,6 +316,9 @@ def create_train_parser() -> argparse.ArgumentParser:
     g.add_argument('--no-prefetcher', action='store_true', help='normalise, erase and mix in the workers')
     g.add_argument('--output', default='', metavar='DIR', help='(output/train)')
     g.add_argument('--experiment', default='', metavar='NAME', help='folder in --output (date, time and model)')
+    g.add_argument('--push-to-hub', default='', metavar='ORG/NAME',
+                   help='publish the best weights of the last stage on the Hugging Face Hub, with a card of the run')
+    g.add_argument('--hub-private', action='store_true', help='with --push-to-hub: create a private repository')
     g.add_argument('--eval-metric', default='top1', metavar='NAME', help='what best means (%(default)s)')
     g.add_argument('--tta', type=int, default=0, metavar='N', help='views averaged in validation, if the loader makes them')
     g.add_argument('--use-multi-epochs-loader', action='store_true', help='prefetch across the end of an epoch')

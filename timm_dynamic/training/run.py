@@ -19,6 +19,7 @@ from accelerate.utils import broadcast_object_list
 from timm.models import is_model_in_modules, parse_model_name, safe_model_name
 from timm.utils import setup_default_logging
 
+from .. import hub
 from ..exits import ExitTable
 from ..models.dynamic_net import DynamicNet
 from ..task import Recipe, Stage, StageContext, create_baseline, create_recipe
@@ -35,6 +36,7 @@ from .anytime import (
 )
 from .budgets import same_split, split_in_halves
 from .build import (
+    DEMO_DATASET,
     build_eval_loader,
     build_model,
     check_model_name,
@@ -56,7 +58,7 @@ _logger = logging.getLogger(__name__)
 _OUTPUT = 'output/train'
 
 # What a user can mend: shown as one line, not as a traceback.
-_USER_ERRORS = (ValueError, FileNotFoundError, CheckpointError, NonFiniteLoss, StateError)
+_USER_ERRORS = (ValueError, FileNotFoundError, CheckpointError, NonFiniteLoss, StateError, hub.PublishError)
 
 
 class TrainOptions:
@@ -197,6 +199,8 @@ def run_training(argv: Sequence[str] | None = None) -> dict[str, Any]:
     for module in base.device_modules or ():  # they may register the model
         importlib.import_module(module)
     check_model_name(base.model)
+    if base.push_to_hub:
+        hub.check_login(base.push_to_hub)  # before hours are spent
     demo = uses_demo_data(base)
     recipe = create_recipe(base, demo, _model_with_recipes(base))
     stages = _select_stages(recipe, base, options)
@@ -265,6 +269,8 @@ def run_training(argv: Sequence[str] | None = None) -> dict[str, Any]:
         _logger.info(f"\n{format_table(table)}\n\nWeights: {folder / 'best'}\n"
                      f"Load them with: timm.create_model('local-dir:{folder / 'best'}', pretrained=True)")
     accelerator.end_training()
+    if base.push_to_hub and main:
+        _push_to_hub(recipe, stages, options, accelerator.num_processes, folder, weights, table)
     return {'folder': folder, 'results': dict(results), 'table': table}
 
 
@@ -442,6 +448,31 @@ def _judge_exits(
         if plot_accuracy_over_macs(picture, curves, points, title=f'{split}, {len(table)} images'):
             text += f'\n\nAccuracy over multiply-adds: {picture}'
         _logger.info('\n' + text)
+
+
+def _push_to_hub(
+        recipe: Recipe,
+        stages: Sequence[Stage],
+        options: TrainOptions,
+        num_processes: int,
+        folder: Path,
+        weights: dict[str, Path],
+        table: list[dict[str, Any]],
+) -> None:
+    """Publish the best weights of the last stage, with a card of the run."""
+    base = options.base
+    args = {s.name: options.for_stage(s, num_processes) for s in stages}
+    dataset = DEMO_DATASET if uses_demo_data(base) else base.dataset or 'a folder of images'
+    hub.describe_run(
+        weights[stages[-1].name], folder / 'hub', base.push_to_hub, recipe.name, args, options.defaults, table, dataset)
+    try:
+        report = hub.publish(folder / 'hub', base.push_to_hub, private=base.hub_private)
+    except hub.PublishError as e:
+        raise hub.PublishError(
+            f"{e}\nThe run is finished and nothing of it is lost. Publish it with: python hfhub/publish.py "
+            f"{folder / 'hub'}{' --private' if base.hub_private else ''}") from e
+    _logger.info(f"Published: {report['url']} (commit {report['commit']})\n"
+                 f"Load it with: timm.create_model('hf-hub:{base.push_to_hub}', pretrained=True)")
 
 
 def run_script(script: Callable[[], int]) -> int:
