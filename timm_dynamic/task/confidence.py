@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.task import TrainingTask
 from timm.utils import unwrap_model
 from torch import nn
 
 from ..layers import ConfidenceNet, SparseMasks
 from ..layers.confidence_net import GhostBatchNorm, check_probabilities
 from ..utils import fold_seed, seeded
+from .base import OneModuleTask
 
 _logger = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ class ConfidenceModule(nn.Module):
         return {**out, 'entropy': self.masks(self.net, mapped, features)} if self.training else out
 
 
-class ConfidenceTask(TrainingTask):
+class ConfidenceTask(OneModuleTask):
     """Regression of 1 (right) and 0 (wrong), with masks that are kept sparse.
 
     Loss: mean squared error + `sparsity` · entropy of the masks.
@@ -63,14 +63,8 @@ class ConfidenceTask(TrainingTask):
             verbose: bool = True,
     ) -> None:
         super().__init__(device=device, dtype=dtype, verbose=verbose)
-        self.trainable_module: Any = ConfidenceModule(net).to(self.device)
+        self.trainable_module = ConfidenceModule(net).to(self.device)
         self.sparsity = sparsity
-
-    def prepare_distributed(self, device_ids: list | None = None, **ddp_kwargs: Any) -> 'ConfidenceTask':
-        """Wrap net and masks in DistributedDataParallel."""
-        from torch.nn.parallel import DistributedDataParallel
-        self.trainable_module = DistributedDataParallel(self.trainable_module, device_ids=device_ids, **ddp_kwargs)
-        return self
 
     @property
     def net(self) -> ConfidenceNet:
