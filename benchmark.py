@@ -2,6 +2,8 @@
 """Measure what timm_dynamic promises.
 
     python benchmark.py --help
+    python benchmark.py exit --model gfnet_resnet50_96 --channels-last --fold
+    python benchmark.py thresholds
     python benchmark.py crop --batch-size 256
     python benchmark.py train-step --model test_gfnet
     python benchmark.py exits TABLE

@@ -161,3 +161,18 @@ def test_train_step(arguments, monkeypatch):
 def test_train_step_of_what_has_none():
     with pytest.raises(ValueError, match=r"one of GFNets, e\.g\. --model gfnet_resnet50_96; got 'test_focusnet'"):
         benchmark_train_step('test_focusnet')
+
+
+def test_confidence(tmp_path):
+    rows = run_benchmark([
+        'confidence', '-b', '64', '--classes', '150', '300', '--part', '8', '--repeats', '1',
+        '--results-file', str(tmp_path / 'rows.json')])
+    assert [(r['confidence_net'], r['classes'], r['rows']) for r in rows] == [
+        ('straightforward', 150, 8), ('timm_dynamic', 150, 64), ('straightforward', 300, 8), ('timm_dynamic', 300, 64)]
+    slow, fast, slow2, fast2 = rows
+    assert fast2['speedup'] > 2
+    assert slow2['speedup'] == 1
+    assert slow2['largest_mib'] == pytest.approx(4 * slow['largest_mib'])  # quadratic in the classes
+    assert fast2['largest_mib'] <= 2.01 * fast['largest_mib']
+    with pytest.raises(ValueError, match='got batch size 0'):
+        run_benchmark(['confidence', '-b', '0'])

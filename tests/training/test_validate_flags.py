@@ -474,6 +474,7 @@ VALIDATE = {
 OURS = {
     '--demo-digit-scale': opened(
         lambda seen: list(seen.loader.dataset.digit_scale), '12', '20', gives=[12, 20], base=DEMO),
+    '--demo-img-size': opened(lambda seen: seen.loader.dataset.img_size, '64', gives=64, base=DEMO),
     '--demo-clutter': opened(lambda seen: seen.loader.dataset.clutter, '0.25', gives=0.25, base=DEMO),
     '--compare': evaluated(lambda seen: [row['model'].rpartition('/')[2] for row in seen.rows], 'local-dir:{other}',
                            gives=['weights', 'other']),

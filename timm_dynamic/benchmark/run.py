@@ -1,16 +1,17 @@
 """The command line of benchmark.py."""
 import argparse
+import json
 import logging
 from collections.abc import Sequence
 from typing import Any
 
 from ..training.report import format_table, write_rows
 from ..training.run import run_script
-from . import crop, exits, train_step, windows
+from . import confidence, crop, exit, exits, loader, thresholds, train_step, windows
 
 _logger = logging.getLogger(__name__)
 
-_BENCHMARKS = (crop, train_step, exits, windows)
+_BENCHMARKS = (exit, exits, thresholds, crop, confidence, windows, train_step, loader)
 
 
 def create_benchmark_parser() -> argparse.ArgumentParser:
@@ -22,6 +23,7 @@ def create_benchmark_parser() -> argparse.ArgumentParser:
         p = commands.add_parser(benchmark.NAME, help=benchmark.HELP, description=benchmark.HELP, allow_abbrev=False)
         benchmark.add_arguments(p)
         p.add_argument('--results-file', metavar='FILE', help='write the table as CSV or JSON, too, by its ending')
+        p.add_argument('--json', action='store_true', help='print the table as JSON')
         p.set_defaults(run=benchmark.run)
     return parser
 
@@ -37,7 +39,10 @@ def run_benchmark(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     """
     args = create_benchmark_parser().parse_args(argv)
     rows = args.run(args)
-    _logger.info('\n' + format_table(rows))
+    if args.json:
+        print(json.dumps(rows, indent=2))
+    else:
+        _logger.info('\n' + format_table(rows))
     if args.results_file:
         write_rows(args.results_file, rows)
     return rows

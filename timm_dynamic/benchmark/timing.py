@@ -28,14 +28,15 @@ def time_interleaved(
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(repeats):
         for name, function in functions.items():
-            _wait_for(device)
+            wait_for(device)
             start = time.perf_counter()
             function()
-            _wait_for(device)
+            wait_for(device)
             seconds[name].append(time.perf_counter() - start)
     return {name: median(values) for name, values in seconds.items()}
 
 
-def _wait_for(device: torch.device) -> None:
+def wait_for(device: torch.device) -> None:
+    """Wait until a device has done what it was given."""
     if device.type != 'cpu':
         getattr(torch, device.type).synchronize()

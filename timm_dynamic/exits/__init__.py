@@ -1,12 +1,16 @@
 from .engine import collect_exit_table, early_exit
 from .policy import ExitPolicy, ValuePolicy
+from .stream import ExitStream, StreamResult, StreamRun
 from .table import ExitPoint, ExitTable
 from .thresholds import geometric_thresholds, judge_solver, solve_curve, solve_policy, solve_thresholds
 
 __all__ = [
     'ExitPoint',
     'ExitPolicy',
+    'ExitStream',
     'ExitTable',
+    'StreamResult',
+    'StreamRun',
     'ValuePolicy',
     'collect_exit_table',
     'early_exit',

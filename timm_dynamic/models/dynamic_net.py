@@ -17,6 +17,8 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from ..layers.fold import fold_batch_norm
+
 _logger = logging.getLogger(__name__)
 
 State = dict[str, torch.Tensor]
@@ -93,6 +95,7 @@ class DynamicNet(nn.Module):
         self.img_size = img_size
         self._step_macs: tuple[int, ...] | None = None
         self._stop_rule: StopRule | None = None
+        self._compiled_steps: Sequence[Any] | None = None
         self.exit_cfg: dict[str, Any] = {} if exit_cfg is None else exit_cfg
         self._model_args = {'exit_cfg': self.exit_cfg}
         self._check_exit_cfg()
@@ -133,6 +136,49 @@ class DynamicNet(nn.Module):
             Confidences [n], float32.
         """
         return logits.float().softmax(dim=-1).amax(dim=-1)
+
+    def run_step(self, t: int, state: State) -> tuple[torch.Tensor, torch.Tensor, State]:
+        """Run one step, compiled if `compile_steps` was called: logits [n, num_classes], confidence [n], next state."""
+        if self._compiled_steps is not None and len(next(iter(state.values()))):
+            return self._compiled_steps[t](self, state)
+        return _run_step(self, t, state)
+
+    @property
+    def has_compiled_steps(self) -> bool:
+        """Whether `compile_steps` was called."""
+        return self._compiled_steps is not None
+
+    def compile_steps(self, cuda_graphs: bool = False, backend: str = 'inductor', **kwargs: Any) -> None:
+        """Compile every step by itself, its confidence included, for batches of constant shape.
+
+        `ExitStream` runs the compiled steps, and pads its last batches, so that each step is compiled once for a batch
+        size and image size. `early_exit` and `forward`, whose batches shrink, stay as they are. Compilation is when a
+        step is first run. Kernels that are fused round otherwise: expect logits that are close, not equal. A copy of
+        the model, or one that was saved whole, is not compiled.
+
+        Args:
+            cuda_graphs: Record the kernels of a step as a CUDA graph (mode 'reduce-overhead').
+            backend: Of torch.compile. 'eager' and 'aot_eager' help to find out what fails.
+            **kwargs: For torch.compile, e.g. `mode` or `options`.
+        """
+        if cuda_graphs:
+            kwargs = {'mode': 'reduce-overhead', **kwargs}
+        self._compiled_steps = [
+            _compile_step(t, cuda_graphs, dict(backend=backend, dynamic=False, **kwargs))
+            for t in range(self.num_steps)]
+
+    def fold_batch_norm(self) -> int:
+        """Fold batch normalisation into convolutions, in place, for faster inference: see `layers.fold_batch_norm`.
+
+        Returns:
+            How many were folded.
+        """
+        parameter = next(self.parameters())
+        x = self.example_input(device=parameter.device, dtype=parameter.dtype)
+        return fold_batch_norm(self, lambda: list(self.forward_steps(x)))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, '_compiled_steps': None}
 
     def example_input(self, batch_size: int = 1, **dd: Any) -> Any:
         """Make an input of the model's real size, without content, of a device and dtype."""
@@ -437,6 +483,24 @@ def on_meta(model: Any) -> Any:
     memo: dict[int, Any] = {id(b): torch.empty_like(b, device='meta') for b in model.buffers()}
     memo.update({id(p): nn.Parameter(torch.empty_like(p, device='meta'), False) for p in model.parameters()})
     return copy.deepcopy(model, memo)
+
+
+def _run_step(model: DynamicNet, t: int, state: State) -> tuple[torch.Tensor, torch.Tensor, State]:
+    logits, state = model.step(t, state)
+    return logits, model.confidence(logits, state), state
+
+
+def _compile_step(t: int, cuda_graphs: bool, kwargs: dict[str, Any]) -> Callable[..., Any]:
+    def run(model: DynamicNet, state: State) -> tuple[torch.Tensor, torch.Tensor, State]:
+        return _run_step(model, t, state)
+
+    compiled = torch.compile(run, **kwargs)
+
+    def begin_and_run(model: DynamicNet, state: State) -> tuple[torch.Tensor, torch.Tensor, State]:
+        torch.compiler.cudagraph_mark_step_begin()  # what the step before gave has been copied: it may be overwritten
+        return compiled(model, state)
+
+    return begin_and_run if cuda_graphs else compiled
 
 
 @torch.no_grad()

@@ -119,7 +119,12 @@ class _Batches:
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         for x, target in self.source:
             self.target = target.to(self.device)
-            yield x.to(self.device, self.dtype, memory_format=self.layout), self.target
+            yield self._placed(x), self.target
+
+    def _placed(self, x: Any) -> Any:
+        if isinstance(x, (tuple, list)):
+            return tuple(self._placed(view) for view in x)
+        return x.to(self.device, self.dtype, memory_format=self.layout)
 
 
 class _Observed:

@@ -74,13 +74,14 @@ def dynamic_options(args: argparse.Namespace) -> list[str]:
     """Options that were given and only mean something for dynamic models."""
     names = (
         'anytime', 'budget', 'thresholds', 'geometric', 'stored_results', 'stored_thresholds', 'calibrate_split',
-        'calibrate_samples', 'exit_table', 'calibrate_table', 'save_exit_table', 'save_budgets', 'curve')
+        'calibrate_samples', 'exit_table', 'calibrate_table', 'save_exit_table', 'save_budgets', 'save_predictions',
+        'curve')
     return [f"--{name.replace('_', '-')}" for name in names if getattr(args, name) not in (None, False)]
 
 
 def needs_fit(args: argparse.Namespace) -> bool:
     """Whether exits are to be fitted."""
-    return bool(args.budget or args.geometric or args.save_budgets or args.curve)
+    return bool(args.budget or args.geometric or args.save_budgets or args.curve or args.confidence == 'all')
 
 
 def only_stored(args: argparse.Namespace) -> bool:

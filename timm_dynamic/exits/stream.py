@@ -1,0 +1,377 @@
+"""Early exit at full batch size: images wait before each step until there are enough of them.
+
+`early_exit` shrinks a batch as its images stop, so later steps run on what is left. `ExitStream` refills instead: the
+images of many batches that have come equally far are run together.
+"""
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+
+from ..models.dynamic_net import DynamicNet, ExitResult, State, StopRule, num_rows
+from .engine import _ready, _to
+
+_HISTORY = 'confidences so far'  # travels with the states, whose own names are identifiers
+_PENDING_BATCHES = 64
+
+
+class StreamResult(ExitResult):
+    """`ExitResult` of one input batch, with the `target` that came with it, or None."""
+    target: Any = None
+
+
+class ExitStream:
+    """Runs a model with early exit over a stream of batches, every step on full batches of constant shape.
+
+    Before each step there is a queue; whenever one holds `batch_size` images, they are run, in the deepest such queue
+    first. A batch is read when no queue is full, so with T steps at most T · (batch_size - 1) images wait, and those of
+    the batch just read; on a GPU, the next one is copied there meanwhile, and a step waits for the device once: for the
+    decision who stops. Streams and runs may share a model: what a run keeps is its own. There are no threads.
+
+    Args:
+        model: A `DynamicNet` in eval mode.
+        policy: T thresholds, as a float tensor or a sequence, or an `ExitPolicy`: see `early_exit`.
+        batch_size: Images that a step is run on.
+        max_pending: Images whose results may wait for an earlier image's, which bounds memory and delay where few
+            images get to a late step: beyond it, the queue with the oldest image is run though it is not full. A
+            single batch may hold more. Default: 64 · batch_size.
+        pad: Run what is left in queues at the end, or beyond `max_pending`, at full batch size, with copies that are
+            thrown away. Default: only where the steps are compiled, see `DynamicNet.compile_steps`.
+
+    Raises:
+        ValueError: The policy does not fit the model, the model is in train mode, or a number is not positive.
+    """
+
+    def __init__(
+            self,
+            model: Any,
+            policy: Any,
+            batch_size: int = 64,
+            max_pending: int | None = None,
+            pad: bool | None = None,
+    ) -> None:
+        max_pending = _PENDING_BATCHES * batch_size if max_pending is None else max_pending
+        if batch_size < 1 or max_pending < 1:
+            raise ValueError(f'Expected a positive batch size and max_pending, got {batch_size} and {max_pending}.')
+        self.model = _ready(model)
+        self.stop_rule = self.model.make_stop_rule(policy)
+        self.batch_size, self.max_pending, self.pad = batch_size, max_pending, pad
+
+    def run(self, batches: Iterable[Any]) -> StreamRun:
+        """Predict for all batches.
+
+        Args:
+            batches: Gives x as `early_exit` takes it, or (x, target): any iterable, e.g. a loader of timm. Batches may
+                be of any size, none included, and of changing image sizes; where the size of images changes, all
+                queues are emptied first. They are moved to the model's device.
+
+        Returns:
+            An iterator over what `early_exit` gives for each batch, in the order of the batches, on the model's
+            device, with the batch's `.target` as it came. If reading fails, in the source or because of images that
+            the model cannot take, the results of the batches before come first, then the error; if the model fails,
+            those that are complete.
+
+        Raises:
+            ValueError: The model is in train mode.
+        """
+        pad = self.model.has_compiled_steps if self.pad is None else self.pad
+        return StreamRun(_ready(self.model), self.stop_rule, self.batch_size, self.max_pending, pad, batches)
+
+
+class StreamRun(Iterator[StreamResult]):
+    """Iterator over the results of `ExitStream.run`.
+
+    Attributes:
+        runs: How often each step was run so far [T].
+        rows: On how many images in all [T].
+        peak_queued: The most images that have waited before steps at a time.
+    """
+
+    def __init__(
+            self,
+            model: DynamicNet,
+            stop_rule: StopRule,
+            batch_size: int,
+            max_pending: int,
+            pad: bool,
+            batches: Iterable[Any],
+    ) -> None:
+        self._model, self._stop_rule, self._pad = model, stop_rule, pad
+        self._batch_size, self._max_pending = batch_size, max_pending
+        self._device = next(model.parameters()).device
+        self._queues = [_Queue(batch_size) for _ in range(model.num_steps)]
+        self._signature: Any = None  # of the states in the queues
+        self._inputs: deque[_Input] = deque()  # not delivered yet
+        self._pages: dict[int, _Page] = {}  # results by ticket, batch_size to a page
+        self._next_ticket = 0  # images are numbered as they come
+        self.runs, self.rows = [0] * model.num_steps, [0] * model.num_steps
+        self.peak_queued = 0
+        self._results = self._run(batches)
+
+    def __next__(self) -> StreamResult:
+        return next(self._results)
+
+    def close(self) -> None:
+        """Stop before the end. What still waits is dropped."""
+        self._results.close()
+
+    def _run(self, batches: Iterable[Any]) -> Iterator[StreamResult]:
+        source, error = self._read(batches), None
+        while True:
+            try:
+                state, target = next(source)
+            except StopIteration:
+                break
+            except Exception as e:  # what was read before comes first
+                error = e
+                break
+            signature = {name: (value.shape[1:], value.dtype) for name, value in state.items()}
+            if num_rows(state) and signature != self._signature:
+                yield from self._drain()
+                self._queues, self._signature = [_Queue(self._batch_size) for _ in self._queues], signature
+            self._admit(state, target)
+            del state  # or it would be held while the next one is read
+            yield from self._deliver()
+            while (t := self._next_step()) is not None:
+                self._step(t)
+                yield from self._deliver()
+        yield from self._drain()
+        if error is not None:
+            raise error
+
+    def _read(self, batches: Iterable[Any]) -> Iterator[tuple[State, Any]]:
+        pairs = map(_split_batch, batches)
+        if self._device.type == 'cuda':
+            moved = _copy_ahead(pairs, self._device)
+        else:
+            moved = ((_to(x, self._device), target) for x, target in pairs)
+        for x, target in moved:
+            yield self._model.init_state(x), target
+
+    @torch.no_grad()
+    def _admit(self, state: State, target: Any) -> None:
+        first, last = self._next_ticket, self._next_ticket + num_rows(state)
+        empty = None
+        if first == last:
+            logits, confidence, _ = self._model.run_step(0, state)
+            empty = StreamResult(logits, torch.ones(0, dtype=torch.int64, device=logits.device), confidence)
+        else:
+            self._queues[0].put(state, torch.arange(first, last))
+            self.peak_queued = max(self.peak_queued, sum(map(len, self._queues)))
+        self._inputs.append(_Input(first, last, target, empty))
+        self._next_ticket = last
+
+    def _next_step(self) -> int | None:
+        """The deepest step with a full batch; beyond `max_pending`, the one that the oldest image waits for."""
+        for t in reversed(range(len(self._queues))):
+            if len(self._queues[t]) >= self._batch_size:
+                return t
+        if len(self._inputs) > 1 and self._next_ticket - self._inputs[0].first > self._max_pending:
+            return min(range(len(self._queues)), key=lambda t: self._queues[t].oldest)
+        return None
+
+    def _drain(self) -> Iterator[StreamResult]:
+        for t, queue in enumerate(self._queues):
+            while len(queue):
+                self._step(t)
+                yield from self._deliver()
+
+    @torch.no_grad()
+    def _step(self, t: int) -> None:
+        queue = self._queues[t]
+        block = queue.pop()
+        n, tickets = block.filled, block.tickets[:block.filled]
+        state = block.padded() if self._pad else {name: value[:n] for name, value in block.state.items()}
+        history = state.pop(_HISTORY, None)
+        logits, confidence, state = self._model.run_step(t, state)
+        self.runs[t] += 1
+        self.rows[t] += n
+        if t == len(self._queues) - 1:
+            stopping = torch.arange(n)
+        else:
+            history = confidence[:, None] if history is None else torch.cat([history, confidence[:, None]], dim=1)
+            stop = self._stop_rule(history)[:n].cpu()  # the one point where a GPU is waited for
+            stopping, going = stop.nonzero().squeeze(1), (~stop).nonzero().squeeze(1)
+            self._queues[t + 1].put({**state, _HISTORY: history}, tickets[going], going)
+        if len(stopping):
+            self._store(tickets[stopping], stopping, logits, confidence, t + 1)
+        queue.recycle(block)
+
+    def _store(self, tickets: torch.Tensor, rows: torch.Tensor, logits: Any, confidence: Any, step: int) -> None:
+        tickets, order = tickets.sort()
+        numbers, counts = (tickets // self._batch_size).unique_consecutive(return_counts=True)
+        moves = torch.stack([tickets % self._batch_size, rows[order]]).to(self._device, non_blocking=True)
+        for number, move in zip(numbers.tolist(), moves.split(counts.tolist(), dim=1)):
+            page = self._pages.get(number)
+            if page is None:
+                page = self._pages[number] = _Page(
+                    logits.new_empty(self._batch_size, *logits.shape[1:]),
+                    torch.zeros(self._batch_size, dtype=torch.int64, device=self._device),
+                    confidence.new_empty(self._batch_size), torch.zeros(self._batch_size, dtype=torch.bool))
+            to, rows = move
+            page.logits.index_copy_(0, to, logits.index_select(0, rows))
+            page.confidence.index_copy_(0, to, confidence.index_select(0, rows))
+            page.steps_used.index_fill_(0, to, step)
+        for number, to in zip(numbers.tolist(), (tickets % self._batch_size).split(counts.tolist())):
+            self._pages[number].finished[to] = True
+
+    def _deliver(self) -> Iterator[StreamResult]:
+        """Results of the oldest batches that are complete."""
+        while self._inputs:
+            first, last, target, result = self._inputs[0]
+            if result is None:
+                pages = [(self._pages.get(k), slice(max(first - start, 0), min(last - start, self._batch_size)))
+                         for k in range(first // self._batch_size, (last - 1) // self._batch_size + 1)
+                         for start in (k * self._batch_size,)]
+                parts = [tuple(value[rows] for value in page) for page, rows in pages if page is not None]
+                if len(parts) < len(pages) or not all(part[3].all() for part in parts):
+                    return
+                # A copy where others share the page: results are the caller's, to change and to keep.
+                result = StreamResult(*(torch.cat(values) for values in list(zip(*parts))[:3]))
+            for number in [k for k in self._pages if (k + 1) * self._batch_size <= last]:
+                del self._pages[number]
+            self._inputs.popleft()
+            result.target = target
+            yield result
+
+
+class _Input(NamedTuple):
+    first: int  # ticket
+    last: int  # and of the one behind
+    target: Any
+    result: StreamResult | None  # of a batch of none
+
+
+class _Page(NamedTuple):
+    logits: torch.Tensor
+    steps_used: torch.Tensor
+    confidence: torch.Tensor
+    finished: torch.Tensor  # on the CPU
+
+
+class _Block:
+    """Room for a batch of states."""
+
+    def __init__(self, state: State, tickets: torch.Tensor, filled: int, owned: bool) -> None:
+        self.state, self.tickets, self.filled, self.owned = state, tickets, filled, owned
+
+    def padded(self) -> State:
+        """All rows; those that are not filled as copies of the first, since others may hold anything."""
+        if self.filled < len(self.tickets):
+            for value in self.state.values():
+                value[self.filled:] = value[:1]
+        return dict(self.state)
+
+
+class _Queue:
+    """States that wait for a step, in the order they came, laid out as the batches that will be run."""
+
+    def __init__(self, batch_size: int) -> None:
+        self.batch_size = batch_size
+        self.blocks: deque[_Block] = deque()  # all full but the last
+        self.spare: list[_Block] = []
+
+    def __len__(self) -> int:
+        return sum(block.filled for block in self.blocks)
+
+    @property
+    def oldest(self) -> float:
+        """The lowest ticket."""
+        return min((int(block.tickets[:block.filled].min()) for block in self.blocks), default=float('inf'))
+
+    def put(self, state: State, tickets: torch.Tensor, rows: torch.Tensor | None = None) -> None:
+        """Append images, or some rows of them. Each is copied once; whole batches are taken as they are."""
+        done = 0
+        index = None if rows is None else rows.to(next(iter(state.values())).device, non_blocking=True)
+        while done < len(tickets):
+            room = self.batch_size - self.blocks[-1].filled if self.blocks else 0
+            if not room and index is None and len(tickets) - done >= self.batch_size:
+                part = slice(done, done + self.batch_size)
+                whole = {name: value[part] for name, value in state.items()}
+                self.blocks.append(_Block(whole, tickets[part], self.batch_size, owned=False))
+                done += self.batch_size
+                continue
+            if not room:
+                self.blocks.append(self.spare.pop() if self.spare else self._new_block(state))
+            block = self.blocks[-1]
+            begin, end = block.filled, min(self.batch_size, block.filled + len(tickets) - done)
+            part = slice(done, done + end - begin)
+            for name, value in state.items():
+                to = block.state[name][begin:end]
+                if value.ndim == 4 and not value.is_contiguous():  # rows are copied fast where they are contiguous
+                    value, to = value.permute(0, 2, 3, 1), to.permute(0, 2, 3, 1)
+                if index is None:
+                    to.copy_(value[part])
+                else:
+                    torch.index_select(value, 0, index[part], out=to)
+            block.tickets[begin:end] = tickets[part]
+            block.filled, done = end, done + end - begin
+
+    def pop(self) -> _Block:
+        return self.blocks.popleft()
+
+    def recycle(self, block: _Block) -> None:
+        """Take back the room of a block that was run, and all that was made of it copied."""
+        if block.owned:
+            block.filled = 0
+            self.spare.append(block)
+
+    def _new_block(self, state: State) -> _Block:
+        def room(value: torch.Tensor) -> torch.Tensor:
+            out = value.new_empty(self.batch_size, *value.shape[1:])
+            return out if value.ndim != 4 or value.is_contiguous() else out.to(memory_format=torch.channels_last)
+
+        tickets = torch.zeros(self.batch_size, dtype=torch.int64)
+        return _Block({name: room(value) for name, value in state.items()}, tickets, 0, owned=True)
+
+
+def _split_batch(batch: Any) -> tuple[Any, Any]:
+    """x and target: of two tensors, the second is a target if it has fewer dimensions than images have."""
+    if isinstance(batch, (tuple, list)):
+        if len(batch) == 1:
+            return batch[0], None
+        if len(batch) == 2:
+            x, target = batch
+            images = x[0] if isinstance(x, (tuple, list)) else x
+            if not isinstance(target, torch.Tensor) or target.ndim < images.ndim:
+                return x, target
+    return batch, None
+
+
+def _copy_ahead(pairs: Iterable[tuple[Any, Any]], device: torch.device) -> Iterator[tuple[Any, Any]]:
+    """Copy images to a GPU, those of the next batch while the ones before are worked on."""
+    stream = torch.cuda.Stream(device)
+    ready: tuple[Any, Any, Any] | None = None
+
+    def hand_over(x: Any, target: Any, copied: Any) -> tuple[Any, Any]:
+        current = torch.cuda.current_stream(device)
+        current.wait_event(copied)
+        for value in x if isinstance(x, tuple) else (x,):
+            value.record_stream(current)
+        return x, target
+
+    pairs = iter(pairs)
+    error = None
+    while True:
+        try:
+            x, target = next(pairs)
+        except StopIteration:
+            break
+        except Exception as e:  # the batch before comes first
+            error = e
+            break
+        stream.wait_stream(torch.cuda.current_stream(device))  # a source may have made them on the device
+        with torch.cuda.stream(stream):
+            values = [v if v.is_cuda else v.pin_memory() for v in (x if isinstance(x, (tuple, list)) else (x,))]
+            copies = tuple(v.to(device, non_blocking=True) for v in values)
+        following = (copies if isinstance(x, (tuple, list)) else copies[0], target, stream.record_event())
+        if ready is not None:
+            yield hand_over(*ready)
+        ready = following
+    if ready is not None:
+        yield hand_over(*ready)
+    if error is not None:
+        raise error
