@@ -119,7 +119,7 @@ def _look_alone(model: AnchorNet, images: torch.Tensor, num_windows: int, iou_th
     logits = model.forward_head(features)
     if not isinstance(model.fc, torch.nn.Linear):
         raise ValueError('The windows are those of a class: AnchorNet needs its classifier, got num_classes=0.')
-    confidence, labels = logits.float().softmax(dim=-1).max(dim=-1)
+    confidence, labels = logits.float().softmax(dim=-1).amax(dim=-1), logits.argmax(dim=-1)
     cam = class_activation_map(features.float(), model.fc.weight.float(), labels)
     rows, columns = (torch.arange(n) * model.stride for n in cam.shape[1:])
     index, found = choose_windows(

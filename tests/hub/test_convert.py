@@ -114,7 +114,7 @@ def test_anchornet_of_three_files(tmp_path):
                    source / name)
     published = CATALOG['anchornet_patch_densenet201_95.paper_in1k']
     point = {'thresholds': [0.5, 0.6, 0.], 'top1': 75., 'exits': [50, 30, 20]}
-    entry = replace(published, name='test_anchornet_patch.untrained', budgets=(point,), steps=(70., 74., 76.))
+    entry = replace(published, name='test_anchornet_patch.digits', budgets=(point,), steps=(70., 74., 76.))
     mapping = {part: source / name for part, name in zip(('localizer', 'resized', 'patch'), nets)}
     for i, given in enumerate((source, mapping)):
         folder = tmp_path / f'out{i}'

@@ -552,8 +552,15 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: Any) -> dict[str,
     Raises:
         CheckpointError: A part is missing.
     """
-    if isinstance(model, AnchorNet):
-        return _map_localizer(state_dict)
+    out = _map_localizer(state_dict) if isinstance(model, AnchorNet) else _map_parts(state_dict)
+    if not model.num_classes:
+        heads = ('fc',) if isinstance(model, AnchorNet) else model.classifier_names
+        out = {k: v for k, v in out.items() if k.rpartition('.')[0] not in heads}
+    return out
+
+
+def _map_parts(state_dict: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """Weights of AnchorNet-patch, or of its three networks, on our keys."""
     parts = {k: v for k, v in state_dict.items() if isinstance(v, Mapping)}
     if not parts:
         found = {part for part in _PARTS if any(key.startswith(f'{part}.') for key in state_dict)}
@@ -606,7 +613,8 @@ default_cfgs = generate_default_cfgs({
     'anchornet_patch_resnet50_95.untrained': _cfg(**_three('conv1', 'fc'), origin_url=None),
     'anchornet_patch.untrained': _cfg(**_three('features.conv0', 'classifier'), origin_url=None),
     'test_anchornet_patch.digits': _cfg(
-        'test_anchornet_patch.digits', num_classes=10, input_size=(3, 96, 96), crop_pct=1.0, origin_url=None, **_three('conv1.0', 'fc')),
+        'test_anchornet_patch.digits', num_classes=10, input_size=(3, 96, 96), crop_pct=1.0, origin_url=None,
+        **_three('conv1.0', 'fc')),
 })
 
 
@@ -656,7 +664,9 @@ def anchornet_patch_resnet50_95(pretrained: bool = False, **kwargs: Any) -> Anch
 def test_anchornet_patch(pretrained: bool = False, **kwargs: Any) -> AnchorNetPatch:
     """An AnchorNet-patch of 0.6 M parameters for demonstration and tests, over the ResNet of test_focusnet."""
     blocks = [(8, 16, 1, 2), (16, 24, 2, 2), (24, 32, 2, 1), (32, 48, 2, 1), (48, 48, 2, 1)]
-    model_args = dict(
+    model_args: dict[str, Any] = dict(
         backbone='test_focusnet', backbone_args=dict(output_stride=16), patch_size=48, num_steps=3, img_size=96,
-        exact_original=False, localizer_args=dict(blocks=blocks, num_features=128))
+        exact_original=False)
+    if kwargs.get('localizer', 'anchornet') == 'anchornet':
+        model_args['localizer_args'] = dict(blocks=blocks, num_features=128)
     return _create_anchornet_patch('test_anchornet_patch', pretrained, **dict(model_args, **kwargs))
