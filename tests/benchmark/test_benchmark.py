@@ -153,8 +153,10 @@ def test_exit(model, capsys):
     assert json.loads(capsys.readouterr().out) == rows
     net = timm.create_model(model)
     assert [row['exit'].split()[0] for row in rows] == [
-        'static', 'all', 'early_exit', 'ExitStream', *['step'] * net.num_steps]
-    static, all_steps, batches, stream = rows[:4]
+        'static', 'static', 'all', 'early_exit', 'ExitStream', *['step'] * net.num_steps]
+    static, plain, all_steps, batches, stream = rows[:5]
+    assert plain['exit'] == static['exit'] + ', plain'
+    assert stream['x_plain'] == pytest.approx(stream['images_per_s'] / plain['images_per_s'])
     assert all_steps['gmacs'] == pytest.approx(net.step_macs[-1] / 1e9)
     # 44 images are noise, of which the first 4 come twice
     assert batches['exit_shares'] == stream['exit_shares']
@@ -165,7 +167,7 @@ def test_exit(model, capsys):
     assert stream['macs_static'] == pytest.approx(static['gmacs'] / stream['gmacs'])
     assert stream['x_static'] == pytest.approx(stream['images_per_s'] / static['images_per_s'])
     assert batches['x_all_steps'] == pytest.approx(batches['images_per_s'] / all_steps['images_per_s'])
-    unit = [1 / row['images_per_s'] for row in rows[4:]]
+    unit = [1 / row['images_per_s'] for row in rows[5:]]
     needed = sum(share * sum(unit[:t + 1]) for t, share in enumerate(stream['exit_shares']))
     assert stream['efficiency'] == pytest.approx(needed * stream['images_per_s'], rel=1e-3)
     assert static['latency_ms'] > 0

@@ -133,8 +133,6 @@ def benchmark_exit(
         if torchcompile:
             paths = [[*p, partial(_run_each, partial(_eager, net), t, views[0][1])] for t, p in enumerate(paths)]
         unit = batch_size * len(pool[:2])  # by turns: data that is run twice on end is in the caches
-        static_input = None if rival is None else _static_input(net, rival, batch_size, dev).contiguous(
-            memory_format=layout)
         stream = ExitStream(net, thresholds, batch_size)
         used: dict[str, torch.Tensor] = {}
 
@@ -143,9 +141,10 @@ def benchmark_exit(
 
         ways: dict[str, tuple[int, Callable[[], Any]]] = {}
         if rival is not None:
-            ways[f'static {rival_name}'] = (batch_size, partial(rival, static_input))
+            static_input = _static_input(net, rival, batch_size, dev)
+            ways[f'static {rival_name}'] = (batch_size, partial(rival, static_input.contiguous(memory_format=layout)))
         if created is not None:
-            ways[f'static {rival_name}, plain'] = (batch_size, partial(created, static_input.contiguous()))
+            ways[f'static {rival_name}, plain'] = (batch_size, partial(created, static_input))
         ways['all steps'] = (batch_size, lambda: [None for _ in _all_steps(net, pool[0])])
         ways['early_exit'] = (
             num_images, lambda: keep_used('early_exit', (early_exit(net, x, thresholds) for x in batches)))
