@@ -37,6 +37,19 @@ def test_gfnet_for_digits():
     assert chosen['gmacs'] <= 0.5 * whole / 1e9
 
 
+def test_anchornet_patch_for_digits():
+    model = timm.create_model('test_anchornet_patch', pretrained=True).eval()
+    assert model.pretrained_cfg['tag'] == 'digits'
+    chosen = model.set_budget(gmacs=0.01)
+    with torch.inference_mode():
+        table = collect_exit_table(model, _batches(model, 400))
+    steps = [p.top1 for p in table.anytime()]
+    assert steps[0] < 65 < 86 < min(steps[1:])
+    point = table.evaluate(model.make_stop_rule(model._stop_rule))
+    assert point.top1 > 86
+    assert point.gmacs == pytest.approx(chosen['gmacs'], rel=0.04)
+
+
 def test_other_classes_start_from_these_encoders():
     model = timm.create_model('test_gfnet', pretrained=True, num_classes=3)
     assert model(torch.randn(2, 3, 96, 96)).shape == (2, 3)

@@ -8,6 +8,7 @@ from .run import run_benchmark
 from .thresholds import benchmark_thresholds
 from .timing import time_interleaved
 from .train_step import benchmark_train_step
+from .windows import benchmark_windows
 
 __all__ = [
     'benchmark_confidence',
@@ -18,6 +19,7 @@ __all__ = [
     'benchmark_main',
     'benchmark_thresholds',
     'benchmark_train_step',
+    'benchmark_windows',
     'run_benchmark',
     'time_interleaved',
 ]

@@ -335,7 +335,7 @@ def _read_anchornet(
         if net not in _ANCHORNET_PASS_MACS:
             raise ValueError(
                 f"the costs of its setup {values['setup']!r} are not known (known: {sorted(_ANCHORNET_PASS_MACS)}): "
-                f'give step_macs')
+                f'give step_macs, or validate.py the model')
         one_pass = _ANCHORNET_PASS_MACS[net]
         step_macs = [t * one_pass + (anchor_macs if t > 1 else 0) for t in range(1, confidence.shape[-1] + 1)]
     elif steps is None and confidence.ndim == 2 and len(step_macs) != confidence.shape[1]:

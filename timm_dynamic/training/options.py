@@ -381,7 +381,8 @@ def create_validate_parser() -> argparse.ArgumentParser:
     g.add_argument('--budget', type=float, nargs='+', metavar='G', help='fit exits that cost so much on average, and judge them')
     g.add_argument('--budget-rule', default='thresholds', choices=['thresholds', 'policy'],
                    help='fit thresholds, or a rule on the confidences of all steps so far (%(default)s)')
-    g.add_argument('--thresholds', type=float, nargs='+', metavar='T', help='judge these thresholds, one a step')
+    g.add_argument('--thresholds', type=float, nargs='+', action='append', metavar='T', help='judge these thresholds, one a step; may be given several times')
+    g.add_argument('--strict', action='store_true', help='--thresholds must be exceeded, not reached, as in the original AnchorNet')
     g.add_argument('--geometric', action='store_true', help="fit and judge the 39 points of GFNet's paper (--eval_mode 2 of the original)")
     g.add_argument('--stored-results', action='store_true', help='show the results kept in the model, without data (--eval_mode 0)')
     g.add_argument('--stored-thresholds', action='store_true', help='judge the exits kept in the model (--eval_mode 1)')
@@ -390,8 +391,10 @@ def create_validate_parser() -> argparse.ArgumentParser:
         'another one is judged on, else that to train on; half where there is none)'))
     g.add_argument('--calibrate-samples', type=int, metavar='N', help='fit on so many random images (all)')
     g.add_argument('--exit-table', metavar='FILE', help='judge on a table of --save-exit-table (or one of AnchorNet, .pth), without running the model')
+    g.add_argument('--steps', type=int, metavar='N', help='read only the first N steps of tables (all)')
+    g.add_argument('--anchor-gmacs', type=float, metavar='G', help='what AnchorNet itself is charged with in tables of AnchorNet, without a --model that knows (0.06; the published list: 0.08)')
     g.add_argument('--calibrate-table', metavar='FILE', help='fit on this table (default with --exit-table: one half of it, judged on the other)')
-    g.add_argument('--save-exit-table', metavar='FILE', help='keep what was measured on --split')
+    g.add_argument('--save-exit-table', metavar='FILE', help='keep what was measured on --split; .pth: in the format of AnchorNet')
     g.add_argument('--save-budgets', metavar='FOLDER', help='export the model, with the exits for --budget (default: a dozen of budgets) in its config.json')
     g.add_argument('--confidence', choices=[*CONFIDENCES, 'all'], help=(
         "of a cascade; 'all' compares all of them and both final rules, and takes what is best on the images to fit on"))

@@ -238,14 +238,14 @@ def validate_model(
     if compared:
         return report
     if accelerator.is_main_process and args.save_exit_table:
-        _save_table(table, args.save_exit_table)
+        _save_table(table, args.save_exit_table, exported)
     if args.save_predictions:
         _save_predictions(args.save_predictions, predictions.gather(), table, model, loader, args.split, accelerator)
     calibration = compared_tables
     if calibration is not None:
         pass
     elif args.calibrate_table:
-        fit = load_table(args.calibrate_table, '--calibrate-table')
+        fit = load_table(args, '--calibrate-table', exported.step_macs)
         calibration = calibrate_on(fit, table, args.calibrate_table, args.split)
     elif fit_loader is not None:
         if args.calibrate_samples:
@@ -369,12 +369,15 @@ def _check_dynamic(args: argparse.Namespace, name: str, model: Any) -> None:
         stored_rows(model, name)
     for option, path in (('--exit-table', args.exit_table), ('--calibrate-table', args.calibrate_table)):
         if path:
-            check_table(path, load_table(path, option), model.step_macs, f"'{name}'")
+            check_table(path, load_table(args, option, model.step_macs), model.step_macs, f"'{name}'")
 
 
-def _save_table(table: ExitTable, path: str) -> None:
+def _save_table(table: ExitTable, path: str, model: Any) -> None:
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    table.save(path)
+    if Path(path).suffix == '.pth':
+        table.save_anchornet(path, getattr(model, 'setup_name', model.pretrained_cfg['architecture']))
+    else:
+        table.save(path)
     _logger.info(f'Exit table: {path}')
 
 
@@ -410,14 +413,15 @@ def validate_table(args: argparse.Namespace, name: str, checkpoint: str, acceler
     Returns:
         A row with what the last step gives, and all that is asked for.
     """
-    table = load_table(args.exit_table, '--exit-table')
-    model = data_config = None
+    model = data_config = step_macs = None
     if name:
         args = argparse.Namespace(**{**vars(args), 'model': name})
         model = _open_model(args, checkpoint)
         _check_dynamic(args, name, model)
+        step_macs = model.step_macs
         data_config = resolve_data_config(vars(args), model=model, use_test_size=not args.use_train_size)
-    else:
+    table = load_table(args, '--exit-table', step_macs)
+    if not name:
         check_requests(args, table.step_macs, f"'{args.exit_table}'")
     last = table.anytime()[-1]
     label = name or Path(args.exit_table).stem
@@ -428,7 +432,7 @@ def validate_table(args: argparse.Namespace, name: str, checkpoint: str, acceler
     report_steps(report, label, table, split)
     calibration = None
     if args.calibrate_table:
-        fit = load_table(args.calibrate_table, '--calibrate-table')
+        fit = load_table(args, '--calibrate-table', step_macs)
         check_table(args.calibrate_table, fit, table.step_macs, f"'{args.exit_table}'")
         calibration = calibrate_on(fit, table, Path(args.calibrate_table).name, split)
     elif needs_fit(args):
@@ -501,6 +505,15 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
                     'no meaning beside it. Exits are fitted on --calibrate-table, or on one half of the table.')
         if not args.model and (args.stored_results or args.stored_thresholds or args.save_budgets):
             parser.error('--stored-results, --stored-thresholds and --save-budgets need --model beside --exit-table.')
+    if args.strict and not args.thresholds:
+        parser.error('--strict says how to compare with --thresholds: give some.')
+    for option in ('steps', 'anchor_gmacs'):
+        if getattr(args, option) is not None and not (args.exit_table or args.calibrate_table):
+            parser.error(
+                f"--{option.replace('_', '-')} says how to read a table: give one with --exit-table or "
+                '--calibrate-table.')
+    if args.anchor_gmacs is not None and not 0 <= args.anchor_gmacs < float('inf'):
+        parser.error(f'--anchor-gmacs: expected a cost, got {args.anchor_gmacs:g}.')
     if args.calibrate_table and (args.calibrate_split or args.calibrate_samples):
         parser.error('--calibrate-table and --calibrate-split both say what to fit on: choose one.')
     if args.calibrate_samples is not None and args.calibrate_samples < 1:
