@@ -11,10 +11,12 @@ from timm_dynamic.benchmark import (
     benchmark_exits,
     benchmark_loader,
     benchmark_train_step,
+    benchmark_windows,
     crop,
     run_benchmark,
     time_interleaved,
     train_step,
+    windows,
 )
 from timm_dynamic.exits import ExitTable, solve_thresholds
 from timm_dynamic.training.report import read_rows
@@ -47,6 +49,24 @@ def test_crop_is_checked_before_it_is_timed(monkeypatch):
     monkeypatch.setattr(crop, 'crop_patches', lambda images, coords, size: images[:, :, :size, :size])
     with pytest.raises(AssertionError, match='not those of the loop'):
         benchmark_crop(2, 20, 8, repeats=1)
+
+
+def test_windows():
+    rows = run_benchmark(['windows', '--batch-size', '16', '--repeats', '1'])
+    assert [row['windows'] for row in rows] == ['loop', 'loop, plain numbers', 'vectorised']
+    assert [row['speedup'] for row in rows] == pytest.approx([rows[0]['ms'] / row['ms'] for row in rows])
+    assert rows[2]['speedup'] > 5  # 16 maps only, and the machine may be busy
+
+
+def test_windows_are_checked_before_they_are_timed(monkeypatch):
+    monkeypatch.setattr(windows, 'choose_windows', lambda cam, *args: (
+        torch.arange(5).expand(len(cam), 5), torch.full((len(cam),), 5)))
+    with pytest.raises(AssertionError, match='not that of the loop'):
+        benchmark_windows(2, repeats=1)
+    with pytest.raises(ValueError, match='Expected positive numbers, got batch size 0, 5 windows'):
+        benchmark_windows(0)
+    with pytest.raises(ValueError, match="There is no device 'nowhere'"):
+        benchmark_windows(device='nowhere')
 
 
 @pytest.mark.parametrize(('args', 'message'), [
@@ -143,6 +163,21 @@ def test_train_step(arguments, monkeypatch):
 def test_train_step_of_what_has_none():
     with pytest.raises(ValueError, match=r"one of GFNets, e\.g\. --model gfnet_resnet50_96; got 'test_focusnet'"):
         benchmark_train_step('test_focusnet')
+
+
+def test_confidence(tmp_path):
+    rows = run_benchmark([
+        'confidence', '-b', '64', '--classes', '150', '300', '--part', '8', '--repeats', '1',
+        '--results-file', str(tmp_path / 'rows.json')])
+    assert [(r['confidence_net'], r['classes'], r['rows']) for r in rows] == [
+        ('straightforward', 150, 8), ('timm_dynamic', 150, 64), ('straightforward', 300, 8), ('timm_dynamic', 300, 64)]
+    slow, fast, slow2, fast2 = rows
+    assert fast2['speedup'] > 0
+    assert slow2['speedup'] == 1
+    assert slow2['largest_mib'] == pytest.approx(4 * slow['largest_mib'])  # quadratic in the classes
+    assert fast2['largest_mib'] <= 2.01 * fast['largest_mib']
+    with pytest.raises(ValueError, match='got batch size 0'):
+        run_benchmark(['confidence', '-b', '0'])
 
 
 @pytest.mark.parametrize('model', ['test_gfnet', 'test_clcnet'])

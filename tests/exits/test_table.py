@@ -1,6 +1,8 @@
+import csv
 import json
 import os
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -321,6 +323,34 @@ def test_published_points_of_anchornet(tmp_path, anchor_macs, costs_reproduced):
         assert table.evaluate(row['thresholds']).top1 == point.top1  # >= gives the same on real data
         costs += round(point.gmacs, 2) == row['gflops']
     assert costs == costs_reproduced
+
+
+def published_points():
+    """The 34 operating points of AnchorNet's published list, and how many images of 50,000 stop where, rightly."""
+    with open(Path(__file__).parent / 'data' / 'anchornet_points.csv', newline='') as f:
+        return [{k: [float(v) for v in text.split()] for k, text in row.items()} for row in csv.DictReader(f)]
+
+
+def test_published_points_by_their_counts(tmp_path):
+    """To the printed digit, from tables in which all that go on have just the threshold: it must be exceeded."""
+    points = published_points()
+    assert len(points) == 34
+    for point in points:
+        thresholds, stopped = (torch.tensor(point[k]) for k in ('thresholds', 'stopped'))
+        steps = torch.arange(5).repeat_interleave(stopped.long())
+        confidence = thresholds.expand(50_000, 5).clone()
+        rows = torch.arange(50_000)
+        confidence[rows, steps] = torch.nextafter(thresholds, torch.tensor(2.))[steps]
+        first = torch.cat([torch.zeros(1), stopped]).cumsum(0)[:5]
+        right = rows - first[steps] < torch.tensor(point['right'])[steps]
+        correct = torch.zeros(50_000, 5, dtype=torch.bool)
+        correct[rows, steps] = right
+        torch.save({'setup': 'densenet201_95_[0.3, 0.3, 0.3, 0.3]', 'thresholds': confidence, 'predictions': correct},
+                   tmp_path / 'table.pth')
+        found = ExitTable.load(tmp_path / 'table.pth', anchor_macs=80_000_000).evaluate(thresholds, strict=True)
+        assert [round(found.top1 / 100, 4)] == point['acc']
+        assert [round(found.gmacs, 2)] == point['gmacs']
+        assert (50_000 * found.exit_shares).round().tolist() == point['stopped']
 
 
 def test_threads_share_a_table():

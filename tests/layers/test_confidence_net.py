@@ -160,7 +160,7 @@ class TestWeights:
             ConfidenceNet.from_pretrained(tmp_path / 'a.safetensors')
         with pytest.raises(CheckpointError, match='No checkpoint at'):
             ConfidenceNet.from_pretrained(tmp_path / 'none.safetensors')
-        with pytest.raises(CheckpointError, match="'nobody/nothing' is neither a file nor in the local cache"):
+        with pytest.raises(CheckpointError, match="'nobody/nothing' is not in the local cache"):
             ConfidenceNet.from_pretrained('nobody/nothing', cache_dir=tmp_path)
 
     def test_nothing_in_a_zip_is_executed(self, tmp_path):
@@ -180,13 +180,13 @@ class TestWeights:
         net.save(tmp_path / 'model.safetensors')
         asked = []
 
-        def download(repo, filename, revision=None, cache_dir=None):
-            asked.append((repo, filename, revision))
-            return str(tmp_path / filename)
+        def fetch(repo, cache_dir=None):
+            asked.append(repo)
+            return tmp_path / 'model.safetensors'
 
-        monkeypatch.setattr('timm_dynamic.layers.confidence_net.hf_hub_download', download)
+        monkeypatch.setattr('timm_dynamic.layers.confidence_net.fetch_weights', fetch)
         again = timm_dynamic.ConfidenceNet.from_pretrained('org/name@v1')
-        assert asked == [('org/name', 'model.safetensors', 'v1')]
+        assert asked == ['org/name@v1']
         assert torch.equal(again.head.weight, net.head.weight)
 
 

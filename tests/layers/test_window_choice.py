@@ -58,4 +58,7 @@ def test_bad_input():
         choose_windows(cam, (GRID, GRID), 12, 26, [0.3] * 25)
     with pytest.raises(ValueError, match='4 windows need 3 overlap thresholds, got 2'):
         choose_windows(cam, (GRID, GRID), 12, 4, [0.3, 0.3])
+    for bad in (float('nan'), -0.1, 1.1):
+        with pytest.raises(ValueError, match=r'Overlap thresholds are shares in 0..1, got \['):
+            choose_windows(cam, (GRID, GRID), 12, 3, [0.3, bad])
     assert choose_windows(cam[:0], (GRID, GRID), 12, 4, [0.3] * 3)[0].shape == (0, 4)

@@ -3,6 +3,7 @@ from functools import partial
 import pytest
 import timm
 import torch
+from timm.models import group_parameters
 from torch.utils.flop_counter import FlopCounterMode
 
 import timm_dynamic  # noqa: F401
@@ -139,7 +140,19 @@ def test_keeps_itself(tiny, tmp_path):
     (dict(num_steps=1), 'num_steps must be at least 2'),
     (dict(iou_thresholds=[0.3, 0.3]), '3 steps look at 2 windows, which need 1 iou_thresholds, got 2'),
     (dict(backbone='resnet51'), "Unknown backbone 'resnet51'"),
-    (dict(global_pool='max'), "must be 'avg', got 'max'"),
+    (dict(global_pool='max'), "must be 'avg', or '' without classes, got 'max' with 7 classes"),
+    (dict(iou_thresholds=[1.5]), r'Overlap thresholds are shares in 0..1, got \[1.5\]'),
+    (dict(iou_thresholds=float('nan')), r'Overlap thresholds are shares in 0..1, got \[nan\]'),
+    (dict(num_steps=27), "Images of 96 pixels hold 5x5 windows for the localizer 'anchornet', 27 steps look at 26"),
+    (dict(img_size=60), "Images of 60 pixels hold 0x0 windows for the localizer 'anchornet'"),
+    (dict(localizer='test_vit', localizer_stride=16), r"'test_vit' needs a feature map .* it gives \[1, 37, 64\]"),
+    (dict(localizer='test_vit', localizer_stride=16, localizer_args=dict(img_size=160)),
+     "localizer 'test_vit' cannot take images of 96 pixels"),
+    (dict(localizer='test_efficientnet_evos', localizer_stride=8), 'localizer_stride 8 would give 12x12'),
+    (dict(localizer='mobilenetv4_conv_small_035', localizer_stride=32), 'classifies 1280 features, its map has'),
+    (dict(localizer='test_resnet', localizer_stride=32, localizer_args=dict(global_pool='catavgmax')),
+     'classifies .* features, its map has'),
+    (dict(localizer='test_byobnet', localizer_stride=32, localizer_args=dict(num_classes=0)), 'cannot be made with'),
 ])
 def test_bad_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
@@ -149,12 +162,84 @@ def test_bad_arguments(arguments, message):
 @pytest.mark.parametrize(('shape', 'message'), [
     ((2, 3, 96, 80), 'square images, got 96x80'),
     ((2, 3, 40, 40), 'Images of 40 pixels are smaller than the windows of 48'),
-    ((2, 3, 70, 70), 'Expected to choose 1 to 1 windows of a 1x1 map, got 2'),
+    ((2, 3, 70, 70), "Images of 70 pixels hold 1x1 windows for the localizer 'anchornet', 3 steps look at 2"),
+    ((2, 3, 62, 62), 'Images of 62 pixels hold 0x0 windows'),
     ((2, 1, 96, 96), r'Expected images \[batch, 3, height, width\], got \[2, 1, 96, 96\]'),
 ])
 def test_bad_images(tiny, shape, message):
-    with pytest.raises(ValueError, match=message), torch.inference_mode():
-        tiny(torch.zeros(shape))
+    for run in (tiny, tiny.init_state):  # at once, not only where an image goes on
+        with pytest.raises(ValueError, match=message), torch.inference_mode():
+            run(torch.zeros(shape))
+
+
+def test_sizes_that_hold_too_few_windows_cannot_be_set(tiny):
+    for size, message in ((70, 'hold 1x1 windows'), (40, 'patch_size must be between 1 and img_size 40, got 48')):
+        with pytest.raises(ValueError, match=message):
+            tiny.set_input_size(size)
+    assert tiny.img_size == 96
+
+
+@pytest.mark.parametrize('size', [95, 96, 103, 119, 224])
+def test_the_grid_is_that_of_the_map(size):
+    model = timm.create_model('anchornet_patch', backbone='test_resnet', num_steps=2, img_size=size)
+    with torch.inference_mode():
+        assert model._grid(size) == model.localizer.forward_features(torch.zeros(1, 3, size, size)).shape[2:]
+    other = timm.create_model('anchornet_patch', backbone='test_resnet', patch_size=64, num_steps=2, img_size=size,
+                              localizer='test_resnet', localizer_stride=32)
+    with torch.inference_mode():
+        assert other._grid(size) == other.localizer.forward_features(torch.zeros(1, 3, size, size)).shape[2:]
+
+
+def test_without_classes(tiny):
+    x = torch.randn(2, 3, 96, 96)
+    model = timm.create_model('test_anchornet_patch').eval()
+    model.load_state_dict(tiny.state_dict())
+    with torch.inference_mode():
+        maps = model.forward_features(x)
+        features = model.forward_head(maps, pre_logits=True)
+        model.reset_classifier(0)
+        torch.testing.assert_close(model(x), features)
+        with pytest.raises(ValueError, match=r'windows are those of a class: without classes \(num_classes=0\)'):
+            list(model.forward_steps(x))
+        model.reset_classifier(0, '')
+        torch.testing.assert_close(model(x), maps)
+        with pytest.raises(ValueError, match="got 'max' with 5 classes"):
+            model.reset_classifier(5, 'max')
+        model.reset_classifier(5, 'avg')
+        assert model(x).shape == (2, 5)
+        assert create_small(num_classes=0).eval()(x).shape == (2, model.head_hidden_size)
+        assert create_small(num_classes=0, global_pool='').eval()(x).ndim == 4
+
+
+def test_anchornet_without_classes():
+    x = torch.randn(2, 3, 96, 96)
+    model = timm.create_model('anchornet', num_classes=0).eval()
+    with torch.inference_mode():
+        features = model.forward_features(x)
+        torch.testing.assert_close(model(x), features.mean(dim=(2, 3)))
+        model.reset_classifier(0, '')
+        torch.testing.assert_close(model(x), features)
+        assert timm.create_model('anchornet', num_classes=0, global_pool='').eval()(x).shape == features.shape
+    for call in (lambda: timm.create_model('anchornet', global_pool='max'), lambda: model.reset_classifier(7, 'max')):
+        with pytest.raises(ValueError, match="must be 'avg', or '' without classes, got 'max'"):
+            call()
+
+
+def test_group_matcher_covers_the_networks_side_by_side():
+    for name in ('test_anchornet_patch', 'anchornet'):
+        model = timm.create_model(name)
+        for coarse in (False, True):
+            groups = group_parameters(model, model.group_matcher(coarse=coarse), reverse=True)
+            assert groups.keys() == dict(model.named_parameters()).keys()
+            prefix = 'localizer.' if 'patch' in name else ''
+            assert groups[f'{prefix}stem.0.weight'] == 0
+            last = max(groups.values())
+            assert groups[f'{prefix}fc.weight'] == last
+            first, later = (groups[f'{prefix}blocks.{i}.project.0.weight'] for i in (0, 3))
+            assert 0 < first < later < last
+            for key, group in groups.items():
+                if key.startswith('resized.'):
+                    assert groups[key.replace('resized', 'patch')] == group
 
 
 def test_authors_files(tmp_path):
@@ -170,6 +255,13 @@ def test_authors_files(tmp_path):
         assert all(torch.equal(v, again.state_dict()[k]) for k, v in model.state_dict().items())
     with pytest.raises(CheckpointError, match='lacks patch: expected localizer, resized, patch'):
         load(pretrained_cfg_overlay=dict(file={k: v for k, v in mapping.items() if k != 'patch'}))
+    for name, message in (('anchornet.pth', 'it holds the localizer alone and lacks resized and patch'),
+                          ('r18_patch_48_best.pth.tar', 'lacks the localizer and the other one')):
+        with pytest.raises(CheckpointError, match=message):
+            load(pretrained_cfg_overlay=dict(file=tmp_path / name))
+    two = {k: v for k, v in model.state_dict().items() if not k.startswith('localizer.')}
+    with pytest.raises(CheckpointError, match='it holds patch and resized alone and lacks localizer'):
+        load(pretrained_cfg_overlay=dict(state_dict=two))
     (tmp_path / 'r18_patch_48_best.pth.tar').unlink()
     with pytest.raises(CheckpointError, match="should hold one file with 'patch' in its name"):
         load(pretrained_cfg_overlay=dict(file=tmp_path))

@@ -4,7 +4,6 @@ import torch
 from timm_dynamic import ConfidenceNet
 from timm_dynamic.task import ConfidenceTask, fit_confidence_net, fit_folds, make_folds, score_folds
 from timm_dynamic.task.confidence import draw_batches
-from timm_dynamic.utils import seeded
 
 
 def make_data(count=600, classes=12, seed=0):
@@ -44,14 +43,7 @@ def test_wrong_predictions_are_drawn_twice_as_often():
 
 def test_it_learns_who_is_right():
     probabilities, hits = make_data(2000)
-
-    def fit_net():
-        # As many updates as here want running statistics that follow fast.
-        with seeded(0):
-            net = ConfidenceNet(momentum=0.2)
-        return fit_confidence_net(probabilities[:1500], hits[:1500], net, epochs=15, patience=6)
-
-    fit = fit_net()
+    fit = fit_confidence_net(probabilities[:1500], hits[:1500], epochs=15, patience=6)
     share = hits.float().mean()
     with torch.no_grad():
         error = (fit.net(probabilities[1500:]) - hits[1500:].float()).square().mean()
@@ -59,9 +51,18 @@ def test_it_learns_who_is_right():
     assert not fit.net.training
     assert fit.val_error == min(h['val_error'] for h in fit.history) == fit.history[fit.best_epoch]['val_error']
     assert len(fit.history) <= 15
-    again = fit_net()
+    again = fit_confidence_net(probabilities[:1500], hits[:1500], epochs=15, patience=6)
     assert again.history == fit.history
     assert torch.equal(again.net.head.weight, fit.net.head.weight)
+
+
+@pytest.mark.parametrize('seed', [1, 2])
+def test_few_updates_are_judged_fairly(seed):
+    probabilities, hits = make_data(1500)
+    fit = fit_confidence_net(probabilities, hits, epochs=2, seed=seed)
+    # 10 updates: running statistics would still be initial values, and errors of validation above 0.4
+    assert fit.history[-1]['val_error'] < 0.25
+    assert all(m.momentum == 0.02 for m in fit.net.modules() if isinstance(m, torch.nn.BatchNorm1d))
 
 
 def test_it_stops_early():
@@ -96,6 +97,10 @@ def test_bad_input():
         fit_confidence_net(probabilities, hits[1:])
     with pytest.raises(ValueError, match='5 samples are too few'):
         fit_confidence_net(probabilities[:5], hits[:5])
+    with pytest.raises(ValueError, match=r'row 0 is not\. Sort them'):
+        fit_confidence_net(probabilities.flip(1), hits)
+    with pytest.raises(ValueError, match=r'row 3 has a minimum of .* and a sum of 2'):
+        fit_confidence_net(torch.where(torch.arange(20)[:, None] == 3, 2 * probabilities, probabilities), hits)
     with pytest.raises(ValueError, match=r'empty: \[0\]'):
         fit_folds(probabilities, hits, torch.ones(20, dtype=torch.int64))
     with pytest.raises(ValueError, match='2 nets, but a sample of fold 2'):

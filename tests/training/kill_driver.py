@@ -4,7 +4,7 @@
 
 Points, each the N-th time it is reached (1 by default): `update` (between two batches), `tensors` (half of the state's
 tensors on disk), `values` (state written, not yet renamed), `rename` (renamed, pointer not yet set), `export` (weights
-of last/ written, config not), `never`.
+of last/ written, config not), `part` (before a part of a cascade's features is written), `never`.
 """
 import os
 import signal
@@ -13,6 +13,7 @@ from pathlib import Path
 
 import safetensors.torch
 
+import timm_dynamic.training.cascade as cascade_module
 import timm_dynamic.training.state as state_module
 import timm_dynamic.training.trainer as trainer_module
 import timm_dynamic.utils.export as export_module
@@ -65,6 +66,15 @@ def main() -> int:
             die()
         return atomic_write(path)
 
+    keep = cascade_module.save_file
+
+    def killing_keep(tensors, path, **kwargs):
+        if reached('part'):  # before this part: those written so far are kept
+            die()
+        keep(tensors, path, **kwargs)
+
+    cascade_module._BATCHES_PER_PART = 1
+    cascade_module.save_file = killing_keep
     trainer_module.Trainer._update = killing_update
     safetensors.torch.save_file = killing_save_file
     state_module.fsync_dir = killing_fsync_dir

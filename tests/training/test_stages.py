@@ -10,21 +10,29 @@ import torch
 import yaml
 from helpers import make_images, run_python
 from PIL import Image
+from safetensors.torch import load_file
+from timm.data import create_transform
 
+from timm_dynamic import ConfidenceNet
+from timm_dynamic.data import ConfidenceFeatures, create_dataset
+from timm_dynamic.exits import ExitTable
+from timm_dynamic.task import make_folds
 from timm_dynamic.training import run_training, train_main
 from timm_dynamic.training.state import StateStore
-from timm_dynamic.utils import read_task_state
+from timm_dynamic.utils import read_task_state, save_pretrained
 
 HERE = Path(__file__).parent
 STAGES = ('static', 'warmup', 'policy', 'finetune')
 
 
 ANCHORNET = ('static', 'localizer', 'resized', 'patch')
+CLCNET = ('member1', 'member2', 'features', 'confidence')
 MODELS = {
     'gfnet': ['--model', 'test_gfnet', '--img-size', '48', '--model-kwargs', 'patch_size=16',
               '--init-local', 'scratch'],
     'anchornet': ['--model', 'test_anchornet_patch', '--img-size', '80', '--model-kwargs', 'patch_size=32',
                   '--init-downstream', 'scratch'],
+    'clcnet': ['--model', 'test_clcnet', '--img-size', '48', '--init-members', 'scratch', '--folds', '2'],
 }
 
 
@@ -129,13 +137,121 @@ def test_anchornet(image_folder, tmp_path):
         assert picture.size == (4 * 166 + 6, 2 * 180 + 6)
 
 
+def test_clcnet(image_folder, tmp_path, caplog):
+    args = _args(image_folder, tmp_path, '--test-split', 'train', '--feature-split', 'val', family='clcnet')
+    with caplog.at_level('INFO'):
+        result = run_training(args)
+    run = tmp_path / 'run'
+    assert list(result['results']) == list(CLCNET)
+    assert [(r['model'], r['images']) for r in result['table']] == [
+        ('test_focusnet at 24', 72), ('test_focusnet at 48', 72), ('test_clcnet', 72)]
+    assert "exits fitted on 'val, out of fold', judged on 'train'" in caplog.text
+    assert 'Best by area' in caplog.text
+
+    # the cascade has the members that were trained, and the features are what they say of their own views
+    model = timm.create_model(f'local-dir:{run / "best"}', pretrained=True).eval()
+    names = []
+    for i, (net, view) in enumerate(zip(model.members, model.view_configs), 1):
+        best = timm.create_model(f'local-dir:{run / f"member{i}" / "best"}', pretrained=True).eval()
+        assert all(torch.equal(v, net.state_dict()[k]) for k, v in best.state_dict().items())
+        features = ConfidenceFeatures.load(run / f'features/member{i}.safetensors')
+        dataset = create_dataset('', root=str(image_folder), split='val')
+        dataset.transform = create_transform(**view)
+        with torch.inference_mode():
+            logits = best(torch.stack([image for image, _ in dataset]))
+        target = torch.tensor([target for _, target in dataset])
+        expected = ConfidenceFeatures.from_logits(logits, target, dataset.filenames())
+        torch.testing.assert_close(features.probabilities, expected.probabilities, rtol=1e-4, atol=1e-5)
+        assert torch.equal(features.hits, expected.hits)
+        names.append(features.names)
+    assert names[0] == names[1] == expected.names
+    assert not list((run / 'features').glob('part-*'))
+
+    # exits are fitted with scores of nets that had not seen the image
+    table = ExitTable.load(run / 'calibration.safetensors')
+    assert len(table) == 33
+    nets = [ConfidenceNet.from_pretrained(run / f'folds/fold{k}.safetensors') for k in (1, 2)]
+    folds = make_folds(33, 2, seed=42)
+    first = ConfidenceFeatures.load(run / 'features/member1.safetensors').probabilities
+    with torch.inference_mode():
+        scores = torch.stack([net(first) for net in nets])
+    torch.testing.assert_close(table.confidence[:, 0], scores[folds, torch.arange(33)])
+    assert model.exit_cfg['budgets'][0]['judged']['fitted_on'] == 'val, out of fold'
+    assert {'train_loss', 'val_error'} <= _rows(run)[0].keys()
+
+    # nothing is left to do; and the confidence net alone, from the authors' format
+    assert run_training([*args, '--resume', 'auto'])['results'] == result['results']
+    ConfidenceFeatures.load(run / 'features/member1.safetensors').save_csv(tmp_path / 'a.csv')
+    args = [a for a in args if a not in ('--init-members', 'scratch')]
+    other = [str(tmp_path / 'other') if a == str(tmp_path) else a for a in args]
+    members = ['--init-members', *(str(run / f'member{i}/best') for i in (1, 2))]
+    more = run_training([*other, *members, '--features', str(tmp_path / 'a.csv')])
+    assert list(more['results']) == ['confidence']
+    again = timm.create_model(f'local-dir:{tmp_path / "other" / "run" / "best"}', pretrained=True)
+    assert torch.equal(again.members[0].fc.weight, model.members[0].fc.weight)
+    assert not torch.equal(again.confidence_net.head.weight, model.confidence_net.head.weight)
+
+
+def test_clcnet_judged_on_its_own_features_is_judged_out_of_fold(image_folder, tmp_path, caplog):
+    args = _args(image_folder, tmp_path, '--val-split', 'val', '--confidence', 'all', family='clcnet')
+    with caplog.at_level('INFO'):
+        run_training(args)
+    halves = 'a random half of val, out of fold', 'the other half of val, out of fold'
+    assert "fitted on '{}', judged on '{}'".format(*halves) in caplog.text
+    rows = list(csv.DictReader((tmp_path / 'run/confidences.csv').open()))
+    best = max(rows, key=lambda row: float(row['area']))
+    model = timm.create_model(f'local-dir:{tmp_path / "run/best"}', pretrained=True)
+    assert (model.confidence_kind, model.final_rule) == (best['confidence'], best['final_rule'])
+
+
+def _save_members(folder):
+    model = timm.create_model('test_clcnet', num_classes=3, img_size=48)
+    for i, net in enumerate(model.members):
+        save_pretrained(net, folder / str(i))
+    return ['--init-members', str(folder / '0'), str(folder / '1')]
+
+
+def test_clcnet_killed_among_its_features_ends_the_same(image_folder, tmp_path):
+    args = _args(image_folder, tmp_path, '-vb', 4, '--resume', 'auto', *_save_members(tmp_path / 'w'), family='clcnet')
+    run_training([*args, '--experiment', 'reference'])
+    args += ['--experiment', 'killed']
+    assert run_python(HERE / 'kill_driver.py', 'part:4', *args, check=False).returncode == -signal.SIGKILL
+    assert len(list((tmp_path / 'killed/features').glob('part-*'))) == 3
+    run_training(args)
+    for file in ('best/model.safetensors', 'calibration.safetensors', 'features/member2.safetensors'):
+        reference, killed = (load_file(tmp_path / name / file) for name in ('reference', 'killed'))
+        assert reference.keys() == killed.keys()
+        assert all(torch.equal(v, killed[k]) for k, v in reference.items()), file
+
+
+@pytest.mark.parametrize(('changes', 'message'), [
+    (['--init-members', 'scratch', 'scratch', 'scratch'], 'expected one source, or one for each of 2 members, got 3'),
+    (['--init-members', 'pretrained'], 'There are no weights of test_focusnet'),
+    (['--init-members', 'missing', '--stage', 'features'], "No checkpoint at 'missing'"),
+    (['--folds', '1'], 'expected at least 2, or 0 for none, got 1'),
+    (['--folds', '99', '--stage', 'features', 'confidence'], 'Expected 2 to 33 folds, as many as there are'),
+    (['--stage', 'confidence'], "no features at '"),
+    (['--stage', 'features'], "run the stage 'member1' first"),
+    (['--features', '{csv}', '--stage', 'confidence'], 'holds probabilities of 4 classes, the cascade has 3'),
+])
+def test_bad_input_for_cascades(image_folder, tmp_path, capsys, changes, message):
+    (tmp_path / 'a.csv').write_text('x,0.4,0.3,0.2,0.1,1\ny,0.4,0.3,0.2,0.1,0\n')
+    paths = {'{csv}': tmp_path / 'a.csv'}
+    args = _args(image_folder, tmp_path, family='clcnet')
+    if 'confidence' in changes:
+        changes = [*changes, *_save_members(tmp_path / 'w')]
+    assert train_main([*args, *(str(paths.get(c, c)) for c in changes)]) == 1
+    assert message in capsys.readouterr().err
+
+
 def test_end_to_end_recipe(image_folder, tmp_path):
     result = run_training(_args(image_folder, tmp_path, '--recipe', 'end-to-end'))
     assert list(result['results']) == ['static', 'end-to-end']
     assert 'eval_top1_step3' in _rows(tmp_path / 'run')[0]
 
 
-@pytest.mark.parametrize(('family', 'stages'), [('gfnet', STAGES), ('anchornet', ANCHORNET)])
+@pytest.mark.parametrize(('family', 'stages'), [
+    ('gfnet', STAGES), ('anchornet', ANCHORNET), ('clcnet', (None, 'member1', 'member2', 'confidence'))])
 def test_mixed_precision(image_folder, tmp_path, family, stages):
     run_training(_args(image_folder, tmp_path, '--amp', '--amp-dtype', 'bfloat16', family=family))
     for folder in (*stages[1:-1], '.'):
@@ -181,7 +297,8 @@ def test_killed_in_every_stage_ends_bit_identical(image_folder, tmp_path, family
         assert str(a) == str(b)
 
 
-@pytest.mark.parametrize(('family', 'stages'), [('gfnet', STAGES), ('anchornet', ANCHORNET)])
+@pytest.mark.parametrize(('family', 'stages'), [
+    ('gfnet', STAGES), ('anchornet', ANCHORNET), ('clcnet', CLCNET[:2])])
 def test_two_processes_in_every_stage(tmp_path, family, stages):
     images = make_images(tmp_path / 'images', {'train': 17, 'val': 7})
     args = _args(images, tmp_path, '--batch-size', 4, '--policy-updates', 2, family=family)
@@ -189,6 +306,9 @@ def test_two_processes_in_every_stage(tmp_path, family, stages):
     expected = {
         'weights_equal': True, 'weights_learned': True, 'averages_equal': None, 'data_differ': True, 'updates': 3}
     assert json.loads((tmp_path / 'report.json').read_text()) == dict.fromkeys(stages, expected)
+    if family == 'clcnet':  # both processes' shares, in the order of the images
+        features = ConfidenceFeatures.load(tmp_path / 'run/features/member2.safetensors')
+        assert features.names == create_dataset('', root=str(images), split='validation').filenames()
 
 
 @pytest.mark.parametrize(('changes', 'message'), [

@@ -28,6 +28,7 @@ from flag_tables import (
 )
 from helpers import make_images
 from timm.layers import DropPath
+from torch import nn
 
 from timm_dynamic.data import dataset_factory
 from timm_dynamic.training import build, run_training
@@ -57,7 +58,7 @@ class Lab:
     def __init__(self, tmp_path, data, weights, monkeypatch, capsys, caplog):
         self.tmp, self.monkeypatch, self.capsys, self.caplog = tmp_path, monkeypatch, capsys, caplog
         self.paths = {'{data}': data, '{tmp}': tmp_path, '{weights}': weights, '{file}': weights / 'model.safetensors',
-                      '{gfnet}': weights / 'gfnet'}
+                      '{gfnet}': weights / 'gfnet', '{cascade}': weights / 'cascade'}
         self.parser = create_train_parser()
         self.base = dict(BASE)
         self.runs = 0
@@ -152,6 +153,11 @@ def weights(tmp_path_factory):
     with torch.no_grad():
         model.local_encoder.conv1[0].weight.fill_(0.125)
     save_pretrained(model, folder / 'gfnet')
+    for i, net in enumerate(timm.create_model('test_clcnet', num_classes=3, img_size=32).members):
+        nn.init.constant_(net.fc.bias, 0.25)
+        save_pretrained(net, folder / f'cascade/{i}')
+    rows = [f'{i}.png,0.{5 + i % 4},0.{3 - i % 2},0.{2 - i % 4 + i % 2},{i % 2}' for i in range(20)]
+    (folder / 'cascade/a.csv').write_text('\n'.join(rows), encoding='utf-8-sig')
     return folder
 
 
@@ -728,7 +734,53 @@ TRAIN = {
                                       base=FEATURES),
     '--kd-token-distill-type': built(loss, 'hard', base=[*DISTILLED, *TEACHER, '--kd-distill-type', 'token']),
 }
+MEMBERS = ['--init-members', '{cascade}/0', '{cascade}/1']
+
+
+def read_cascade(result):
+    return timm.create_model(f"local-dir:{result['folder'] / 'best'}", pretrained=True)
+
+
+def member_mark(result):
+    return read_cascade(result).members[0].fc.bias.mean().item()
+
+
+def cascade(probe, *value, gives, base):
+    """What a cascade's whole run gives, with the option and without."""
+    def check(lab, flag):
+        results = []
+        for options in ([*base, flag, *value], base):
+            lab.training, lab.prepare = True, lambda trainer: None
+            results.append(probe(lab._run('--model', 'test_clcnet', *options)))
+        assert results[0] == gives != results[1]
+
+    return check
+
+
+def pushed(repo, *options, private):
+    """What is published; tests/hub has it received."""
+    def check(lab, flag):
+        calls = []
+        lab.monkeypatch.setattr(run_module.hub, 'check_login', calls.append)
+        lab.monkeypatch.setattr(run_module.hub, 'publish', lambda *args, **kwargs: calls.append((args, kwargs)) or {
+            'url': 'https://hub/me/net', 'commit': 'abc'})
+        assert flag in options
+        run = lab.ran(*options)
+        assert calls == [repo, ((run.folder / 'hub', repo), {'private': private})]
+        text = (run.folder / 'hub' / 'README.md').read_text()
+        assert f"timm.create_model('hf-hub:{repo}', pretrained=True)" in text
+        assert str(lab.tmp) not in text
+        assert 'https://hub/me/net' in run.log
+        calls.clear()
+        lab.ran()
+        assert not calls
+
+    return check
+
+
 OURS = {
+    '--push-to-hub': pushed('me/net', '--push-to-hub', 'me/net', private=False),
+    '--hub-private': pushed('me/net', '--push-to-hub', 'me/net', '--hub-private', private=True),
     '--recipe': recipe,
     '--stage': built(lambda t: t.stage.name, 'focus', gives='focus', base=[*FOCUS, '--focus-plain']),
     '--stage-args': built(lambda t: t.num_epochs, 'classification.epochs=7', gives=7),
@@ -741,12 +793,23 @@ OURS = {
     '--test-split': ran(lambda r: {(row['split'], row['images']) for row in r.table}, 'extra', gives={('extra', 6)}),
     '--demo-digit-scale': built(
         lambda t: list(t.loader.dataset.dataset.digit_scale), '12', '20', gives=[12, 20], base=DEMO),
+    '--demo-img-size': built(lambda t: t.loader.dataset.dataset.img_size, '64', gives=64, base=DEMO),
     '--demo-clutter': built(lambda t: t.loader.dataset.dataset.clutter, '0.25', gives=0.25, base=DEMO),
     '--init-local': built(local_mark, '{weights}', gives=0.25, base=GFNET),
     '--init-global': built(global_mark, '{weights}', gives=0.25, base=GFNET),
     '--init-downstream': ran(
         lambda r: round(r.trainer.model.patch.conv1[0].weight.mean().item(), 3), '{weights}', gives=0.25,
         base=[*ANCHORNET, '--lr', '1e-9']),
+    '--init-members': cascade(member_mark, '{cascade}/0', '{cascade}/1', gives=0.25,
+                              base=['--init-members', 'scratch', '--folds', '0']),
+    '--feature-split': cascade(lambda r: r['results']['features']['images'], 'extra', gives=6,
+                               base=[*MEMBERS, '--folds', '0']),
+    '--features': cascade(lambda r: list(r['results']), '{cascade}/a.csv', gives=['confidence'],
+                          base=[*MEMBERS, '--folds', '0']),
+    '--folds': cascade(lambda r: len(list((r['folder'] / 'folds').iterdir())), '3', gives=3,
+                       base=[*MEMBERS, '--folds', '2']),
+    '--confidence': cascade(lambda r: read_cascade(r).confidence_kind, 'max_prob', gives='max_prob',
+                            base=[*MEMBERS, '--folds', '0']),
     '--init-from': built(local_mark, '{gfnet}', gives=0.125, base=GFNET),
     '--aux-weight': built(lambda t: t.task.aux_weight, '3', gives=3.0, base=GFNET),
     '--freeze-global': built(lambda t: len(t.task.frozen), gives=1, base=GFNET),

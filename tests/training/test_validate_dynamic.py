@@ -4,11 +4,12 @@ import json
 import re
 import shutil
 
+import numpy as np
 import pytest
 import timm
 import torch
 from flag_tables import fresh_accelerate, make_dynamic, make_weights
-from helpers import make_images, run_python
+from helpers import SHARED, make_images, run_python
 from timm.data import create_loader
 from torchvision.datasets import FakeData
 
@@ -258,6 +259,39 @@ def test_the_authors_numbers(folder, authors, tmp_path):
         assert stored[1]['gmacs'] == row['gmacs'] == round(authors.step_macs[2] / 1e9, 6)
 
 
+# Tables of AnchorNet
+
+@pytest.mark.skipif(
+    not (SHARED / 'parity/anchornet/official_table.npz').exists(),
+    reason='not run: the official AnchorNet table of 50,000 images is not beside the repository (../shared)')
+def test_the_published_points_of_anchornet(tmp_path, capsys):
+    """Their file, their thresholds; no model, no data."""
+    with np.load(SHARED / 'parity/anchornet/official_table.npz') as a:
+        table = {'setup': 'densenet201_95_[0.3, 0.3, 0.3, 0.3]', **{
+            k: torch.tensor(np.concatenate([a[k], a[f'{k}_column6'][:, None]], axis=1))
+            for k in ('thresholds', 'predictions')}}
+    torch.save(table, tmp_path / 'official.pth')
+    published = json.loads((SHARED / 'parity/anchornet/official_acc_flops.json').read_text())['rows']
+    thresholds = [word for row in published for word in ('--thresholds', *map(str, row['thresholds']))]
+    options = ['--exit-table', str(tmp_path / 'official.pth'), '--steps', '5', '--strict', *thresholds]
+    rows = of(run_validation([*options, '--anchor-gmacs', '0.08']), 'thresholds')
+    assert len(rows) == 34
+    assert [(round(row['top1'] / 100, 4), round(row['gmacs'], 2)) for row in rows] == [
+        (row['acc'], row['gflops']) for row in published]
+    rows = of(run_validation(options), 'thresholds')  # as their script charges: not as the list was made
+    assert sum(round(row['gmacs'], 2) == p['gflops'] for row, p in zip(rows, published)) == 21
+
+
+def test_tables_of_anchornet_can_be_written(run, net, tmp_path):
+    rows = run('--save-exit-table', tmp_path / 'own.pth')
+    table = torch.load(tmp_path / 'own.pth', weights_only=True)
+    assert (table['setup'], table['predictions'].dtype) == ('test_gfnet', torch.bool)
+    again = run('--exit-table', tmp_path / 'own.pth')  # the model knows its costs
+    assert [row['gmacs'] for row in again[1:]] == [row['gmacs'] for row in rows[1:]]
+    with pytest.raises(ValueError, match=r"costs of its setup 'test_gfnet' are not known.*validate.py the model"):
+        run_validation(['--exit-table', str(tmp_path / 'own.pth')])
+
+
 # Bad input
 
 @pytest.mark.parametrize(('options', 'message'), [
@@ -284,6 +318,10 @@ def test_the_authors_numbers(folder, authors, tmp_path):
     ('--exit-table {good} --calibrate-table {good} --geometric', 'good.st and good.st hold the same'),
     ('--exit-table {good} --calibrate-split train', 'runs no model: --calibrate-split has no meaning beside it'),
     ('--exit-table {good} --save-exit-table x', 'runs no model: --save-exit-table has no meaning'),
+    ('--strict', '--strict says how to compare with --thresholds'),
+    ('--steps 2', '--steps says how to read a table: give one with --exit-table'),
+    ('--exit-table {good} --steps 4', r'4 steps asked for, confidences have shape \[20, 3\]'),
+    ('--exit-table {good} --anchor-gmacs nan', '--anchor-gmacs: expected a cost, got nan'),
 ])
 def test_bad_input(says, net, tmp_path, options, message):
     (tmp_path / 'text.st').write_text('no table')

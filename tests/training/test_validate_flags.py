@@ -342,6 +342,31 @@ def save_exit_table(lab, flag):
     assert saved.step_macs == table.step_macs
 
 
+def strict(lab, flag):
+    """Confidences that are just the threshold do not stop."""
+    ExitTable([[0.5, 0.7], [0.6, 0.7]], torch.ones(2, 2, dtype=torch.bool), [1, 2]).save(lab.tmp / 't.st')
+    shares = [lab._run('--exit-table', '{tmp}/t.st', '--thresholds', '0.5', '0', *given,
+                       drop=['--data-dir', '--model'])[-1]['exit_shares'] for given in ([], [flag])]
+    assert shares == [[1, 0], [0.5, 0.5]]
+
+
+def steps(lab, flag):
+    _anchornet_table(lab)
+    rows = lab._run('--exit-table', '{tmp}/t.pth', flag, '2', drop=['--data-dir', '--model'])
+    assert [row.get('point') for row in rows] == [None, 'step 1', 'step 2']
+
+
+def anchor_gmacs(lab, flag):
+    _anchornet_table(lab)
+    for given, charge in (([], 0.06), ([flag, '0.08'], 0.08)):
+        rows = lab._run('--exit-table', '{tmp}/t.pth', *given, drop=['--data-dir', '--model'])
+        assert [row['gmacs'] for row in rows[1:]] == pytest.approx([0.79, 1.58 + charge, 2.37 + charge])
+
+
+def _anchornet_table(lab):
+    ExitTable([[0.5, 0.7, 0.8]], [[True] * 3], [1, 2, 3]).save_anchornet(lab.tmp / 't.pth', 'densenet201_95_[0.3]')
+
+
 def save_budgets(lab, flag):
     rows = lab.evaluated(*DYNAMIC, flag, '{tmp}/kept', '--budget', '0.001', '0.0015').rows
     model = timm.create_model(f'local-dir:{lab.tmp / "kept"}', pretrained=True)
@@ -449,6 +474,7 @@ VALIDATE = {
 OURS = {
     '--demo-digit-scale': opened(
         lambda seen: list(seen.loader.dataset.digit_scale), '12', '20', gives=[12, 20], base=DEMO),
+    '--demo-img-size': opened(lambda seen: seen.loader.dataset.img_size, '64', gives=64, base=DEMO),
     '--demo-clutter': opened(lambda seen: seen.loader.dataset.clutter, '0.25', gives=0.25, base=DEMO),
     '--compare': evaluated(lambda seen: [row['model'].rpartition('/')[2] for row in seen.rows], 'local-dir:{other}',
                            gives=['weights', 'other']),
@@ -459,6 +485,9 @@ OURS = {
                              base=['--budget', '0.0015']),
     '--thresholds': dynamic(lambda seen: (points(seen)[-1], last('exit_shares')(seen)), '2', '0', '0',
                             gives=('thresholds', [0, 1, 0])),
+    '--strict': strict,
+    '--steps': steps,
+    '--anchor-gmacs': anchor_gmacs,
     '--geometric': dynamic(lambda seen: len(points(seen)), gives=3 + 39),
     '--stored-results': stored_results,
     '--stored-thresholds': dynamic(

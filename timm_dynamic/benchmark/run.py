@@ -7,11 +7,11 @@ from typing import Any
 
 from ..training.report import format_table, write_rows
 from ..training.run import run_script
-from . import crop, exit, exits, loader, thresholds, train_step
+from . import confidence, crop, exit, exits, loader, thresholds, train_step, windows
 
 _logger = logging.getLogger(__name__)
 
-_BENCHMARKS = (exit, exits, thresholds, crop, train_step, loader)
+_BENCHMARKS = (exit, exits, thresholds, crop, confidence, windows, train_step, loader)
 
 
 def create_benchmark_parser() -> argparse.ArgumentParser:

@@ -2,15 +2,20 @@ from .cluttered_digits import ClutteredDigits
 from .confidence_features import ConfidenceFeatures
 from .dataset_factory import DEMO_DATASET, class_to_idx, create_dataset
 from .loader import TrainLoader, WorkerInit, create_train_loader, worker_context
+from .multi_view import MultiViewLoader, MultiViewTransform, collate_views, create_multi_view_transform
 
 __all__ = [
     'DEMO_DATASET',
     'ClutteredDigits',
     'ConfidenceFeatures',
+    'MultiViewLoader',
+    'MultiViewTransform',
     'TrainLoader',
     'WorkerInit',
     'class_to_idx',
+    'collate_views',
     'create_dataset',
+    'create_multi_view_transform',
     'create_train_loader',
     'worker_context',
 ]

@@ -1,6 +1,7 @@
 """What was measured of a dynamic model on a set of images, and what every exit policy makes of it."""
 import pickle
 import re
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -317,7 +318,9 @@ def _read_anchornet(
         anchor_macs: int,
 ) -> tuple[torch.Tensor, torch.Tensor, Sequence[int]]:
     try:
-        values = torch.load(path, map_location='cpu', weights_only=True)
+        with warnings.catch_warnings():
+            warnings.filterwarnings('ignore', 'Detected pickle protocol')  # says that it may fail; we say if it does
+            values = torch.load(path, map_location='cpu', weights_only=True)
     except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as e:
         raise ValueError(f"truncated, or no table of AnchorNet's ({str(e).splitlines()[0]})") from e
     names = {'setup', 'thresholds', 'predictions'}
@@ -332,7 +335,7 @@ def _read_anchornet(
         if net not in _ANCHORNET_PASS_MACS:
             raise ValueError(
                 f"the costs of its setup {values['setup']!r} are not known (known: {sorted(_ANCHORNET_PASS_MACS)}): "
-                f'give step_macs')
+                f'give step_macs, or validate.py the model')
         one_pass = _ANCHORNET_PASS_MACS[net]
         step_macs = [t * one_pass + (anchor_macs if t > 1 else 0) for t in range(1, confidence.shape[-1] + 1)]
     elif steps is None and confidence.ndim == 2 and len(step_macs) != confidence.shape[1]:

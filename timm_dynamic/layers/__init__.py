@@ -3,7 +3,7 @@ from .fold import fold_batch_norm
 from .patch_crop import crop_patches, crop_patches_bilinear, get_glance, get_patch_coords
 from .patch_policy import PatchPolicy
 from .step_classifier import ConcatStepClassifier, RecurrentStepClassifier, StepClassifier
-from .window_choice import choose_windows, class_activation_map
+from .window_choice import check_iou_thresholds, choose_windows, class_activation_map
 
 __all__ = [
     'ConcatStepClassifier',
@@ -12,6 +12,7 @@ __all__ = [
     'RecurrentStepClassifier',
     'SparseMasks',
     'StepClassifier',
+    'check_iou_thresholds',
     'choose_windows',
     'class_activation_map',
     'crop_patches',

@@ -24,13 +24,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from safetensors.torch import save_file
 from timm.models import clean_state_dict
 from torch import nn
 
-from ..utils import CheckpointError, atomic_write, describe_mismatch, read_state_dict
+from ..utils import CheckpointError, atomic_write, describe_mismatch, fetch_weights, read_state_dict
 
 _BUMP_WIDTH = 0.01  # standard deviation of the bumps, on a scale where the tokens span 0..1
 _SUM_TOLERANCE = 0.15  # the authors' tutorial scores vectors that sum to 1.1
@@ -204,7 +202,7 @@ class ConfidenceNet(nn.Module):
             ValueError: They are no probabilities, or not sorted: sort them, or let `score` do it.
         """
         if not torch.compiler.is_compiling() and not probabilities.is_meta:
-            _check_probabilities(probabilities, is_sorted=True)
+            check_probabilities(probabilities, is_sorted=True)
         return self.score_sorted(probabilities)
 
     def score(self, probabilities: torch.Tensor) -> torch.Tensor:
@@ -219,7 +217,7 @@ class ConfidenceNet(nn.Module):
         Raises:
             ValueError: They are no probabilities.
         """
-        _check_probabilities(probabilities, is_sorted=False)
+        check_probabilities(probabilities, is_sorted=False)
         return self.score_sorted(probabilities.sort(dim=1, descending=True).values)
 
     def score_sorted(self, probabilities: torch.Tensor) -> torch.Tensor:
@@ -372,7 +370,8 @@ def sparsemax(x: torch.Tensor) -> torch.Tensor:
     return (x - excess.gather(1, support - 1) / support).relu()
 
 
-def _check_probabilities(probabilities: torch.Tensor, is_sorted: bool) -> None:
+def check_probabilities(probabilities: torch.Tensor, is_sorted: bool) -> None:
+    """Raise a ValueError, which names the row, if these are no probabilities [B, n], or not sorted falling."""
     if probabilities.ndim != 2 or probabilities.shape[1] < 1 or not probabilities.is_floating_point():
         raise ValueError(
             f'Expected probabilities [batch, classes], floating point, got {list(probabilities.shape)} '
@@ -480,11 +479,7 @@ def _locate(source: str | Path, cache_dir: str | Path | None) -> Path:
     if path.exists() or not re.fullmatch(r'[\w.-]+/[\w.-]+(@[\w.-]+)?', str(source)) or path.suffix in (
             '.safetensors', '.pt', '.pth', '.zip', '.bin'):
         return path
-    repo, _, revision = str(source).partition('@')
     try:
-        return Path(hf_hub_download(repo, 'model.safetensors', revision=revision or None, cache_dir=cache_dir))
-    except LocalEntryNotFoundError as e:
-        raise CheckpointError(
-            f"'{source}' is neither a file nor in the local cache, and the Hugging Face Hub cannot be reached.") from e
-    except (HfHubHTTPError, OSError, ValueError) as e:
-        raise CheckpointError(f"'{source}' is no file, and could not be fetched from the Hugging Face Hub: {e}") from e
+        return fetch_weights(str(source), cache_dir=cache_dir)
+    except CheckpointError as e:
+        raise CheckpointError(f"'{source}' is no file. {e}") from e

@@ -23,6 +23,18 @@ def class_activation_map(features: torch.Tensor, weight: torch.Tensor, classes: 
     return torch.einsum('bchw,bc->bhw', features, weight[classes].to(features.dtype)) / features.shape[1]
 
 
+def check_iou_thresholds(iou_thresholds: Sequence[float]) -> tuple[float, ...]:
+    """Overlap thresholds as floats.
+
+    Raises:
+        ValueError: One is not a number in 0..1.
+    """
+    values = tuple(float(threshold) for threshold in iou_thresholds)
+    if not all(0 <= value <= 1 for value in values):
+        raise ValueError(f'Overlap thresholds are shares in 0..1, got {list(values)}.')
+    return values
+
+
 def choose_windows(
         cam: torch.Tensor,
         corners: tuple[torch.Tensor, torch.Tensor],
@@ -51,13 +63,14 @@ def choose_windows(
         fewer do than are asked for, the rest is filled with the best of the others.
 
     Raises:
-        ValueError: There are fewer windows than asked for, or too few thresholds.
+        ValueError: There are fewer windows than asked for, or too few thresholds, or one that is no overlap.
     """
     batch, height, width = cam.shape
     if not 0 < num <= height * width:
         raise ValueError(f'Expected to choose 1 to {height * width} windows of a {height}x{width} map, got {num}.')
     if len(iou_thresholds) < num - 1:
         raise ValueError(f'{num} windows need {num - 1} overlap thresholds, got {len(iou_thresholds)}.')
+    check_iou_thresholds(iou_thresholds)
     side = size - 1 if exact_original else size
     rows, columns = (c.to(cam.device) for c in corners)
     order = cam.flatten(1).argsort(dim=1, descending=True, stable=True)

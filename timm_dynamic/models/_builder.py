@@ -4,24 +4,15 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    HfHubHTTPError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-)
 from timm.models import PretrainedCfg, get_model_traits, model_entrypoint, resolve_pretrained_cfg
 from torch import nn
 
-from ..utils import CheckpointError, load_weights, read_state_dict
+from ..utils import CheckpointError, fetch_weights, load_weights, read_state_dict
 from .dynamic_net import DynamicNet
 
 _logger = logging.getLogger(__name__)
@@ -31,8 +22,9 @@ FilterFn = Callable[[dict[str, torch.Tensor], nn.Module], dict[str, torch.Tensor
 # Weights that come with the package, as exported folders MODEL.TAG: those of the tiny models for the demo set.
 BUNDLED = Path(__file__).parent / 'weights'
 
-# Organisation on the Hugging Face Hub. Mirrors set the environment variable.
-HUB_ORG = os.environ.get('TIMM_DYNAMIC_HUB_ORG', 'timm-dynamic')
+# Organisation on the Hugging Face Hub. Mirrors set the environment variable, before this package is imported.
+DEFAULT_HUB_ORG = 'timm-dynamic'
+HUB_ORG = os.environ.get('TIMM_DYNAMIC_HUB_ORG') or DEFAULT_HUB_ORG
 
 
 def hub_id(name: str) -> str:
@@ -138,26 +130,12 @@ def _fetch_from_hub(
         name: str,
         cache_dir: str | Path | None,
 ) -> Path:
-    """Download weights and config.json, of one revision. The path of the weights."""
+    """Download weights and config.json. The path of the weights."""
     assert cfg.hf_hub_id
-    repo, _, revision = cfg.hf_hub_id.partition('@')
     overlay = f"create_model('{variant}', pretrained=True, pretrained_cfg_overlay=dict(file='FILE'))"
-    origin = f' The authors link their file at {cfg.origin_url}; load it with {overlay}.' if cfg.origin_url else \
-        f' A file of your own loads with {overlay}.'
-    download = partial(hf_hub_download, repo, revision=revision or None, cache_dir=cache_dir)
     try:
-        path = Path(download(cfg.hf_hub_filename or 'model.safetensors'))
-        with suppress(EntryNotFoundError):
-            download('config.json', revision=path.parent.name)  # of the very snapshot that the weights are from
-    except LocalEntryNotFoundError as e:  # first: it is an EntryNotFoundError, too
-        raise CheckpointError(
-            f"The weights of {name} ('{repo}') are not in the local cache, and the Hugging Face Hub cannot be reached. "
-            f'Try again when online.{origin}') from e
-    except RepositoryNotFoundError as e:
-        raise CheckpointError(
-            f"The Hugging Face Hub has no repository '{repo}' (yet), so {name} cannot be downloaded.{origin}") from e
-    except EntryNotFoundError as e:
-        raise CheckpointError(f"'{repo}' on the Hugging Face Hub holds no model.safetensors.{origin}") from e
-    except (HfHubHTTPError, OSError, ValueError) as e:
-        raise CheckpointError(f"'{repo}' could not be fetched from the Hugging Face Hub: {e}.{origin}") from e
-    return path
+        return fetch_weights(cfg.hf_hub_id, cfg.hf_hub_filename or 'model.safetensors', cache_dir)
+    except CheckpointError as e:
+        origin = f'The authors link their file at {cfg.origin_url}; load it with {overlay}.' if cfg.origin_url else \
+            f'A file of your own loads with {overlay}.'
+        raise CheckpointError(f'The weights of {name} cannot be had. {e} {origin}') from e

@@ -26,11 +26,11 @@ from timm.layers import SqueezeExcite, get_device_dtype
 from timm.models import build_model_with_cfg, clean_state_dict, generate_default_cfgs, register_model
 from torch import nn
 
-from ..layers import choose_windows, class_activation_map, crop_patches, get_glance
+from ..layers import check_iou_thresholds, choose_windows, class_activation_map, crop_patches, get_glance
 from ..utils import CheckpointError, read_state_dict
 from ._builder import build_dynamic_model, hub_id
-from .dynamic_net import DynamicNet, State
-from .gfnet import create_encoder
+from .dynamic_net import DynamicNet, State, on_meta
+from .gfnet import check_pool, create_encoder
 
 __all__ = ['AnchorNet', 'AnchorNetPatch']
 
@@ -96,6 +96,9 @@ class AnchorNet(nn.Module):
         device: Device of the parameters.
         dtype: Dtype of the parameters.
 
+    Raises:
+        ValueError: Another way of pooling is asked for: the activation maps of a class hold for the mean only.
+
     Attributes:
         receptive_field: Side of the windows, in pixels.
         stride: How far they lie apart, in pixels.
@@ -115,7 +118,7 @@ class AnchorNet(nn.Module):
         super().__init__()
         dd: dict[str, Any] = {'device': device, 'dtype': dtype}
         self.num_classes, self.in_chans = num_classes, in_chans
-        self.drop_rate, self.global_pool = drop_rate, global_pool
+        self.drop_rate, self.global_pool = drop_rate, check_pool(global_pool, num_classes)
         self.num_features = self.head_hidden_size = num_features
         self.grad_checkpointing = False
         self.stem = nn.Sequential(
@@ -171,7 +174,7 @@ class AnchorNet(nn.Module):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the classifier."""
         if global_pool is not None:
-            self.global_pool = global_pool
+            self.global_pool = check_pool(global_pool, num_classes)
         self.num_classes = num_classes
         self.fc = nn.Linear(self.num_features, num_classes, **get_device_dtype(self)) if num_classes else nn.Identity()
 
@@ -181,7 +184,10 @@ class AnchorNet(nn.Module):
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        return {'stem': r'^stem', 'blocks': r'^blocks' if coarse else r'^blocks\.(\d+)'}
+        return {
+            'stem': r'^stem',
+            'blocks': r'^blocks\.(\d+)' if coarse else [(r'^blocks\.(\d+)', None), (r'^conv_head', (99999,))],
+        }
 
 
 class AnchorNetPatch(DynamicNet):
@@ -204,13 +210,14 @@ class AnchorNetPatch(DynamicNet):
         backbone_args: Further arguments for the backbone. Plain JSON.
         drop_rate: Dropout before the classifiers.
         drop_path_rate: Stochastic depth of the backbone.
-        global_pool: 'avg' leaves pooling to the networks.
+        global_pool: 'avg' leaves pooling to the networks; '' with `num_classes=0` gives feature maps.
         exit_cfg: See `DynamicNet`.
         device: Device of the parameters.
         dtype: Dtype of the parameters.
 
     Raises:
-        ValueError: The networks are unknown, or the sizes do not go together.
+        ValueError: The networks are unknown, the localizer has no feature map that says what speaks for a class, or the
+            sizes do not go together.
     """
 
     def __init__(
@@ -243,8 +250,7 @@ class AnchorNetPatch(DynamicNet):
             raise ValueError(f'patch_size must be between 1 and img_size {height}, got {patch_size}.')
         if num_steps < 2:
             raise ValueError(f'num_steps must be at least 2, the small image and a window, got {num_steps}.')
-        if global_pool != 'avg':
-            raise ValueError(f"Pooling is the networks': global_pool must be 'avg', got {global_pool!r}.")
+        check_pool(global_pool, num_classes)
         thresholds = [iou_thresholds] * (num_steps - 2) if isinstance(iou_thresholds, (int, float)) else iou_thresholds
         if len(thresholds) != num_steps - 2:
             raise ValueError(
@@ -253,8 +259,9 @@ class AnchorNetPatch(DynamicNet):
         super().__init__(num_steps, num_classes, in_chans, height, exit_cfg)
         self.backbone, self.backbone_args = backbone, dict(backbone_args or {})
         self.patch_size = patch_size
-        self.iou_thresholds = tuple(float(t) for t in thresholds)
+        self.iou_thresholds = check_iou_thresholds(thresholds)
         self.exact_original = exact_original
+        self.global_pool = global_pool
         args = dict({'drop_path_rate': drop_path_rate} if drop_path_rate else {}, **self.backbone_args, **dd)
         create = partial(create_encoder, backbone, in_chans, patch_size, num_classes, drop_rate=drop_rate, **args)
         self.resized: Any = create()
@@ -267,12 +274,21 @@ class AnchorNetPatch(DynamicNet):
                 raise ValueError(f"Give the stride of the localizer '{localizer}' as localizer_stride, in pixels.")
             self.localizer = create_encoder(localizer, in_chans, height, num_classes, **(localizer_args or {}), **dd)
             self.localizer_stride, self.localizer_field = localizer_stride, localizer_field
+        self.localizer_name = localizer
+        self._grids: dict[int, tuple[int, int]] = {}  # by side of the image, as far as asked for
+        self._check_localizer()
+        self._check_windows(height)
         self.num_features = self.resized.num_features
         self.head_hidden_size = self.resized.head_hidden_size
         first_convs = [_names(n.pretrained_cfg.get('first_conv')) if hasattr(n, 'pretrained_cfg') else ('stem.0',)
                        for n in self._networks().values()]
         self._traits: dict[str, Any] = {'first_conv': tuple(
             f'{part}.{name}' for part, names in zip(self._networks(), first_convs) for name in names)}
+
+    @property
+    def setup_name(self) -> str:
+        """What the released code calls such a model in its tables, e.g. 'densenet201_95_[0.3, 0.3, 0.3]'."""
+        return f'{self.backbone}_{self.patch_size}_{list(self.iou_thresholds)}'
 
     def _networks(self) -> dict[str, Any]:
         return {'resized': self.resized, 'patch': self.patch, 'localizer': self.localizer}
@@ -284,7 +300,71 @@ class AnchorNetPatch(DynamicNet):
             raise ValueError(f'AnchorNetPatch takes square images, got {x.shape[2]}x{x.shape[3]}.')
         if x.shape[2] < self.patch_size:
             raise ValueError(f'Images of {x.shape[2]} pixels are smaller than the windows of {self.patch_size}.')
+        self._check_windows(x.shape[2])
         return {'image': x}
+
+    def _grid(self, img_size: int) -> tuple[int, int]:
+        """Rows and columns of windows in images of a size."""
+        if isinstance(self.localizer, AnchorNet):
+            cells = (img_size - self.localizer_field) // self.localizer_stride + 1
+            return max(cells, 0), max(cells, 0)
+        if img_size not in self._grids:
+            shape = self._map_shape(img_size)
+            self._grids[img_size] = shape[2], shape[3]
+        return self._grids[img_size]
+
+    @torch.no_grad()
+    def _map_shape(self, img_size: int) -> torch.Size:
+        net = on_meta(self.localizer).eval()
+        shape, dtype = (1, self.in_chans, img_size, img_size), next(net.parameters()).dtype
+        try:
+            return net.forward_features(torch.zeros(shape, device='meta', dtype=dtype)).shape
+        except (RuntimeError, AssertionError) as e:
+            raise ValueError(
+                f"The localizer '{self.localizer_name}' cannot take images of {img_size} pixels: "
+                f'{str(e).splitlines()[0]}') from e
+
+    def _check_windows(self, img_size: int) -> None:
+        """Raise a ValueError if images of a size hold fewer windows than steps look at."""
+        rows, columns = self._grid(img_size)
+        if rows * columns < self.num_steps - 1:
+            raise ValueError(
+                f'Images of {img_size} pixels hold {rows}x{columns} windows for the localizer '
+                f"'{self.localizer_name}', {self.num_steps} steps look at {self.num_steps - 1}.")
+
+    def _check_localizer(self) -> None:
+        """Raise a ValueError unless the localizer is a linear classifier of the mean of a feature map."""
+        if isinstance(self.localizer, AnchorNet):
+            return
+        what = f"The localizer '{self.localizer_name}'"
+        shape = self._map_shape(self.img_size)
+        if len(shape) != 4 or getattr(self.localizer, 'output_fmt', 'NCHW') != 'NCHW':
+            raise ValueError(
+                f'{what} needs a feature map [batch, channels, height, width], it gives {list(shape)}.')
+        self._grids[self.img_size] = shape[2], shape[3]
+        sees = -(-self.img_size // self.localizer_stride)
+        if not self.localizer_field and max(abs(n - sees) for n in shape[2:]) > 1:
+            raise ValueError(
+                f'{what} has {shape[2]}x{shape[3]} positions in an image of {self.img_size}: localizer_stride '
+                f'{self.localizer_stride} would give {sees}x{sees}.')
+        classifier = self.localizer.get_classifier()
+        if not self.num_classes:
+            return
+        if not isinstance(classifier, nn.Linear):
+            raise ValueError(
+                f'{what} needs one linear classifier, whose weights say what speaks for a class; it has '
+                f'{type(classifier).__name__}.')
+        if classifier.in_features != shape[1]:
+            raise ValueError(
+                f'{what} classifies {classifier.in_features} features, its map has {shape[1]}: expected a classifier '
+                'of the mean of the map.')
+
+    def set_input_size(self, img_size: int | tuple[int, int]) -> None:
+        side = img_size if isinstance(img_size, int) else min(img_size)
+        if side < self.patch_size:
+            raise ValueError(f'patch_size must be between 1 and img_size {side}, got {self.patch_size}.')
+        self._check_windows(side)
+        super().set_input_size(img_size)
 
     def step(self, t: int, state: State) -> tuple[torch.Tensor, State]:
         """Run one step, see `DynamicNet.step`.
@@ -311,12 +391,12 @@ class AnchorNetPatch(DynamicNet):
         Returns:
             'windows', 'cam', 'num_valid' as in `step`; and 'localizer_logits' [B, num_classes].
         """
+        if not self.num_classes:
+            raise ValueError('The windows are those of a class: without classes (num_classes=0) there are none.')
         features = self.localizer.forward_features(x)
         logits = self.localizer.forward_head(features)
         with torch.no_grad():
             classifier = self.localizer.get_classifier()
-            if not isinstance(classifier, nn.Linear):
-                raise ValueError('The windows are those of a class: the localizer needs a linear classifier.')
             cam = class_activation_map(features.float(), classifier.weight.float(), logits.argmax(dim=1))
             rows, columns = (self._corners(n, x.shape[-1], x.device) for n in cam.shape[1:])
             index, found = choose_windows(
@@ -348,6 +428,12 @@ class AnchorNetPatch(DynamicNet):
             'localizer_logits': located['localizer_logits'], 'cam': located['cam'], 'coords': coords,
         }
 
+    def forward(self, x: Any, all_steps: bool = False, **kwargs: Any) -> Any:
+        """See `DynamicNet.forward`. Without classes the features of the small image, see `forward_head`."""
+        if not self.num_classes and not all_steps:
+            return self.forward_head(self.forward_features(x), pre_logits=True)
+        return super().forward(x, all_steps, **kwargs)
+
     def forward_train(self, x: torch.Tensor) -> torch.Tensor:
         out = self.forward_all(x)
         return torch.cat([out['logits'], out['localizer_logits'][None]]).mean(dim=0)
@@ -359,6 +445,8 @@ class AnchorNetPatch(DynamicNet):
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
         """Logits of step 1 from the feature map of the small image, or what its classifier sees."""
+        if not self.global_pool:
+            return x
         return self.resized.forward_head(x, pre_logits=pre_logits)
 
     @property
@@ -373,9 +461,12 @@ class AnchorNetPatch(DynamicNet):
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace all classifiers. Policies and budgets kept for other classes are forgotten."""
+        if global_pool is not None:
+            self.global_pool = check_pool(global_pool, num_classes)
         self.num_classes = num_classes
         for net in self._networks().values():
             net.reset_classifier(num_classes)
+        self._check_localizer()
         self._classifier_changed()
 
     @torch.jit.ignore
@@ -387,6 +478,18 @@ class AnchorNetPatch(DynamicNet):
     def no_weight_decay(self) -> set[str]:
         return {f'{part}.{name}' for part, net in self._networks().items()
                 for name in getattr(net, 'no_weight_decay', set)()}
+
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """The networks' groups side by side."""
+        out: dict[str, Any] = {}
+        for part, net in self._networks().items():
+            for name, spec in net.group_matcher(coarse=coarse).items():
+                for pattern, suffix in ([(spec, None)] if isinstance(spec, str) else spec or ()):
+                    inner = pattern.replace('^', '')
+                    out.setdefault(name, []).append((rf'^{part}\.(?:{inner})', suffix))
+        return out
 
 
 def _names(value: Any) -> tuple[str, ...]:
@@ -453,10 +556,19 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: Any) -> dict[str,
         return _map_localizer(state_dict)
     parts = {k: v for k, v in state_dict.items() if isinstance(v, Mapping)}
     if not parts:
-        if 'exp_conv.weight' in state_dict:
-            raise CheckpointError(
-                "it is the localizer's alone. Give all three: dict(localizer='...', resized='...', patch='...')")
-        return dict(state_dict)
+        found = {part for part in _PARTS if any(key.startswith(f'{part}.') for key in state_dict)}
+        missing = [part for part in _PARTS if part not in found]
+        if not missing:
+            return dict(state_dict)
+        if found:
+            holds, lacks = ' and '.join(sorted(found)), ' and '.join(missing)
+        elif {'exp_conv.weight', 'conv_head.weight'} & state_dict.keys():
+            holds, lacks = 'the localizer', 'resized and patch'
+        else:
+            holds, lacks = 'one network (resized or patch)', 'the localizer and the other one'
+        raise CheckpointError(
+            f"it holds {holds} alone and lacks {lacks}. Give all three: pretrained_cfg_overlay=dict(file="
+            "dict(localizer='...', resized='...', patch='...')), or a folder with the authors' three files")
     missing = [part for part in _PARTS if part not in parts]
     if missing:
         raise CheckpointError(f"it lacks {' and '.join(missing)}: expected {', '.join(_PARTS)}")
@@ -493,8 +605,8 @@ default_cfgs = generate_default_cfgs({
         'anchornet_patch_densenet201_95.paper_in1k', **_three('features.conv0', 'classifier')),
     'anchornet_patch_resnet50_95.untrained': _cfg(**_three('conv1', 'fc'), origin_url=None),
     'anchornet_patch.untrained': _cfg(**_three('features.conv0', 'classifier'), origin_url=None),
-    'test_anchornet_patch.untrained': _cfg(
-        num_classes=10, input_size=(3, 96, 96), crop_pct=1.0, origin_url=None, **_three('conv1.0', 'fc')),
+    'test_anchornet_patch.digits': _cfg(
+        'test_anchornet_patch.digits', num_classes=10, input_size=(3, 96, 96), crop_pct=1.0, origin_url=None, **_three('conv1.0', 'fc')),
 })
 
 

@@ -731,9 +731,9 @@ default_cfgs = generate_default_cfgs({
         'clcnet_tf_efficientnet_b4_b7.paper_in1k', _efficientnets, input_size=(3, 600, 600), crop_pct=0.949,
         notes=_NOTES),
     'clcnet.paper_in1k': _cfg('clcnet.paper_in1k', [('conv_stem', 'classifier'), ('conv1', 'fc')], notes=_NOTES[1:]),
-    'test_clcnet.untrained': _cfg(
-        members=[('conv1.0', 'fc')] * 2, num_classes=10, input_size=(3, 96, 96), crop_pct=1.0, interpolation='bilinear',
-        origin_url=None),
+    'test_clcnet.digits': _cfg(
+        'test_clcnet.digits', members=[('conv1.0', 'fc')] * 2, num_classes=10, input_size=(3, 96, 96), crop_pct=1.0,
+        interpolation='bilinear', origin_url=None),
 })
 
 

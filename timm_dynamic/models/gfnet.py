@@ -152,7 +152,7 @@ class GFNet(DynamicNet):
         self.patch_size = patch_size
         self.glance_mode = glance_mode
         self.drop_rate = drop_rate
-        self.global_pool = _check_pool(global_pool, num_classes)
+        self.global_pool = check_pool(global_pool, num_classes)
 
         encoder_args = dict({'drop_path_rate': drop_path_rate} if drop_path_rate else {}, **(backbone_args or {}), **dd)
         create = partial(create_encoder, backbone, in_chans, patch_size, **encoder_args)
@@ -337,7 +337,7 @@ class GFNet(DynamicNet):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace all prediction heads. Policies and budgets kept for other classes are forgotten."""
         if global_pool is not None:
-            self.global_pool = _check_pool(global_pool, num_classes)
+            self.global_pool = check_pool(global_pool, num_classes)
         self.num_classes = num_classes
         self.classifier.reset(num_classes, **get_device_dtype(self))
         self._classifier_changed()
@@ -373,7 +373,8 @@ def _check_patch_size(patch_size: int, img_size: int) -> None:
         raise ValueError(f'patch_size must be between 1 and img_size {img_size}, got {patch_size}.')
 
 
-def _check_pool(global_pool: str, num_classes: int) -> str:
+def check_pool(global_pool: str, num_classes: int) -> str:
+    """Raise a ValueError for a way of pooling that the networks of a dynamic model do not have."""
     if global_pool not in ('avg', '') or (not global_pool and num_classes):
         raise ValueError(
             f"Pooling is the backbone's: global_pool must be 'avg', or '' without classes, got {global_pool!r} with "

@@ -1,4 +1,5 @@
 from .anchornet import AnchorNetTask
+from .clcnet_recipe import member_sources, member_stage
 from .confidence import ConfidenceFit, ConfidenceTask, fit_confidence_net, fit_folds, make_folds, score_folds
 from .focus_picking import FocusPickingTask, create_baseline
 from .glance_focus import EndToEndTask, GlanceFocusTask, PatchPolicyTask
@@ -22,5 +23,7 @@ __all__ = [
     'fit_confidence_net',
     'fit_folds',
     'make_folds',
+    'member_sources',
+    'member_stage',
     'score_folds',
 ]

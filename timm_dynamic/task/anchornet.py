@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.task import TrainingTask
 from timm.utils import unwrap_model
 from torch import nn
 
 from ..layers import crop_patches, get_glance
 from ..models.anchornet import AnchorNetPatch
+from .base import OneModuleTask
 
 _logger = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ class AnchorNetModule(nn.Module):
         return model.patch(views)
 
 
-class AnchorNetTask(TrainingTask):
+class AnchorNetTask(OneModuleTask):
     """Train one network of an AnchorNet-patch by cross-entropy. The others are in eval mode and do not learn.
 
     Every window of an image has the image's class. The patch net is validated by what the whole model makes of it, step
@@ -79,37 +79,13 @@ class AnchorNetTask(TrainingTask):
         if part not in PARTS:
             raise ValueError(f"part must be one of {', '.join(PARTS)}, got {part!r}.")
         self.part, self.smoothing = part, smoothing
-        self.trainable_module: Any = AnchorNetModule(model, part)
+        self.trainable_module = AnchorNetModule(model, part)
+        self.frozen = tuple(getattr(model, name) for name in PARTS if name != part)
         for name in PARTS:
             getattr(model, name).requires_grad_(name == part)
         if self.verbose:
             learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
             _logger.info(f'AnchorNetTask: {learning / 1e6:.2f} M parameters of the {part} net learn.')
-
-    def train(self, mode: bool = True) -> 'AnchorNetTask':
-        """Set the mode; the networks that do not learn stay in eval mode."""
-        super().train(mode)
-        model = self.get_eval_model()
-        for name in PARTS:
-            if name != self.part:
-                getattr(model, name).eval()
-        return self
-
-    def prepare_distributed(self, device_ids: list | None = None, **ddp_kwargs: Any) -> 'AnchorNetTask':
-        """Wrap what is trained in DistributedDataParallel."""
-        from torch.nn.parallel import DistributedDataParallel
-        self.trainable_module = DistributedDataParallel(self.trainable_module, device_ids=device_ids, **ddp_kwargs)
-        return self
-
-    def compile(  # type: ignore[override]
-            self,
-            backend: str = 'inductor',
-            mode: str | None = None,
-            **compile_kwargs: Any,
-    ) -> nn.Module:
-        """Compile what is trained."""
-        self.trainable_module = torch.compile(self.trainable_module, backend=backend, mode=mode, **compile_kwargs)
-        return self.trainable_module
 
     def get_eval_model(self, module: nn.Module | None = None, ema: bool = False) -> Any:
         """The whole model."""

@@ -4,16 +4,18 @@ import logging
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.task import TrainingTask
 from timm.utils import unwrap_model
 from torch import nn
 
 from ..layers import ConfidenceNet, SparseMasks
+from ..layers.confidence_net import GhostBatchNorm, check_probabilities
 from ..utils import fold_seed, seeded
+from .base import OneModuleTask
 
 _logger = logging.getLogger(__name__)
 
@@ -39,7 +41,7 @@ class ConfidenceModule(nn.Module):
         return {**out, 'entropy': self.masks(self.net, mapped, features)} if self.training else out
 
 
-class ConfidenceTask(TrainingTask):
+class ConfidenceTask(OneModuleTask):
     """Regression of 1 (right) and 0 (wrong), with masks that are kept sparse.
 
     Loss: mean squared error + `sparsity` · entropy of the masks.
@@ -61,14 +63,8 @@ class ConfidenceTask(TrainingTask):
             verbose: bool = True,
     ) -> None:
         super().__init__(device=device, dtype=dtype, verbose=verbose)
-        self.trainable_module: Any = ConfidenceModule(net).to(self.device)
+        self.trainable_module = ConfidenceModule(net).to(self.device)
         self.sparsity = sparsity
-
-    def prepare_distributed(self, device_ids: list | None = None, **ddp_kwargs: Any) -> 'ConfidenceTask':
-        """Wrap net and masks in DistributedDataParallel."""
-        from torch.nn.parallel import DistributedDataParallel
-        self.trainable_module = DistributedDataParallel(self.trainable_module, device_ids=device_ids, **ddp_kwargs)
-        return self
 
     @property
     def net(self) -> ConfidenceNet:
@@ -141,7 +137,9 @@ def fit_confidence_net(
 ) -> ConfidenceFit:
     """Train a confidence net as the paper does.
 
-    Adam, weighted sampling, a random part to stop early on and one to test on.
+    Adam, weighted sampling, a random part to stop early on and one to test on. Departure from the released code: the
+    statistics of the norms are measured after each epoch. Running ones (momentum 0.02) need some hundred updates to
+    leave their initial values, and on small data early stopping would judge nets by those.
 
     Args:
         probabilities: Sorted falling [N, n], float32.
@@ -157,12 +155,14 @@ def fit_confidence_net(
         seed: Seed of everything random. The same seed gives the same net on the same machine.
 
     Raises:
-        ValueError: Shapes do not go together, or there are too few samples for three parts.
+        ValueError: Shapes do not go together, these are no sorted probabilities, or there are too few samples for three
+            parts.
     """
     if probabilities.ndim != 2 or hits.shape != (len(probabilities),):
         raise ValueError(
             f'Expected probabilities [N, classes] and hits [N], got {list(probabilities.shape)} and '
             f'{list(hits.shape)}.')
+    check_probabilities(probabilities, is_sorted=True)
     sizes = [math.floor(len(hits) * share) for share in split]
     sizes.append(len(hits) - sum(sizes))
     if min(sizes[0] - 1, *sizes[1:]) < 1:
@@ -186,6 +186,7 @@ def fit_confidence_net(
             nn.utils.clip_grad_norm_(parameters, clip_grad)
             optimizer.step()
             total += loss.item() * len(rows)
+        _measure_statistics(task, parts[0][0], draw_batches(parts[0][1] > 0.5, batch_size, seed, epoch))
         error = _error(task, *parts[1])
         history.append({'train_loss': total / sizes[0], 'val_error': error})
         if error < best[0]:
@@ -201,6 +202,26 @@ def fit_confidence_net(
         f'Confidence net: best of {len(history)} epochs is {fit.best_epoch}, mean squared error {fit.val_error:.4f} '
         f'(validation), {fit.test_error:.4f} (test).')
     return fit
+
+
+@torch.no_grad()
+def _measure_statistics(
+        task: ConfidenceTask,
+        probabilities: torch.Tensor,
+        batches: Iterator[torch.Tensor],
+        num_batches: int = 25,
+) -> None:
+    """Set the norms' running statistics to their mean over batches such as are trained on."""
+    norms = [m for m in task.net.modules() if isinstance(m, GhostBatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # the mean of all
+    task.train()
+    for rows in islice(batches, num_batches):
+        task.net.score_sorted(probabilities[rows])
+    for norm, momentum in zip(norms, momenta):
+        norm.momentum = momentum
 
 
 @torch.no_grad()

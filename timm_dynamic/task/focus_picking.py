@@ -9,13 +9,13 @@ import timm
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import get_model_input_config, is_model, list_models
-from timm.task import TrainingTask
 from timm.utils import unwrap_model
 from torch import nn
 
 from ..loss import FocusPickingLoss
 from ..models._builder import checkpoint_filter_of
 from ..utils import load_weights
+from .base import OneModuleTask
 
 _logger = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ def create_baseline(source: str | Path | nn.Module, model: nn.Module) -> Any:
     return baseline.requires_grad_(False).eval()
 
 
-class FocusPickingTask(TrainingTask):
+class FocusPickingTask(OneModuleTask):
     """Train a focus net beside a frozen baseline.
 
     The baseline stays outside of what is wrapped, averaged, optimised and saved, and always in eval mode. It runs
@@ -97,9 +97,10 @@ class FocusPickingTask(TrainingTask):
             verbose: bool = True,
     ) -> None:
         super().__init__(device=device, dtype=dtype, verbose=verbose)
-        self.trainable_module: Any = model
+        self.trainable_module = model
         self.criterion = criterion if criterion is not None else FocusPickingLoss()
         self.baseline: Any = create_baseline(baseline, model)
+        self.frozen = (self.baseline,)
         self.baseline_hash = _fingerprint(self.baseline)
         self.baseline.to(device=self.device, memory_format=torch.channels_last)
 
@@ -120,18 +121,6 @@ class FocusPickingTask(TrainingTask):
         if self.verbose:
             name = base_cfg.get('architecture', type(self.baseline).__name__)
             _logger.info(f'FocusPickingTask: baseline={name}, renormalize={self.renormalize}, {self.criterion}')
-
-    def train(self, mode: bool = True) -> 'FocusPickingTask':
-        """Set the mode of the focus net; the baseline stays in eval mode."""
-        super().train(mode)
-        self.baseline.eval()
-        return self
-
-    def prepare_distributed(self, device_ids: list | None = None, **ddp_kwargs: Any) -> 'FocusPickingTask':
-        """Wrap the focus net, and only it, in DistributedDataParallel."""
-        from torch.nn.parallel import DistributedDataParallel
-        self.trainable_module = DistributedDataParallel(self.trainable_module, device_ids=device_ids, **ddp_kwargs)
-        return self
 
     def compile(  # type: ignore[override]
             self,

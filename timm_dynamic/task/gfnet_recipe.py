@@ -30,6 +30,7 @@ _COMMON: dict[str, Any] = dict(
     global_batch_size=256, opt='sgd', momentum=0.9, lr_base_size=256, opt_kwargs={'filter_bias_and_bn': False},
     sched='cosine', warmup_epochs=0, smoothing=0., color_jitter=0., train_interpolation='bilinear',
 )
+STATIC_PAPER: dict[str, Any] = dict(_COMMON, epochs=90, lr_base=0.1, weight_decay=1e-4)
 _FAMILIES: dict[str, dict[str, Any]] = {
     'regnet': dict(epochs=60, lr_base=0.02, weight_decay=5e-5, aux_weight=1.),
     'mobilenetv3': dict(epochs=90, lr_base=0.005, weight_decay=1e-4, aux_weight=5., freeze_global=True),
@@ -248,7 +249,7 @@ def _static_stages(
 def create_static_stage(model: Any, defaults: Mapping[str, Any] | None = None) -> Stage:
     """Train the backbone of a dynamic model on whole images, to start from and to compare with."""
     if defaults is None:
-        defaults = {**_COMMON, 'epochs': 90, 'lr_base': 0.1, 'weight_decay': 1e-4, 'img_size': model.img_size}
+        defaults = {**STATIC_PAPER, 'img_size': model.img_size}
     return Stage(
         'static', create_static_task, defaults, model=model.backbone, model_kwargs=model.backbone_args,
         label=f'{model.backbone}, whole images')

@@ -16,7 +16,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from timm.layers import get_device_dtype
-from timm.task import TrainingTask
 from timm.utils import unwrap_model
 from torch import nn
 
@@ -29,6 +28,7 @@ from ..loss.policy_gradient import (
     normalise_returns,
 )
 from ..models.gfnet import GFNet
+from .base import OneModuleTask
 
 _logger = logging.getLogger(__name__)
 
@@ -99,7 +99,7 @@ class GlanceFocusModule(nn.Module):
             return critic(hidden.to(critic.weight.dtype)).squeeze(-1)
 
 
-class _GlanceFocusTask(TrainingTask):
+class _GlanceFocusTask(OneModuleTask):
     """What the stages have in common: one module to train, some parts of it frozen.
 
     Args:
@@ -126,8 +126,7 @@ class _GlanceFocusTask(TrainingTask):
         if not model.num_classes:
             raise ValueError('Glance-and-focus training needs a model with classes, got num_classes=0.')
         self.smoothing = smoothing
-        self.trainable_module: Any = GlanceFocusModule(model)
-        self.frozen: list[nn.Module] = []
+        self.trainable_module = GlanceFocusModule(model)
         for name, parameter in self.trainable_module.named_parameters():
             parameter.requires_grad_(name.startswith(trains))
         if self.verbose:
@@ -138,29 +137,6 @@ class _GlanceFocusTask(TrainingTask):
     def module(self) -> GlanceFocusModule:
         """The module to train, without what it is wrapped in."""
         return unwrap_model(self.trainable_module)
-
-    def train(self, mode: bool = True) -> '_GlanceFocusTask':
-        """Set the mode; what is frozen stays in eval mode."""
-        super().train(mode)
-        for part in self.frozen:
-            part.eval()
-        return self
-
-    def prepare_distributed(self, device_ids: list | None = None, **ddp_kwargs: Any) -> '_GlanceFocusTask':
-        """Wrap what is trained in DistributedDataParallel."""
-        from torch.nn.parallel import DistributedDataParallel
-        self.trainable_module = DistributedDataParallel(self.trainable_module, device_ids=device_ids, **ddp_kwargs)
-        return self
-
-    def compile(  # type: ignore[override]
-            self,
-            backend: str = 'inductor',
-            mode: str | None = None,
-            **compile_kwargs: Any,
-    ) -> nn.Module:
-        """Compile what is trained."""
-        self.trainable_module = torch.compile(self.trainable_module, backend=backend, mode=mode, **compile_kwargs)
-        return self.trainable_module
 
     def get_eval_model(self, module: nn.Module | None = None, ema: bool = False) -> Any:
         """The network, without auxiliary heads."""
@@ -268,11 +244,11 @@ class GlanceFocusTask(_GlanceFocusTask):
         self.positions, self.aux_weight, self.std = positions, aux_weight, std
         if freeze_global:
             module = self.module
-            self.frozen.append(model.global_encoder)
+            self.frozen += (model.global_encoder,)
             if model.num_classes == model.global_encoder.pretrained_cfg['num_classes']:
                 heads = model.classifier.heads
-                self.frozen.append(
-                    heads[model.classifier.head_name(0)] if module.own_first_head else module.heads['global_aux'])
+                self.frozen += (
+                    heads[model.classifier.head_name(0)] if module.own_first_head else module.heads['global_aux'],)
             for part in self.frozen:
                 part.requires_grad_(False)
 
@@ -376,7 +352,7 @@ class PatchPolicyTask(_GlanceFocusTask):
         self.num_updates = num_updates
         self.gamma, self.std = gamma, std
         self.clip, self.value_weight, self.entropy_weight = clip, value_weight, entropy_weight
-        self.frozen.append(self.module)
+        self.frozen += (self.module,)
         self._memory: dict[str, torch.Tensor] = {}
 
     def forward(self, input: torch.Tensor, target: torch.Tensor) -> dict[str, torch.Tensor]:

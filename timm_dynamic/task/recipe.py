@@ -18,8 +18,10 @@ from torch import nn
 
 from ..loss import FocusPickingLoss
 from ..models.anchornet import AnchorNetPatch
+from ..models.clcnet import CLCNet
 from ..models.gfnet import GFNet
 from .anchornet_recipe import create_anchornet_recipe
+from .clcnet_recipe import create_clcnet_recipe
 from .focus_picking import FocusPickingTask
 from .gfnet_recipe import create_end_to_end_recipe, create_gfnet_recipe
 from .stage import Recipe, Stage, StageContext
@@ -107,14 +109,16 @@ RECIPES: dict[str, Callable[[argparse.Namespace, bool, Any], Recipe]] = {
     'focusnet': _focusnet,
     'gfnet': create_gfnet_recipe,
     'anchornet': create_anchornet_recipe,
+    'clcnet': create_clcnet_recipe,
     'end-to-end': create_end_to_end_recipe,
 }
-_FAMILIES: dict[type, str] = {GFNet: 'gfnet', AnchorNetPatch: 'anchornet'}
+_FAMILIES: dict[type, str] = {GFNet: 'gfnet', AnchorNetPatch: 'anchornet', CLCNet: 'clcnet'}
 # Options that only some recipes know.
 _OWN_OPTIONS = {
     'focus_baseline': ('focusnet',), 'focus_plain': ('focusnet',),
     **dict.fromkeys(('init_global', 'init_local', 'init_from'), ('gfnet', 'end-to-end')),
     'init_downstream': ('anchornet',),
+    **dict.fromkeys(('init_members', 'feature_split', 'features', 'confidence'), ('clcnet',)),
 }
 
 

@@ -26,7 +26,8 @@ class Stage:
 
     Attributes:
         name: For `--stage`, folders and tables.
-        create_task: Makes the task from a model, the stage's options and a context.
+        create_task: Makes the task from a model, the stage's options and a context; None where `runs` says what is
+            done.
         defaults: Options that differ from timm's. `global_batch_size` stands for the batch over all processes and
             accumulation steps.
         starts_from: Earlier stage whose weights this one starts from; None for a new model.
@@ -34,10 +35,12 @@ class Stage:
         model: Model to train in place of `--model`, and `model_kwargs` its arguments.
         shown: Whether the final table compares the result.
         label: What a table calls the result.
+        options: Options that belong to the stage, whatever is given.
+        runs: What runs in place of the training loop: 'features' or 'confidence' of a cascade.
         seed_offset: Added to `--seed`, so that two stages that train the same net do not make the very same one.
     """
     name: str
-    create_task: Callable[[Any, argparse.Namespace, StageContext], TrainingTask]
+    create_task: Callable[[Any, argparse.Namespace, StageContext], TrainingTask] | None
     defaults: Mapping[str, Any] = field(default_factory=dict)
     starts_from: str | None = None
     prepare: Callable[[Any, argparse.Namespace, 'StageContext'], Mapping[str, Any] | None] | None = None
@@ -45,6 +48,8 @@ class Stage:
     model_kwargs: Mapping[str, Any] = field(default_factory=dict)
     shown: bool = True
     label: str = ''
+    options: Mapping[str, Any] = field(default_factory=dict)
+    runs: str = ''
     seed_offset: int = 0
 
 

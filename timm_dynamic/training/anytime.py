@@ -119,7 +119,12 @@ class _Batches:
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         for x, target in self.source:
             self.target = target.to(self.device)
-            yield x.to(self.device, self.dtype, memory_format=self.layout), self.target
+            yield self._placed(x), self.target
+
+    def _placed(self, x: Any) -> Any:
+        if isinstance(x, (tuple, list)):
+            return tuple(self._placed(view) for view in x)
+        return x.to(self.device, self.dtype, memory_format=self.layout)
 
 
 class _Observed:
@@ -196,9 +201,9 @@ def step_rows(table: ExitTable, **more: Any) -> list[Row]:
     return [{k: v for k, v in row.items() if k not in ('exit_shares', 'thresholds')} for row in rows]
 
 
-def policy_row(table: ExitTable, policy: Any, label: str, **more: Any) -> Row:
-    """What thresholds or an `ExitPolicy` give on a table, as a row."""
-    return point_row(label, table.evaluate(policy), **more)
+def policy_row(table: ExitTable, policy: Any, label: str, strict: bool = False, **more: Any) -> Row:
+    """What thresholds or an `ExitPolicy` give on a table, see `ExitTable.evaluate`, as a row."""
+    return point_row(label, table.evaluate(policy, strict), **more)
 
 
 def budget_rows(

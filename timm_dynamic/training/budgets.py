@@ -74,13 +74,14 @@ def dynamic_options(args: argparse.Namespace) -> list[str]:
     """Options that were given and only mean something for dynamic models."""
     names = (
         'anytime', 'budget', 'thresholds', 'geometric', 'stored_results', 'stored_thresholds', 'calibrate_split',
-        'calibrate_samples', 'exit_table', 'calibrate_table', 'save_exit_table', 'save_budgets', 'curve')
+        'calibrate_samples', 'exit_table', 'calibrate_table', 'save_exit_table', 'save_budgets', 'save_predictions',
+        'curve')
     return [f"--{name.replace('_', '-')}" for name in names if getattr(args, name) not in (None, False)]
 
 
 def needs_fit(args: argparse.Namespace) -> bool:
     """Whether exits are to be fitted."""
-    return bool(args.budget or args.geometric or args.save_budgets or args.curve)
+    return bool(args.budget or args.geometric or args.save_budgets or args.curve or args.confidence == 'all')
 
 
 def only_stored(args: argparse.Namespace) -> bool:
@@ -105,16 +106,14 @@ def check_requests(args: argparse.Namespace, step_macs: Sequence[int], what: str
             raise ValueError(
                 f'--budget {budget:g}: out of range for {what}: the first step costs {low:.10g} GMACs, all '
                 f'{len(step_macs)} steps {high:.10g}.')
-    thresholds = args.thresholds
-    if thresholds is None:
-        return
-    given = ' '.join(f'{value:g}' for value in thresholds)
-    if len(thresholds) != len(step_macs):
-        raise ValueError(
-            f'--thresholds {given}: expected {len(step_macs)} for {what}, one a step (the last is ignored, as all that '
-            f'are left stop there), got {len(thresholds)}.')
-    if any(value != value for value in thresholds[:-1]):
-        raise ValueError(f'--thresholds {given}: expected numbers, to be compared with confidences in 0..1.')
+    for thresholds in args.thresholds or ():
+        given = ' '.join(f'{value:g}' for value in thresholds)
+        if len(thresholds) != len(step_macs):
+            raise ValueError(
+                f'--thresholds {given}: expected {len(step_macs)} for {what}, one a step (the last is ignored, as all '
+                f'that are left stop there), got {len(thresholds)}.')
+        if any(value != value for value in thresholds[:-1]):
+            raise ValueError(f'--thresholds {given}: expected numbers, to be compared with confidences in 0..1.')
 
 
 def check_table(path: str, table: ExitTable, step_macs: Sequence[int], what: str) -> None:
@@ -126,15 +125,26 @@ def check_table(path: str, table: ExitTable, step_macs: Sequence[int], what: str
         raise ValueError(f"'{path}' is a table of steps that cost {costs[0]} GMACs; those of {what} cost {costs[1]}.")
 
 
-def load_table(path: str, option: str) -> ExitTable:
+def load_table(args: argparse.Namespace, option: str, step_macs: Sequence[int] | None = None) -> ExitTable:
     """Read a table that an option names.
+
+    Args:
+        args: Options.
+        option: '--exit-table' or '--calibrate-table'.
+        step_macs: Costs of the model's steps, for tables of AnchorNet, which have none.
 
     Raises:
         ValueError: It is not there, or no table.
     """
-    if not Path(path).is_file():
+    path = Path(getattr(args, option[2:].replace('-', '_')))
+    if not path.is_file():
         raise ValueError(f"{option}: there is no file '{path}'.")
-    return ExitTable.load(path)
+    if path.suffix not in ('.pth', '.pt'):
+        return ExitTable.load(path, steps=args.steps)
+    if step_macs is not None:
+        return ExitTable.load(path, step_macs, args.steps)
+    charge = {} if args.anchor_gmacs is None else {'anchor_macs': round(1e9 * args.anchor_gmacs)}
+    return ExitTable.load(path, steps=args.steps, **charge)
 
 
 # What to fit on
@@ -293,8 +303,9 @@ def report_points(
     if args.stored_results and model is not None:
         report.add(name, f'{label}, results kept in the model:', stored_rows(model, name), hide=())
     given: list[Row] = []
-    if args.thresholds:
-        given.append(policy_row(table, args.thresholds, 'thresholds', split=split, fitted_on='given'))
+    for thresholds in args.thresholds or ():
+        given.append(policy_row(
+            table, thresholds, 'thresholds', strict=args.strict, split=split, fitted_on='given'))
     if args.stored_thresholds:
         assert model is not None
         given += stored_policies(model, name, table, split)

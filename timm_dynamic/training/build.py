@@ -2,6 +2,7 @@
 import argparse
 import difflib
 import logging
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -16,14 +17,18 @@ from timm.optim import (
     param_groups_layer_decay,
     param_groups_weight_decay,
 )
+from timm.utils import unwrap_model
 from torch import nn
 
 from ..data import (
     DEMO_DATASET,
+    MultiViewLoader,
     TrainLoader,
     WorkerInit,
     class_to_idx,
+    collate_views,
     create_dataset,
+    create_multi_view_transform,
     create_train_loader,
     worker_context,
 )
@@ -152,7 +157,7 @@ def _open_dataset(
         target_key=args.target_key,
         num_samples=samples,
         trust_remote_code=args.dataset_trust_remote_code,
-        img_size=data_config['input_size'][-1],
+        img_size=args.demo_img_size or data_config['input_size'][-1],
         digit_scale=args.demo_digit_scale,
         clutter=args.demo_clutter,
     )
@@ -278,6 +283,8 @@ def build_eval_loader(
         world_size: int = 1,
         samples: int | None = None,
         batch_size: int | None = None,
+        views: Sequence[Mapping[str, Any]] | None = None,
+        indices: Sequence[int] | None = None,
         **kwargs: Any,
 ) -> Any:
     """Create a loader to evaluate with (both scripts).
@@ -291,11 +298,15 @@ def build_eval_loader(
         world_size: Number of processes; each gets its share.
         samples: Number of samples, for iterable datasets.
         batch_size: Per process (default: the options').
+        views: For each member of a cascade how it wants its images, see `eval_views`: they come as tuples.
+        indices: Give these images only, in this order.
         **kwargs: Further arguments of timm's `create_loader`.
     """
     dataset = _open_dataset(args, split, data_config, False, samples)
     check_classes(dataset, num_classes, f"'{split}'")
-    workers = args.workers
+    workers, whole = args.workers, dataset
+    if indices is not None:
+        dataset = torch.utils.data.Subset(dataset, indices)
     if world_size > 1 and isinstance(dataset, torch.utils.data.IterableDataset):
         workers = min(2, workers)  # as in timm: fewer workers pad less
     loader = create_loader(
@@ -313,14 +324,20 @@ def build_eval_loader(
         pin_memory=args.pin_mem,
         img_dtype=model_dtype(args) or torch.float32,
         device=device,
-        use_prefetcher=not args.no_prefetcher,
+        use_prefetcher=not args.no_prefetcher and views is None,
+        collate_fn=None if views is None else collate_views,
         **kwargs,
     )
     inner = getattr(loader, 'loader', loader)
     inner.worker_init_fn = WorkerInit(inner.worker_init_fn)
     if inner.num_workers:
         inner.multiprocessing_context = worker_context(world_size)
-    loader.class_to_idx = class_to_idx(dataset)
+    if views is not None:
+        whole.transform = create_multi_view_transform(views, normalise=args.no_prefetcher)
+        loader = MultiViewLoader(loader, views, device, model_dtype(args) or torch.float32)
+    elif indices is not None:
+        whole.transform = dataset.transform
+    loader.class_to_idx = class_to_idx(whole)
     return loader
 
 
@@ -377,6 +394,16 @@ def _classifier_apart(module: Any, args: argparse.Namespace, kwargs: dict[str, A
         out += [{**group, 'params': rest}] if rest else []
         out += [{**group, 'params': heads, 'lr': args.lr * args.classifier_lr_scale}] if heads else []
     return out
+
+
+def eval_views(args: argparse.Namespace, model: Any) -> list[dict[str, Any]] | None:
+    """For each member of a cascade how it wants its images, unless options say otherwise; None for other models."""
+    views = getattr(unwrap_model(model), 'view_configs', None)
+    if views is None:
+        return None
+    names = ('crop_pct', 'crop_mode', 'interpolation', 'mean', 'std')
+    given = {k: getattr(args, k) for k in names if getattr(args, k, None)}
+    return [{**view, **given} for view in views]
 
 
 def training_data_config(args: argparse.Namespace, model: nn.Module) -> dict[str, Any]:

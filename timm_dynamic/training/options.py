@@ -12,6 +12,8 @@ from typing import Any, NoReturn
 import yaml
 from timm.utils import ParseKwargs
 
+from ..models.clcnet import CONFIDENCES, FINAL_RULES
+
 # Options of timm that have no place here, and what takes it.
 REFUSED_TRAIN = {
     '--torchscript': 'TorchScript is at its end in PyTorch. Use --torchcompile.',
@@ -77,6 +79,7 @@ def _dataset_options(g: Any, split_names: bool) -> None:
         g.add_argument('--train-num-samples', type=int, metavar='N', help='samples to train on, for iterable datasets')
         g.add_argument('--val-num-samples', type=int, metavar='N', help='samples to validate on, for iterable datasets')
     g.add_argument('--demo-digit-scale', type=int, nargs=2, metavar=('LO', 'HI'), help='side of the digits in the embedded demo set, in pixels')
+    g.add_argument('--demo-img-size', type=int, metavar='N', help='side of the images in the embedded demo set (that of the input)')
     g.add_argument('--demo-clutter', type=float, metavar='X', help='amount of clutter in the embedded demo set')
     g.add_argument('--dataset-download', action='store_true', help='let torch/ and tfds/ datasets download themselves')
     g.add_argument('--class-map', default='', metavar='FILE', help='file that maps class names to indices')
@@ -123,7 +126,7 @@ def create_train_parser() -> argparse.ArgumentParser:
 
     g = p.add_argument_group('Recipe')
     g.add_argument('--recipe', metavar='NAME', help=(
-        "'classification', 'focusnet', 'gfnet', 'end-to-end' or 'anchornet' (default: by the model and other options)"))
+        "'classification', 'focusnet', 'gfnet', 'end-to-end', 'anchornet' or 'clcnet' (default: by the model and other options)"))
     g.add_argument('--stage', nargs='+', metavar='NAME', help='run only these stages of the recipe')
     g.add_argument('--stage-args', nargs='+', default=[], metavar='STAGE.OPTION=VALUE',
                    help='options for one stage, e.g. baseline.epochs=5')
@@ -143,6 +146,18 @@ def create_train_parser() -> argparse.ArgumentParser:
         'had; the demo set: scratch)'))
     g.add_argument('--init-global', metavar='SOURCE', help='the same for the global encoder (as --init-local)')
     g.add_argument('--init-downstream', metavar='SOURCE', help='the same for the resized and the patch net of an AnchorNet-patch')
+    g.add_argument('--init-members', nargs='+', metavar='SOURCE', help=(
+        "weights of a cascade's members: 'pretrained', 'scratch' to train them first, a folder or file; one for all or "
+        'one for each (default: pretrained; the demo set: scratch)'))
+    g.add_argument('--feature-split', metavar='NAME', help=(
+        "split on which a cascade's members answer and its confidence net is trained: not the members' own training data "
+        '(that of --val-split)'))
+    g.add_argument('--features', nargs='+', metavar='FILE', help=(
+        "train the confidence net on these (.safetensors, or .csv as the CLCNet authors' scripts write it) and run no member"))
+    g.add_argument('--folds', type=int, default=5, metavar='K', help=(
+        'judge the confidence net out of fold: K nets, each trained without a part of the images; 0 for none (%(default)s)'))
+    g.add_argument('--confidence', choices=['clcnet', 'max_prob', 'margin', 'entropy', 'all'], help=(
+        "of a cascade; 'all' takes the best on out-of-fold data (the model's own)"))
     g.add_argument('--init-from', default='', metavar='PATH', help=(
         "weights of a whole GFNet that the first stage starts from: a stage's folder, a file, or an authors' checkpoint"))
     g.add_argument('--aux-weight', type=float, default=1.0, metavar='W', help="of the encoders' auxiliary losses (%(default)s)")
@@ -301,6 +316,9 @@ def create_train_parser() -> argparse.ArgumentParser:
     g.add_argument('--no-prefetcher', action='store_true', help='normalise, erase and mix in the workers')
     g.add_argument('--output', default='', metavar='DIR', help='(output/train)')
     g.add_argument('--experiment', default='', metavar='NAME', help='folder in --output (date, time and model)')
+    g.add_argument('--push-to-hub', default='', metavar='ORG/NAME',
+                   help='publish the best weights of the last stage on the Hugging Face Hub, with a card of the run')
+    g.add_argument('--hub-private', action='store_true', help='with --push-to-hub: create a private repository')
     g.add_argument('--eval-metric', default='top1', metavar='NAME', help='what best means (%(default)s)')
     g.add_argument('--tta', type=int, default=0, metavar='N', help='views averaged in validation, if the loader makes them')
     g.add_argument('--use-multi-epochs-loader', action='store_true', help='prefetch across the end of an epoch')
@@ -363,7 +381,8 @@ def create_validate_parser() -> argparse.ArgumentParser:
     g.add_argument('--budget', type=float, nargs='+', metavar='G', help='fit exits that cost so much on average, and judge them')
     g.add_argument('--budget-rule', default='thresholds', choices=['thresholds', 'policy'],
                    help='fit thresholds, or a rule on the confidences of all steps so far (%(default)s)')
-    g.add_argument('--thresholds', type=float, nargs='+', metavar='T', help='judge these thresholds, one a step')
+    g.add_argument('--thresholds', type=float, nargs='+', action='append', metavar='T', help='judge these thresholds, one a step; may be given several times')
+    g.add_argument('--strict', action='store_true', help='--thresholds must be exceeded, not reached, as in the original AnchorNet')
     g.add_argument('--geometric', action='store_true', help="fit and judge the 39 points of GFNet's paper (--eval_mode 2 of the original)")
     g.add_argument('--stored-results', action='store_true', help='show the results kept in the model, without data (--eval_mode 0)')
     g.add_argument('--stored-thresholds', action='store_true', help='judge the exits kept in the model (--eval_mode 1)')
@@ -372,9 +391,15 @@ def create_validate_parser() -> argparse.ArgumentParser:
         'another one is judged on, else that to train on; half where there is none)'))
     g.add_argument('--calibrate-samples', type=int, metavar='N', help='fit on so many random images (all)')
     g.add_argument('--exit-table', metavar='FILE', help='judge on a table of --save-exit-table (or one of AnchorNet, .pth), without running the model')
+    g.add_argument('--steps', type=int, metavar='N', help='read only the first N steps of tables (all)')
+    g.add_argument('--anchor-gmacs', type=float, metavar='G', help='what AnchorNet itself is charged with in tables of AnchorNet, without a --model that knows (0.06; the published list: 0.08)')
     g.add_argument('--calibrate-table', metavar='FILE', help='fit on this table (default with --exit-table: one half of it, judged on the other)')
-    g.add_argument('--save-exit-table', metavar='FILE', help='keep what was measured on --split')
+    g.add_argument('--save-exit-table', metavar='FILE', help='keep what was measured on --split; .pth: in the format of AnchorNet')
     g.add_argument('--save-budgets', metavar='FOLDER', help='export the model, with the exits for --budget (default: a dozen of budgets) in its config.json')
+    g.add_argument('--confidence', choices=[*CONFIDENCES, 'all'], help=(
+        "of a cascade; 'all' compares all of them and both final rules, and takes what is best on the images to fit on"))
+    g.add_argument('--final-rule', choices=FINAL_RULES, help='of a cascade: which answer is the final one')
+    g.add_argument('--save-predictions', metavar='FILE', help='write file, answer, truth, steps used and confidence of every image (CSV)')
     g.add_argument('--curve', metavar='FILE', help='picture of accuracy over multiply-adds, with the --compare models (needs matplotlib)')
 
     g = p.add_argument_group('Run')

@@ -41,7 +41,7 @@ def draw_patches(
     if 'coords' not in out:
         return False
     names = {i: name for name, i in (class_to_idx or {}).items()}
-    pixels = _to_pixels(images, data_config)
+    pixels = to_pixels(images, data_config)
     probabilities, classes = out['logits'].float().softmax(dim=-1).max(dim=-1)
     scale, size = _SIDE / images.shape[-1], model.patch_size
     sheet = Image.new('RGB', (
@@ -72,7 +72,7 @@ def draw_patches(
     return True
 
 
-def _to_pixels(images: torch.Tensor, data_config: Mapping[str, Any] | None) -> torch.Tensor:
+def to_pixels(images: torch.Tensor, data_config: Mapping[str, Any] | None) -> torch.Tensor:
     """Images [N, 3, S, S] in 0..255."""
     images = images.float()
     if data_config is not None:

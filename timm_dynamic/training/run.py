@@ -19,10 +19,11 @@ from accelerate.utils import broadcast_object_list
 from timm.models import is_model_in_modules, parse_model_name, safe_model_name
 from timm.utils import setup_default_logging
 
+from .. import hub
 from ..exits import ExitTable
 from ..models.dynamic_net import DynamicNet
 from ..task import Recipe, Stage, StageContext, create_baseline, create_recipe
-from ..utils import CheckpointError, clean_partial_files, save_exit_cfg
+from ..utils import CheckpointError, atomic_write, clean_partial_files, save_exit_cfg
 from .accelerator import create_accelerator
 from .anytime import (
     budget_curve,
@@ -33,7 +34,18 @@ from .anytime import (
     step_curve,
     step_rows,
 )
-from .build import build_eval_loader, build_model, check_model_name, model_dtype, training_data_config, uses_demo_data
+from .budgets import same_split, split_in_halves
+from .build import (
+    DEMO_DATASET,
+    build_eval_loader,
+    build_model,
+    check_model_name,
+    eval_views,
+    model_dtype,
+    training_data_config,
+    uses_demo_data,
+)
+from .cascade import CALIBRATION, RUNNERS, feature_split
 from .evaluate import evaluate
 from .options import create_train_parser, given_options, read_config, typed_value
 from .report import format_table, plot_accuracy_over_macs, write_rows
@@ -46,7 +58,7 @@ _logger = logging.getLogger(__name__)
 _OUTPUT = 'output/train'
 
 # What a user can mend: shown as one line, not as a traceback.
-_USER_ERRORS = (ValueError, FileNotFoundError, CheckpointError, NonFiniteLoss, StateError)
+_USER_ERRORS = (ValueError, FileNotFoundError, CheckpointError, NonFiniteLoss, StateError, hub.PublishError)
 
 
 class TrainOptions:
@@ -87,6 +99,8 @@ class TrainOptions:
         if 'opt_kwargs' in own:  # adds to the recipe's, does not undo them
             own['opt_kwargs'] = {**recipe.get('opt_kwargs', {}), **own['opt_kwargs']}
         args = argparse.Namespace(**{**self.defaults, **recipe, **own})
+        for key, value in stage.options.items():
+            setattr(args, key, value)
         if stage.model is not None:
             args.model, args.model_kwargs = stage.model, dict(stage.model_kwargs)
             args.pretrained, args.pretrained_path, args.initial_checkpoint = False, None, ''
@@ -185,6 +199,8 @@ def run_training(argv: Sequence[str] | None = None) -> dict[str, Any]:
     for module in base.device_modules or ():  # they may register the model
         importlib.import_module(module)
     check_model_name(base.model)
+    if base.push_to_hub:
+        hub.check_login(base.push_to_hub)  # before hours are spent
     demo = uses_demo_data(base)
     recipe = create_recipe(base, demo, _model_with_recipes(base))
     stages = _select_stages(recipe, base, options)
@@ -227,6 +243,10 @@ def run_training(argv: Sequence[str] | None = None) -> dict[str, Any]:
                     _logger.info(f'Stage {stage.name} is finished.')
                     continue
                 del results[stage.name]
+            if stage.runs:
+                _run_stage(stage, args, accelerator, folder, recipe, store, identity, run_state, weights, stop)
+                state = None
+                continue
             resume_from = state if state is not None and state['identity']['stage'] not in results else None
             trainer = Trainer(
                 stage, args, accelerator, _stage_folder(folder, recipe, stage), store, identity,
@@ -249,13 +269,40 @@ def run_training(argv: Sequence[str] | None = None) -> dict[str, Any]:
         _logger.info(f"\n{format_table(table)}\n\nWeights: {folder / 'best'}\n"
                      f"Load them with: timm.create_model('local-dir:{folder / 'best'}', pretrained=True)")
     accelerator.end_training()
+    if base.push_to_hub and main:
+        _push_to_hub(recipe, stages, options, accelerator.num_processes, folder, weights, table)
     return {'folder': folder, 'results': dict(results), 'table': table}
+
+
+def _run_stage(
+        stage: Stage,
+        args: argparse.Namespace,
+        accelerator: Accelerator,
+        folder: Path,
+        recipe: Recipe,
+        store: StateStore,
+        identity: dict[str, Any],
+        run_state: dict[str, Any],
+        weights: dict[str, Path],
+        stop: StopRequest,
+) -> None:
+    """Run a stage that is no training by batches, and note that it is finished."""
+    own = _stage_folder(folder, recipe, stage)
+    result = RUNNERS[stage.runs](stage, args, accelerator, own, weights, stop)
+    run_state['results'][stage.name] = result
+    if accelerator.is_main_process:
+        with atomic_write(own / 'args.yaml') as tmp:
+            tmp.write_text(yaml.safe_dump(vars(args), default_flow_style=False), encoding='utf-8')
+        store.save({
+            'identity': {**identity, 'stage': stage.name}, 'run': run_state,
+            'progress': {'epoch': args.epochs, 'batch': 0, 'updates': 0}}, stage.name)
+    accelerator.wait_for_everyone()
 
 
 def _model_with_recipes(args: argparse.Namespace) -> Any:
     """The model, if it is of a family that has recipes of its own."""
     source, name = parse_model_name(args.model)
-    if source is None and not is_model_in_modules(name.split('.')[0], ['anchornet', 'gfnet']):
+    if source is None and not is_model_in_modules(name.split('.')[0], ['anchornet', 'clcnet', 'gfnet']):
         return None
     return build_model(args)
 
@@ -305,23 +352,25 @@ def _compare(
         weights: dict[str, Path],
 ) -> list[dict[str, Any]]:
     """Evaluate the best weights of every stage, and the recipe's references, on the same images."""
-    models: list[tuple[str, Any]] = [
-        (s.label or s.name, timm.create_model(f'local-dir:{weights[s.name]}', pretrained=True))
+    args = options.for_stage(stages[-1], accelerator.num_processes)
+    models: list[tuple[str, Any, argparse.Namespace]] = [
+        (s.label or s.name, timm.create_model(f'local-dir:{weights[s.name]}', pretrained=True),
+         options.for_stage(s, accelerator.num_processes))
         for s in stages if s.shown and (weights[s.name] / 'config.json').exists()
     ]
-    args = options.for_stage(stages[-1], accelerator.num_processes)
     split = args.test_split or ('test' if uses_demo_data(args) else args.val_split)
     if not split:
         return []
     rows = []
     dynamic: list[tuple[str, Any, Any]] = []  # label, model, table of its exits
-    references = [(label, create_baseline(source, models[-1][1])) for label, source in recipe.references.items()]
-    for label, model in [*references, *models]:
+    references = [
+        (label, create_baseline(source, models[-1][1]), args) for label, source in recipe.references.items()]
+    for label, model, own in [*references, *models]:
         model = model.eval().to(accelerator.device, model_dtype(args))
-        data_config = training_data_config(args, model)
+        data_config = training_data_config(own, model)
         loader = build_eval_loader(
-            args, split, data_config, model.num_classes, accelerator.device, accelerator.num_processes,
-            samples=args.val_num_samples)
+            own, split, data_config, model.num_classes, accelerator.device, accelerator.num_processes,
+            samples=args.val_num_samples, views=eval_views(own, model))
         common: dict[str, Any] = dict(
             channels_last=args.channels_last, dtype=model_dtype(args), desc=f'{split}: {label}')
         if isinstance(model, DynamicNet):
@@ -355,20 +404,34 @@ def _judge_exits(
         static: dict[str, list[tuple[float, float]]],
 ) -> None:
     """Show what every budget gets, and keep the budgets with the weights. Exits are fitted on the validation split."""
+    out_of_fold = None
+    if (folder / CALIBRATION).exists():  # a cascade's, by confidence nets that had not seen the images
+        out_of_fold = ExitTable.load(folder / CALIBRATION)
     rows = step_rows(table, split=split)
     text = f'{label}, all images stopped after the same step:\n{format_table(rows)}'
     curves, points = {}, {f'{label}, same step': step_curve(table), **static}
-    if args.val_split and args.val_split != split:
+    fit_split = feature_split(args) if out_of_fold is not None else args.val_split
+    if out_of_fold is not None and same_split(fit_split, split):  # the net has seen what was judged just now
+        halves = split_in_halves(out_of_fold, f'{split}, out of fold', args.seed)
+        calibration, table, fitted_on = halves.fit, halves.judge, halves.fitted_on
+        split = halves.judged_on
+    elif out_of_fold is not None:
+        calibration, fitted_on = out_of_fold, f'{fit_split}, out of fold'
+    elif fit_split and fit_split != split:
         data_config = training_data_config(args, model)
         loader = build_eval_loader(
-            args, args.val_split, data_config, model.num_classes, accelerator.device, accelerator.num_processes,
-            samples=args.val_num_samples)
+            args, fit_split, data_config, model.num_classes, accelerator.device, accelerator.num_processes,
+            samples=args.val_num_samples, views=eval_views(args, model))
         _, calibration = evaluate_dynamic(
             model, loader, accelerator, channels_last=args.channels_last, dtype=model_dtype(args),
-            desc=f'{args.val_split}: {label}')
-        fitted = dict(split=split, fitted_on=args.val_split)
+            desc=f'{fit_split}: {label}')
+        fitted_on = fit_split
+    else:
+        calibration = None
+    if calibration is not None:
+        fitted: dict[str, Any] = dict(split=split, fitted_on=fitted_on)
         budgets = budget_rows(calibration, table, **fitted)
-        text += (f"\n\n{label}, budgets (exits fitted on '{args.val_split}', judged on '{split}'):\n"
+        text += (f"\n\n{label}, budgets (exits fitted on '{fitted_on}', judged on '{split}'):\n"
                  + format_table(budgets))
         curves[f'{label}, budgets'] = budget_curve(calibration, table)
         rows += budgets
@@ -385,6 +448,31 @@ def _judge_exits(
         if plot_accuracy_over_macs(picture, curves, points, title=f'{split}, {len(table)} images'):
             text += f'\n\nAccuracy over multiply-adds: {picture}'
         _logger.info('\n' + text)
+
+
+def _push_to_hub(
+        recipe: Recipe,
+        stages: Sequence[Stage],
+        options: TrainOptions,
+        num_processes: int,
+        folder: Path,
+        weights: dict[str, Path],
+        table: list[dict[str, Any]],
+) -> None:
+    """Publish the best weights of the last stage, with a card of the run."""
+    base = options.base
+    args = {s.name: options.for_stage(s, num_processes) for s in stages}
+    dataset = DEMO_DATASET if uses_demo_data(base) else base.dataset or 'a folder of images'
+    hub.describe_run(
+        weights[stages[-1].name], folder / 'hub', base.push_to_hub, recipe.name, args, options.defaults, table, dataset)
+    try:
+        report = hub.publish(folder / 'hub', base.push_to_hub, private=base.hub_private)
+    except hub.PublishError as e:
+        raise hub.PublishError(
+            f"{e}\nThe run is finished and nothing of it is lost. Publish it with: python hfhub/publish.py "
+            f"{folder / 'hub'}{' --private' if base.hub_private else ''}") from e
+    _logger.info(f"Published: {report['url']} (commit {report['commit']})\n"
+                 f"Load it with: timm.create_model('hf-hub:{base.push_to_hub}', pretrained=True)")
 
 
 def run_script(script: Callable[[], int]) -> int:

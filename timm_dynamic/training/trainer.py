@@ -140,6 +140,7 @@ class Trainer:
         context.device, context.dtype, context.verbose = self.device, model_dtype(args), self.main
         context.data_config = self.data_config
         with seeded(args.seed, 'task'):  # what a task has beside the model has initial values, too
+            assert stage.create_task is not None
             self.task: TrainingTask = stage.create_task(model, args, context).to(self.device)
         if task_state:
             self.task.load_task_state(dict(task_state), strict=False)

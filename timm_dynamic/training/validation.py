@@ -18,6 +18,7 @@ from torch import nn
 
 from ..exits import ExitTable
 from ..models._builder import checkpoint_filter_of
+from ..models.clcnet import CLCNet
 from ..models.dynamic_net import DynamicNet
 from ..utils import CheckpointError, load_weights, read_checkpoint, save_pretrained, seeded
 from .accelerator import create_accelerator
@@ -41,7 +42,8 @@ from .budgets import (
     stored_rows,
     take_samples,
 )
-from .build import build_eval_loader, build_model, model_dtype, uses_demo_data
+from .build import build_eval_loader, build_model, eval_views, model_dtype, uses_demo_data
+from .cascade import MemberRecorder, advice, compare_confidences, replay_tables
 from .evaluate import evaluate
 from .options import create_validate_parser
 from .report import check_plot, format_table, plot_accuracy_over_macs, write_rows
@@ -101,6 +103,10 @@ def _open_model(args: argparse.Namespace, checkpoint: str) -> Any:
             model, weights, checkpoint_filter_of(architecture), use_ema=args.use_ema, label=f"'{checkpoint}'")
         if exit_cfg:
             model.load_exit_cfg(exit_cfg)
+    if isinstance(model, CLCNet):
+        kind = None if args.confidence == 'all' else args.confidence
+        if kind or args.final_rule:
+            model.set_confidence(kind or model.confidence_kind, args.final_rule)
     if args.reparam:
         model = reparameterize_model(model)
     return model
@@ -163,12 +169,16 @@ def validate_model(
     def open_loader(split: str, samples: int | None) -> Any:
         return build_eval_loader(
             args, split, data_config, num_classes, accelerator.device, accelerator.num_processes, samples=samples,
-            crop_border_pixels=args.crop_border_pixels, tf_preprocessing=args.tf_preprocessing)
+            views=eval_views(args, exported), crop_border_pixels=args.crop_border_pixels,
+            tf_preprocessing=args.tf_preprocessing)
 
     loader = open_loader(args.split, args.num_samples)
     how: dict[str, Any] = dict(channels_last=args.channels_last, log_freq=args.log_freq, dtype=model_dtype(args))
     predictions = _Predictions(evaluation_sample_limit(loader), accelerator)
-    on_batch = predictions.add if args.real_labels or args.metrics_avg else None
+    on_batch = predictions.add if args.real_labels or args.metrics_avg or args.save_predictions else None
+    recorder = None
+    if args.confidence == 'all' and isinstance(model, CLCNet) and not compared:
+        recorder = MemberRecorder(model, evaluation_sample_limit(loader), accelerator)
     if dynamic:
         classes = None if valid_labels is None else torch.tensor(valid_labels)
         fit_on, fit_loader = '', None
@@ -176,7 +186,7 @@ def validate_model(
             fit_on, fit_loader = open_calibration_loader(
                 args, loader, lambda split: open_loader(split, args.calibrate_samples))
         metrics, table = evaluate_dynamic(
-            model, loader, accelerator, desc=name, classes=classes, on_batch=on_batch, **how)
+            model, loader, accelerator, desc=name, classes=classes, on_batch=_all_of(recorder, on_batch), **how)
     else:
         metrics = evaluate(_restricted(model, valid_labels), loader, accelerator, desc=name, on_batch=on_batch, **how)
 
@@ -210,14 +220,32 @@ def validate_model(
             report.markers[short_name(name)] = [(gmacs, row['top1'])]
         return report
 
+    compared_tables = None
+    if recorder is not None:
+        if args.calibrate_samples and fit_loader is not None:
+            take_samples(
+                fit_loader, args.calibrate_samples, args.seed, accelerator.process_index, accelerator.num_processes)
+        fit_recorder = None
+        if fit_loader is not None:
+            fit_recorder = MemberRecorder(model, evaluation_sample_limit(fit_loader), accelerator)
+            evaluate_dynamic(
+                model, fit_loader, accelerator, desc=f'{name}: {fit_on}', on_batch=_all_of(fit_recorder), **how)
+        table, compared_tables = _choose_confidence(report, args, name, model, recorder, fit_recorder, fit_on)
+        last = table.anytime()[-1]
+        row.update(**_accuracy(last.top1, last.top5), gmacs=round(last.gmacs, 6))
+        row.pop('loss')  # that of another answer
     report_steps(report, name, table, args.split, ", by the dataset's own labels" if args.real_labels else '')
     if compared:
         return report
     if accelerator.is_main_process and args.save_exit_table:
-        _save_table(table, args.save_exit_table)
-    calibration = None
-    if args.calibrate_table:
-        fit = load_table(args.calibrate_table, '--calibrate-table')
+        _save_table(table, args.save_exit_table, exported)
+    if args.save_predictions:
+        _save_predictions(args.save_predictions, predictions.gather(), table, model, loader, args.split, accelerator)
+    calibration = compared_tables
+    if calibration is not None:
+        pass
+    elif args.calibrate_table:
+        fit = load_table(args, '--calibrate-table', exported.step_macs)
         calibration = calibrate_on(fit, table, args.calibrate_table, args.split)
     elif fit_loader is not None:
         if args.calibrate_samples:
@@ -231,6 +259,82 @@ def validate_model(
     return report
 
 
+def _all_of(recorder: MemberRecorder | None, on_batch: Any = None) -> Any:
+    if recorder is None:
+        return on_batch
+
+    def both(output: torch.Tensor, target: torch.Tensor) -> None:
+        recorder.add(output, target)
+        if on_batch is not None:
+            on_batch(output, target)
+
+    return both
+
+
+def _choose_confidence(
+        report: Report,
+        args: argparse.Namespace,
+        name: str,
+        model: CLCNet,
+        recorder: MemberRecorder,
+        fit_recorder: MemberRecorder | None,
+        fit_on: str,
+) -> tuple[ExitTable, Calibration]:
+    """Compare the confidences that a cascade can have, and give it the one that is best on the images to fit on.
+
+    Returns:
+        Its table of all images judged on, and the tables to fit and to judge budgets on.
+    """
+    logits, target = recorder.finish()
+    tables = replay_tables(model, logits, target)
+    if fit_recorder is not None:
+        fit, judge = replay_tables(model, *fit_recorder.finish()), tables
+        where = fit_on, args.split
+    else:
+        halves = {key: table.split(0.5, args.seed) for key, table in tables.items()}
+        fit, judge = ({key: pair[i] for key, pair in halves.items()} for i in (0, 1))
+        where = f'a random half of {args.split}', f'the other half of {args.split}'
+    rows = compare_confidences(fit, judge)
+    best = max(rows, key=lambda row: row['fit_area'])
+    members = [{
+        'member': spec.label, 'gmacs': round((b - a) / 1e9, 6),
+        'top1': round(100 * float((logits[:, t].argmax(dim=1) == target).float().mean()), 4),
+    } for t, (spec, a, b) in enumerate(zip(model.specs, (0, *model.step_macs), model.step_macs))]
+    report.add(name, f'{short_name(name)} on {args.split}, each member alone:', members)
+    report.add(
+        name, f'{short_name(name)}, confidences (fitted on {where[0]}, judged on {where[1]}; area: mean top-1 over all '
+        f'budgets):\n{advice(rows)} Taken, by what is best on {where[0]} alone: {best["confidence"]}, '
+        f'{best["final_rule"]}.', rows)
+    key = best['confidence'], best['final_rule']
+    if key != (model.confidence_kind, model.final_rule):
+        model.set_confidence(*key)
+    table = tables[key]
+    return table, Calibration(fit[key], judge[key], *where)
+
+
+def _save_predictions(
+        path: str,
+        gathered: tuple[torch.Tensor, torch.Tensor],
+        table: ExitTable,
+        model: DynamicNet,
+        loader: Any,
+        split: str,
+        accelerator: Accelerator,
+) -> None:
+    """Write a row an image, as the policy in use answers, or all steps."""
+    if not accelerator.is_main_process:
+        return
+    (top5, target), rule = gathered, model._stop_rule
+    steps = torch.full((len(table),), table.num_steps) if rule is None else table.steps_used(rule)
+    confidence = table.confidence.gather(1, steps[:, None] - 1)[:, 0]
+    dataset = loader.dataset
+    names = dataset.filenames() if hasattr(dataset, 'filenames') else [f'{split}/{i:06d}' for i in range(len(table))]
+    columns = (names, top5[:, 0].tolist(), target.tolist(), steps.tolist(), confidence.tolist())
+    write_rows(path, [dict(zip(('file', 'prediction', 'truth', 'steps_used', 'confidence'), row))
+                      for row in zip(*columns)], 'csv')
+    _logger.info(f'Answer to every image: {path}')
+
+
 def _accuracy(top1: float, top5: float | None) -> dict[str, float]:
     row = {'top1': round(top1, 4), 'top1_err': round(100 - top1, 4)}
     return row if top5 is None else {**row, 'top5': round(top5, 4), 'top5_err': round(100 - top5, 4)}
@@ -239,6 +343,15 @@ def _accuracy(top1: float, top5: float | None) -> dict[str, float]:
 def _check_dynamic(args: argparse.Namespace, name: str, model: Any) -> None:
     """See that a model and what is asked of it fit each other."""
     given = dynamic_options(args)
+    if (args.confidence or args.final_rule) and not isinstance(model, CLCNet):
+        raise ValueError(f"--confidence and --final-rule are for cascades; '{name}' is none.")
+    if args.confidence == 'all':
+        if args.calibrate_table or args.valid_labels or args.real_labels or args.save_predictions:
+            raise ValueError(
+                '--confidence all compares what the members say of images and their labels: it does not go with '
+                '--calibrate-table, --valid-labels, --real-labels or --save-predictions.')
+        if args.final_rule:
+            raise ValueError('--confidence all also chooses the final rule: leave out --final-rule.')
     if not isinstance(model, DynamicNet):
         if given:
             raise ValueError(
@@ -256,12 +369,15 @@ def _check_dynamic(args: argparse.Namespace, name: str, model: Any) -> None:
         stored_rows(model, name)
     for option, path in (('--exit-table', args.exit_table), ('--calibrate-table', args.calibrate_table)):
         if path:
-            check_table(path, load_table(path, option), model.step_macs, f"'{name}'")
+            check_table(path, load_table(args, option, model.step_macs), model.step_macs, f"'{name}'")
 
 
-def _save_table(table: ExitTable, path: str) -> None:
+def _save_table(table: ExitTable, path: str, model: Any) -> None:
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    table.save(path)
+    if Path(path).suffix == '.pth':
+        table.save_anchornet(path, getattr(model, 'setup_name', model.pretrained_cfg['architecture']))
+    else:
+        table.save(path)
     _logger.info(f'Exit table: {path}')
 
 
@@ -297,14 +413,15 @@ def validate_table(args: argparse.Namespace, name: str, checkpoint: str, acceler
     Returns:
         A row with what the last step gives, and all that is asked for.
     """
-    table = load_table(args.exit_table, '--exit-table')
-    model = data_config = None
+    model = data_config = step_macs = None
     if name:
         args = argparse.Namespace(**{**vars(args), 'model': name})
         model = _open_model(args, checkpoint)
         _check_dynamic(args, name, model)
+        step_macs = model.step_macs
         data_config = resolve_data_config(vars(args), model=model, use_test_size=not args.use_train_size)
-    else:
+    table = load_table(args, '--exit-table', step_macs)
+    if not name:
         check_requests(args, table.step_macs, f"'{args.exit_table}'")
     last = table.anytime()[-1]
     label = name or Path(args.exit_table).stem
@@ -315,7 +432,7 @@ def validate_table(args: argparse.Namespace, name: str, checkpoint: str, acceler
     report_steps(report, label, table, split)
     calibration = None
     if args.calibrate_table:
-        fit = load_table(args.calibrate_table, '--calibrate-table')
+        fit = load_table(args, '--calibrate-table', step_macs)
         check_table(args.calibrate_table, fit, table.step_macs, f"'{args.exit_table}'")
         calibration = calibrate_on(fit, table, Path(args.calibrate_table).name, split)
     elif needs_fit(args):
@@ -380,13 +497,23 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if not args.model and not many and not args.exit_table:
         parser.error('--model is needed (a name, local-dir:FOLDER, a wildcard, all, or a text file of names).')
     if args.exit_table:
-        for option in ('calibrate_split', 'calibrate_samples', 'save_exit_table'):
+        others = ('save_exit_table', 'save_predictions', 'confidence', 'final_rule')
+        for option in ('calibrate_split', 'calibrate_samples', *others):
             if getattr(args, option):
                 parser.error(
                     f"--exit-table judges what was measured before and runs no model: --{option.replace('_', '-')} has "
                     'no meaning beside it. Exits are fitted on --calibrate-table, or on one half of the table.')
         if not args.model and (args.stored_results or args.stored_thresholds or args.save_budgets):
             parser.error('--stored-results, --stored-thresholds and --save-budgets need --model beside --exit-table.')
+    if args.strict and not args.thresholds:
+        parser.error('--strict says how to compare with --thresholds: give some.')
+    for option in ('steps', 'anchor_gmacs'):
+        if getattr(args, option) is not None and not (args.exit_table or args.calibrate_table):
+            parser.error(
+                f"--{option.replace('_', '-')} says how to read a table: give one with --exit-table or "
+                '--calibrate-table.')
+    if args.anchor_gmacs is not None and not 0 <= args.anchor_gmacs < float('inf'):
+        parser.error(f'--anchor-gmacs: expected a cost, got {args.anchor_gmacs:g}.')
     if args.calibrate_table and (args.calibrate_split or args.calibrate_samples):
         parser.error('--calibrate-table and --calibrate-split both say what to fit on: choose one.')
     if args.calibrate_samples is not None and args.calibrate_samples < 1:

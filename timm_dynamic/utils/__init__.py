@@ -1,6 +1,7 @@
 from .checkpoint import CheckpointError, describe_mismatch, load_weights, read_checkpoint, read_state_dict
+from .download import fetch_weights, is_transient
 from .export import copy_pretrained, read_task_state, save_exit_cfg, save_pretrained
-from .files import atomic_write, clean_partial_files, write_json
+from .files import atomic_write, clean_partial_files, sha256_of, write_json
 from .seeding import fold_seed, seeded
 
 __all__ = [
@@ -9,7 +10,9 @@ __all__ = [
     'clean_partial_files',
     'copy_pretrained',
     'describe_mismatch',
+    'fetch_weights',
     'fold_seed',
+    'is_transient',
     'load_weights',
     'read_checkpoint',
     'read_state_dict',
@@ -17,5 +20,6 @@ __all__ = [
     'save_exit_cfg',
     'save_pretrained',
     'seeded',
+    'sha256_of',
     'write_json',
 ]

@@ -1,4 +1,5 @@
 """Files that are either whole or not there."""
+import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -45,6 +46,15 @@ def write_json(path: str | Path, value: Any) -> None:
     """Write `value` as indented JSON, atomically."""
     with atomic_write(path) as tmp:
         tmp.write_text(json.dumps(value, indent=2) + '\n', encoding='utf-8')
+
+
+def sha256_of(path: str | Path) -> str:
+    """SHA-256 of a file's content, in hexadecimal."""
+    with open(path, 'rb') as f:
+        digest = hashlib.sha256()
+        while block := f.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def partial_name(name: str) -> str:

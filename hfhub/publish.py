@@ -1,0 +1,125 @@
+#!/usr/bin/env python3
+"""Publish folders that convert.py or train.py --push-to-hub wrote on the Hugging Face Hub, and verify what arrived.
+
+    python hfhub/publish.py --all --dry-run
+    python hfhub/publish.py output/hub/gfnet_resnet50_96.paper_in1k
+    python hfhub/publish.py output/train/RUN/hub --private
+
+Log in first, with `hf auth login`. Running it again is safe: only what differs is sent.
+"""
+import argparse
+import json
+import logging
+import shutil
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from timm_dynamic.hub import (
+    Entry,
+    PublishError,
+    check_login,
+    check_permission,
+    files_to_publish,
+    publish,
+    read_catalog,
+    stage_bundled,
+    verify_published,
+)
+
+CATALOG = Path(__file__).parent / 'catalog.json'
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('folder', nargs='?', metavar='FOLDER', help='Folder to publish.')
+    parser.add_argument('--all', action='store_true', help='Publish every model of the catalog that is in --root.')
+    parser.add_argument('--root', default='output/hub', metavar='FOLDER', help='Where convert.py writes (%(default)s)')
+    parser.add_argument('--repo', metavar='ORG/NAME', help='Default: that of the catalog, or of the run.')
+    parser.add_argument('--dry-run', action='store_true', help='Say what would go where, and how much; send nothing.')
+    parser.add_argument('--private', action='store_true', help='Create private repositories.')
+    parser.add_argument('--revision', metavar='BRANCH', help='Branch to publish to; created if needed. Default: main')
+    parser.add_argument('--i-have-permission', action='store_true',
+                        help='The authors, who state no licence, have agreed to the publication.')
+    parser.add_argument('--catalog', default=CATALOG, help='Default: catalog.json beside this script.')
+    args = parser.parse_args(argv)
+    if bool(args.folder) == args.all:
+        parser.error('Expected either a FOLDER or --all.')
+    if args.all and args.repo:
+        parser.error('--repo is for one FOLDER; the organisation of --all is set by TIMM_DYNAMIC_HUB_ORG.')
+    logging.basicConfig(format='%(message)s')
+
+    staged = Path(tempfile.mkdtemp(prefix='timm_dynamic-'))
+    try:
+        catalog = read_catalog(args.catalog)
+        if args.folder:
+            folder = Path(args.folder)
+            files_to_publish(folder)
+            name = json.loads((folder / 'config.json').read_text(encoding='utf-8')).get('entry')
+            entry = catalog.get(name)
+            repo = args.repo or (entry.hub_id if entry else name)  # train.py notes the whole id
+            if not repo or '/' not in repo:
+                raise PublishError(f"'{folder}' is of no model in the catalog: give its repository with --repo.")
+            jobs = [(entry, folder, repo)]
+        else:
+            jobs = [(e, _folder_of(e, Path(args.root), staged), e.hub_id) for e in catalog.values()]
+        return _publish_all(jobs, args)
+    except (PublishError, OSError, ValueError) as e:
+        print(f'error: {e}', file=sys.stderr)
+        return 1
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+
+
+def _folder_of(entry: Entry, root: Path, staged: Path) -> Path:
+    """Where a model lies: what comes with the package needs no conversion, only a card."""
+    folder = root / entry.name
+    return stage_bundled(entry, staged / entry.name) if entry.family == 'digits' and not folder.exists() else folder
+
+
+def _publish_all(jobs: list[tuple[Entry | None, Path, str]], args: argparse.Namespace) -> int:
+    """Exit status. One model that fails does not stop the others."""
+    chosen, published, status = [], [], 0
+    for entry, folder, repo in jobs:
+        if args.all and not folder.exists():
+            print(f'{repo}: not converted yet (no {folder})')
+            continue
+        try:
+            files = files_to_publish(folder)
+            if entry is not None:
+                check_permission(entry, args.i_have_permission)
+        except PublishError as e:
+            # That some may not be published is no failure of --all, which publishes the rest.
+            forbidden = args.all and entry is not None and entry.licence is None and not args.i_have_permission
+            print(f'{repo}: {e}', file=sys.stdout if forbidden else sys.stderr)
+            status = status if forbidden else 1
+            continue
+        sizes = {name: path.stat().st_size for name, path in files.items()}
+        print(f'{_named(repo, args)}: {sum(sizes.values()):,} bytes from {folder}')
+        print(''.join(f'    {name:<20}{size:>14,}\n' for name, size in sizes.items()), end='', flush=True)
+        chosen.append((folder, repo))
+    if args.dry_run or not chosen:
+        return status
+    check_login(chosen[0][1])
+    for folder, repo in chosen:
+        try:
+            report = publish(folder, repo, private=args.private, revision=args.revision, verify=False)
+        except PublishError as e:
+            print(f'{_named(repo, args)}: {e}', file=sys.stderr)
+            status = 1
+            continue
+        sent = f"sent {', '.join(report['uploaded'])}" if report['uploaded'] else 'nothing differs, nothing was sent'
+        print(f"{_named(repo, args)}: {sent}; {report['url']}, commit {report['commit']}", flush=True)
+        published.append((folder, repo, report['commit']))
+    for repo, difference in verify_published(published).items():
+        print(f'{_named(repo, args)}: downloaded again: all hashes agree, logits differ by {difference:.3g}')
+    return status
+
+
+def _named(repo: str, args: argparse.Namespace) -> str:
+    return f'{repo}@{args.revision}' if args.revision else repo
+
+
+if __name__ == '__main__':
+    sys.exit(main())

@@ -1,0 +1,519 @@
+"""What goes wrong between a user and the Hub, and how it ends: run by test_faults.py in a process of its own.
+
+    python tests/hub/scenarios.py FOLDER
+
+huggingface_hub, the real one, reads HF_ENDPOINT when it is imported, so the server is up before. Prints a JSON object:
+by scenario null, or the traceback.
+"""
+import contextlib
+import io
+import json
+import logging
+import os
+import pickle
+import re
+import runpy
+import shutil
+import sys
+import time
+import traceback
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from hub_server import TOKEN, HubServer
+
+if __name__ == '__main__':
+    SERVER = HubServer().__enter__()
+    FOLDER = Path(sys.argv[1])
+    for key in [k for k in os.environ if k not in SERVER.environment(FOLDER / 'home')]:
+        del os.environ[key]
+    os.environ.update(SERVER.environment(FOLDER / 'home'), TIMM_DYNAMIC_HUB_ORG='org')
+    _sleep = time.sleep
+    time.sleep = lambda seconds: _sleep(min(seconds, 0.01))  # the client waits seconds between its tries
+
+import pytest
+import timm
+import torch
+import yaml
+from huggingface_hub import HfApi, constants
+
+import timm_dynamic
+from timm_dynamic.hub import Entry, PublishError, describe, fixed_logits, publish
+from timm_dynamic.training import train_main
+from timm_dynamic.utils import CheckpointError, save_pretrained
+
+ENTRY = Entry('test_gfnet.mine', description='A net.', recipe='None.', licence='mit', limits='All.')
+REPO = 'org/test_gfnet.mine'
+SCENARIOS = {}
+
+
+def scenario(fn):
+    SCENARIOS[fn.__name__] = fn
+    return fn
+
+
+def make_folder(name: str, seed: int = 0) -> Path:
+    torch.manual_seed(seed)
+    folder = FOLDER / name
+    model = timm.create_model('test_gfnet')
+    model.store_budgets([{'gmacs': model.step_macs[1] / 1e9, 'policy': [2., 0., 0.]}])
+    save_pretrained(model, folder)
+    describe(folder, ENTRY)
+    return folder
+
+
+def fresh(seed: int = 0) -> tuple[Path, str]:
+    """A folder, an empty Hub, and no files from before."""
+    SERVER.repos.clear()
+    SERVER.lfs.clear()
+    SERVER.faults.clear()
+    SERVER.log.clear()
+    SERVER.authorized.clear()
+    shutil.rmtree(FOLDER / 'cache', ignore_errors=True)
+    os.environ['HF_TOKEN'] = TOKEN
+    folder = FOLDER / f'model{seed}'
+    return folder if folder.exists() else make_folder(folder.name, seed), REPO
+
+
+def put(folder: Path, repo: str = REPO, **files: bytes) -> str:
+    """Publish without any client."""
+    content = {p.name: p.read_bytes() for p in folder.iterdir()}
+    return SERVER.add(repo, {**content, **{k.replace('__', '.'): v for k, v in files.items()}})
+
+
+def load(name: str = f'hf-hub:{REPO}', **kwargs):
+    return timm.create_model(name, pretrained=True, cache_dir=FOLDER / 'cache', **kwargs).eval()
+
+
+def same(model, folder: Path) -> bool:
+    return torch.equal(fixed_logits(model), fixed_logits(timm.create_model(f'local-dir:{folder}', pretrained=True)))
+
+
+def cached(suffix: str = '') -> list[Path]:
+    return list((FOLDER / 'cache').rglob(f'snapshots/*/*{suffix}'))
+
+
+def files_on_the_hub(branch: str = 'main') -> dict[str, bytes]:
+    repo = SERVER.repos[REPO]
+    return repo.commits[repo.refs[branch]]
+
+
+@scenario
+def publishing_again_sends_nothing_and_a_changed_card_is_one_small_commit():
+    folder, repo = fresh()
+    done = publish(folder, repo, verify=False)
+    assert sorted(done['uploaded']) == ['README.md', 'config.json', 'model.safetensors']
+    there = files_on_the_hub()
+    assert all(there[p.name] == p.read_bytes() for p in folder.iterdir())
+    assert not SERVER.repos[repo].private
+    SERVER.log.clear()
+    again = publish(folder, repo, verify=False)
+    assert again['uploaded'] == []
+    assert again['commit'] == done['commit']
+    assert SERVER.uploaded() == 0
+    changed = FOLDER / 'changed'
+    shutil.copytree(folder, changed)
+    (changed / 'README.md').write_text((folder / 'README.md').read_text() + '\nOne more line.\n')
+    SERVER.log.clear()
+    assert publish(changed, repo, verify=False)['uploaded'] == ['README.md']
+    assert 0 < SERVER.uploaded() < 10_000
+    assert SERVER.repos[repo].titles[SERVER.repos[repo].refs['main']] == 'Update README.md'
+    assert len(SERVER.repos[repo].commits) == 3
+
+
+@scenario
+def the_token_reaches_the_hub_only():
+    folder, repo = fresh()
+    publish(folder, repo, private=True, verify=False)
+    assert SERVER.repos[repo].private
+    load()
+    assert [r for r, seen in SERVER.authorized.items() if seen == bool(re.search('/lfs/[0-9a-f]{64}', r))] == []
+    assert any('PUT /lfs/' in r for r in SERVER.authorized)
+    assert any('GET /lfs/' in r for r in SERVER.authorized)
+
+
+@scenario
+def a_branch_is_made_and_loads_as_a_revision():
+    first, repo = fresh()
+    sha = publish(first, repo, verify=False)['commit']
+    second, _ = make_folder('model1', 1), None
+    publish(second, repo, revision='v2', verify=False)
+    assert same(load(), first)
+    assert same(load(f'hf-hub:{repo}@v2'), second)
+    assert same(load(f'hf-hub:{repo}@{sha}'), first)
+    with pytest.raises(Exception, match='Revision Not Found'):
+        load(f'hf-hub:{repo}@v3')
+
+
+@scenario
+def a_cut_upload_is_sent_again():
+    folder, repo = fresh()
+    SERVER.fail('PUT /lfs/', cut=100_000)
+    publish(folder, repo, verify=False)
+    assert files_on_the_hub()['model.safetensors'] == (folder / 'model.safetensors').read_bytes()
+
+
+@scenario
+def busy_servers_are_asked_again_while_publishing():
+    folder, repo = fresh()
+    for request in ('GET /api/whoami', 'POST /api/repos/create', 'POST /api/validate-yaml', 'POST .*/preupload/',
+                    'POST .*/objects/batch', 'PUT /lfs/', 'POST .*/verify$', 'POST .*/commit/',
+                    f'GET /api/models/{repo}'):
+        SERVER.fail(request, status=429, headers={'Retry-After': '0'})
+        SERVER.fail(request, status=503)
+    publish(folder, repo, verify=False)
+    assert not any(f.times for f in SERVER.faults)
+    assert len(SERVER.repos[repo].commits) == 2
+
+
+@scenario
+def a_commit_whose_answer_is_lost_is_not_made_twice():
+    folder, repo = fresh()
+    SERVER.fail('POST .*/commit/', after=True)
+    done = publish(folder, repo, verify=False)
+    assert len(SERVER.repos[repo].commits) == 2
+    assert 'model.safetensors' in done['uploaded']
+    assert done['commit'] == SERVER.repos[repo].refs['main']
+
+
+@scenario
+def another_commit_in_between_is_seen():
+    folder, repo = fresh()
+    SERVER.fail('POST .*/commit/', status=412)
+    publish(folder, repo, verify=False)
+    assert files_on_the_hub()['README.md'] == (folder / 'README.md').read_bytes()
+
+
+@scenario
+def an_interrupted_upload_goes_on_where_it_stood():
+    folder, repo = fresh()
+    SERVER.fail('POST .*/commit/', times=99, status=500)
+    with pytest.raises(PublishError, match=rf'Could not publish {repo}: .*500'):
+        publish(folder, repo, verify=False)
+    assert 'model.safetensors' not in files_on_the_hub()
+    SERVER.faults.clear()
+    SERVER.log.clear()
+    publish(folder, repo, verify=False)
+    assert SERVER.count('PUT') == 0
+    assert files_on_the_hub()['model.safetensors'] == (folder / 'model.safetensors').read_bytes()
+
+
+@scenario
+def a_hub_that_never_takes_the_weights_ends_in_an_error():
+    folder, repo = fresh()
+    SERVER.fail('PUT /lfs/', times=999, cut=1000)
+    with pytest.raises(PublishError, match='Could not publish org/test_gfnet'):
+        publish(folder, repo, verify=False)
+    assert list(files_on_the_hub()) == ['.gitattributes']
+
+
+@scenario
+def what_arrives_wrong_is_found_by_the_verification():
+    folder, repo = fresh()
+    SERVER.fail('GET /lfs/', times=9, spoil=True)
+    with pytest.raises(PublishError, match=r'was published, but does not verify: .*SHA-256'):
+        publish(folder, repo)
+    SERVER.faults.clear()
+    SERVER.fail('GET .*/README.md', times=9, spoil=True)
+    with pytest.raises(PublishError, match='README'):
+        publish(folder, repo)
+
+
+@scenario
+def without_a_token_or_with_a_wrong_one_nothing_is_sent():
+    folder, repo = fresh()
+    del os.environ['HF_TOKEN']
+    with pytest.raises(PublishError, match=r'no token .* `hf auth login`'):
+        publish(folder, repo)
+    assert not SERVER.log
+    os.environ['HF_TOKEN'] = 'hf_wrong'
+    with pytest.raises(PublishError, match=r'refuses the token \(401\)') as e:
+        publish(folder, repo)
+    assert 'hf_wrong' not in str(e.value)
+    os.environ['HF_TOKEN'] = TOKEN
+    SERVER.fail('POST /api/repos/create', status=403)
+    with pytest.raises(PublishError, match=rf'Could not create {repo}: the Hub refuses the token \(403\)') as e:
+        publish(folder, repo)
+    assert TOKEN not in str(e.value)
+    assert not SERVER.repos
+
+
+@scenario
+def a_public_repository_is_no_place_for_what_is_to_be_private():
+    folder, repo = fresh()
+    publish(folder, repo, verify=False)
+    with pytest.raises(PublishError, match='is there already, and public'):
+        publish(folder, repo, private=True, verify=False)
+
+
+@scenario
+def pickles_are_not_published():
+    folder, repo = fresh()
+    bad = FOLDER / 'bad'
+    shutil.copytree(folder, bad)
+    for name in ('pytorch_model.bin', 'sub/optimizer.pth.tar'):
+        (bad / name).parent.mkdir(exist_ok=True)
+        torch.save({}, bad / name)
+        with pytest.raises(PublishError, match=f"{name}' may be a pickle"):
+            publish(bad, repo)
+        (bad / name).unlink()
+    torch.save({}, bad / 'model.safetensors')
+    with pytest.raises(PublishError, match='is no safetensors file'):
+        publish(bad, repo)
+    shutil.copy(make_folder('other', 3) / 'model.safetensors', bad)
+    with pytest.raises(PublishError, match=r'is not the file that config\.json is of'):
+        publish(bad, repo)
+    (bad / 'README.md').unlink()
+    with pytest.raises(PublishError, match=r'lacks README\.md'):
+        publish(bad, repo)
+    assert not SERVER.log
+
+
+@scenario
+def a_cut_download_goes_on_where_it_stood():
+    folder, _ = fresh()
+    put(folder)
+    SERVER.fail('GET /lfs/', times=2, cut=300_000)
+    assert same(load(), folder)
+    got = [status for request, status, _ in SERVER.log if status and request.startswith('GET /lfs/')]
+    assert got == [200, 206, 206]
+
+
+@scenario
+def busy_servers_are_asked_again_while_loading():
+    folder, _ = fresh()
+    put(folder)
+    for request in ('HEAD .*/config.json', 'HEAD .*/model.safetensors', 'GET /lfs/'):
+        SERVER.fail(request, status=429, headers={'Retry-After': '0'})
+        SERVER.fail(request, status=503)
+    assert same(load(), folder)
+    assert not any(f.times for f in SERVER.faults)
+
+
+@scenario
+def servers_that_stay_away_end_in_an_error():
+    folder, _ = fresh()
+    put(folder)
+    load()
+    shutil.rmtree(FOLDER / 'cache')
+    for fault in (dict(status=503), dict(cut=1000)):
+        SERVER.faults.clear()
+        SERVER.fail('GET /lfs/', times=999, **fault)
+        if 'cut' in fault:  # as long as something arrives the client goes on
+            SERVER.faults[-1].cut = 0
+        with pytest.raises(CheckpointError, match='could not be fetched from the Hugging Face Hub'):
+            load()
+        assert not cached('.safetensors')
+    SERVER.faults.clear()
+    assert same(load(), folder)
+
+
+@scenario
+def wrong_bytes_are_fetched_once_more():
+    folder, _ = fresh()
+    put(folder)
+    SERVER.fail('GET /lfs/', spoil=True)
+    assert same(load(), folder)
+    assert SERVER.count('GET /lfs/') == 2
+
+
+@scenario
+def bytes_that_stay_wrong_are_neither_loaded_nor_kept():
+    folder, _ = fresh()
+    put(folder)
+    SERVER.fail('GET /lfs/', times=2, spoil=True)
+    with pytest.raises(CheckpointError, match='arrived twice with a content whose SHA-256 is not'):
+        load()
+    assert not cached('.safetensors')
+    assert not [p for p in (FOLDER / 'cache').rglob('blobs/*') if p.stat().st_size > 100_000]
+    assert same(load(), folder)
+
+
+@scenario
+def a_spoiled_cache_is_mended():
+    folder, _ = fresh()
+    put(folder)
+    load()
+    blob = cached('.safetensors')[0].resolve()
+    content = blob.read_bytes()
+    for spoiled in (content[:len(content) // 2], b'', content[:-1] + bytes([content[-1] ^ 1])):
+        blob.write_bytes(spoiled)
+        assert same(load(), folder)
+        assert blob.read_bytes() == content
+    SERVER.fail('.', times=999, status=500)  # as far as loading goes, the Hub is gone
+    assert same(load(), folder)
+    blob.write_bytes(content[:1000])
+    with pytest.raises(CheckpointError, match='is not in the local cache, and the Hugging Face Hub cannot be reached'):
+        load()
+
+
+@scenario
+def half_a_config_is_mended():
+    folder, _ = fresh()
+    put(folder, repo='org/gfnet_resnet50_96.paper_in1k')
+    from timm_dynamic.utils import fetch_weights
+    path = fetch_weights('org/gfnet_resnet50_96.paper_in1k', cache_dir=FOLDER / 'cache')
+    config = path.with_name('config.json').resolve()
+    config.write_bytes(config.read_bytes()[:100])
+    fetch_weights('org/gfnet_resnet50_96.paper_in1k', cache_dir=FOLDER / 'cache')
+    assert json.loads(path.with_name('config.json').read_text())['architecture'] == 'test_gfnet'
+    config.unlink()
+    path.with_name('config.json').unlink()
+    SERVER.fail('.*/config.json', times=999, status=500)  # weights alone would come without hash and budgets
+    with pytest.raises(CheckpointError, match='cannot be reached'):
+        fetch_weights('org/gfnet_resnet50_96.paper_in1k', cache_dir=FOLDER / 'cache')
+
+
+@scenario
+def what_is_not_there_is_named():
+    folder, _ = fresh()
+    with pytest.raises(CheckpointError, match=r"has no repository 'org/focusnet_resnet18.paper_in1k' \(yet\).*"
+                                              r'The authors link their file at https://github.com/XueZ-phd/FocusNet'):
+        load('focusnet_resnet18')
+    SERVER.add('org/focusnet_resnet18.paper_in1k', {'README.md': b'soon'})
+    with pytest.raises(CheckpointError, match=r'holds no model\.safetensors'):
+        load('focusnet_resnet18')
+    put(folder)
+    SERVER.repos[REPO].private = True
+    assert same(load(), folder)
+    del os.environ['HF_TOKEN']
+    shutil.rmtree(FOLDER / 'cache')
+    with pytest.raises(Exception, match='401'):  # timm asks for config.json first
+        load()
+    SERVER.repos['org/focusnet_resnet18.paper_in1k'].private = True
+    with pytest.raises(CheckpointError, match=r'or it is private and you are not logged in \(`hf auth login`\)'):
+        load('focusnet_resnet18')
+
+
+@scenario
+def weights_without_a_hash_load_as_they_are():
+    folder, _ = fresh()
+    config = json.loads((folder / 'config.json').read_text())
+    del config['weights_sha256']
+    put(folder, config__json=json.dumps(config).encode())
+    assert same(load(), folder)
+
+
+class _Marker:
+    def __reduce__(self):
+        return Path.touch, (FOLDER / 'executed',)
+
+
+@scenario
+def a_pickle_on_the_hub_executes_nothing():
+    fresh()
+    bad = pickle.dumps({'state_dict': _Marker()})
+    with contextlib.suppress(OSError):
+        (FOLDER / 'executed').unlink()
+    pickle.loads(bad)  # it does, where it is let
+    assert (FOLDER / 'executed').exists()
+    (FOLDER / 'executed').unlink()
+    buffer = io.BytesIO()
+    torch.save({'state_dict': _Marker()}, buffer)
+    config = (FOLDER / 'model0' / 'config.json').read_bytes()
+    for content in (bad, buffer.getvalue()):
+        for name in ('model.safetensors', 'pytorch_model.bin'):
+            SERVER.repos.clear()
+            shutil.rmtree(FOLDER / 'cache', ignore_errors=True)
+            plain = json.dumps({k: v for k, v in json.loads(config).items() if k != 'weights_sha256'}).encode()
+            SERVER.add(REPO, {name: content, 'config.json': plain})
+            with pytest.raises(CheckpointError):
+                load()
+            with pytest.raises(CheckpointError):
+                timm_dynamic.ConfidenceNet.from_pretrained(REPO, cache_dir=FOLDER / 'cache')
+    assert not (FOLDER / 'executed').exists()
+
+
+@scenario
+def budgets_other_classes_and_other_channels():
+    folder, _ = fresh()
+    put(folder)
+    model = load()
+    assert model.exit_cfg['budgets'][0]['policy'] == [2., 0., 0.]
+    assert model.set_budget(gmacs=model.step_macs[1] / 1e9)
+    other = load(num_classes=7, in_chans=1)
+    assert other(torch.randn(2, 1, 96, 96)).shape == (2, 7)
+    assert 'budgets' not in other.exit_cfg
+    assert HfApi().endpoint == SERVER.url  # no request went elsewhere
+
+
+def _train(*options: str) -> int:
+    return train_main([
+        '--model', 'test_focusnet', '--img-size', '32', '--demo-digit-scale', '12', '20', '--device', 'cpu', '-b', '64',
+        '--epochs', '1', '-j', '0', '--train-num-samples', '128', '--val-num-samples', '64', '--lr', '0.01',
+        '--output', str(FOLDER / 'train'), *options])
+
+
+@scenario
+def a_run_of_train_py_is_published_with_a_card_of_it():
+    fresh()
+    assert _train('--experiment', 'a', '--push-to-hub', 'me/digits', '--hub-private') == 0
+    repo = SERVER.repos['me/digits']
+    assert repo.private
+    files = repo.commits[repo.refs['main']]
+    assert sorted(files) == ['.gitattributes', 'README.md', 'config.json', 'model.safetensors']
+    card, config = files['README.md'].decode(), json.loads(files['config.json'])
+    row, = json.loads((FOLDER / 'train/a/results.json').read_text())
+    assert config['metrics'] == {'top1': row['top1'], 'top5': row['top5']}
+    meta = yaml.safe_load(card.split('---')[1])
+    result, = meta['model-index'][0]['results']
+    assert [m['value'] for m in result['metrics']] == [row['top1'], row['top5']]
+    assert result['dataset']['name'] == 'cluttered_digits'
+    assert meta['license'] == 'unknown'
+    assert "timm.create_model('hf-hub:me/digits', pretrained=True)" in card
+    assert '| lr | 0.01 |' in card
+    assert '| epochs | 1 |' in card
+    assert 'the recipe `classification`' in card
+    assert str(FOLDER) not in card
+    assert same(load('hf-hub:me/digits'), FOLDER / 'train/a/best')
+
+
+@scenario
+def a_run_that_cannot_be_published_is_not_lost():
+    fresh()
+    SERVER.fail('POST .*/commit/', times=99, status=500)
+    errors = io.StringIO()
+    with contextlib.redirect_stderr(errors):
+        assert _train('--experiment', 'b', '--push-to-hub', 'me/digits') == 1
+    assert 'PublishError: Could not publish me/digits' in errors.getvalue()
+    assert f'Publish it with: python hfhub/publish.py {FOLDER}/train/b/hub' in errors.getvalue()
+    SERVER.faults.clear()
+    script = runpy.run_path(str(Path(__file__).parents[2] / 'hfhub/publish.py'))['main']
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        assert script([str(FOLDER / 'train/b/hub')]) == 0
+    assert 'me/digits: downloaded again: all hashes agree, logits differ by 0' in said.getvalue()
+    assert same(load('hf-hub:me/digits'), FOLDER / 'train/b/best')
+
+
+@scenario
+def a_run_that_could_not_be_published_does_not_begin():
+    fresh()
+    for repo, token, message in (('me/digits', None, 'log in with `hf auth login`'), ('me/digits', 'hf_wrong', '401'),
+                                 ('digits', TOKEN, 'Expected a repository as ORG/NAME'), ('a/b/c', TOKEN, 'a/b/c')):
+        os.environ['HF_TOKEN'] = token or ''
+        errors = io.StringIO()
+        with contextlib.redirect_stderr(errors):
+            assert _train('--experiment', 'c', '--push-to-hub', repo) == 1
+        assert message in errors.getvalue(), errors.getvalue()
+    assert not (FOLDER / 'train/c').exists()
+
+
+def main() -> None:
+    constants.DOWNLOAD_CHUNK_SIZE = 1 << 16  # 10 MB: small files stand for large ones
+    logging.disable(logging.WARNING)
+    out = {}
+    for name, fn in SCENARIOS.items():
+        start = time.monotonic()
+        try:
+            fn()
+            out[name] = None
+        except BaseException:
+            out[name] = traceback.format_exc()
+        print(f'{name}: {time.monotonic() - start:.1f} s', file=sys.stderr)
+    print(json.dumps(out))
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,92 @@
+"""Cards: what the Hub reads of them, what people read, and that their snippets run."""
+import re
+import runpy
+
+import pytest
+import timm
+from helpers import ROOT
+from huggingface_hub import ModelCard
+
+from timm_dynamic.hub import Entry, read_catalog, render_card
+from timm_dynamic.models._builder import BUNDLED
+
+CATALOG = read_catalog(ROOT / 'hfhub/catalog.json')
+CARDS = ROOT / 'hfhub/cards'
+
+
+def snippets(card):
+    return re.findall(r'```python\n(.*?)```', card, re.DOTALL)
+
+
+@pytest.mark.parametrize('name', CATALOG)
+def test_every_entry_makes_a_card(name):
+    entry = CATALOG[name]
+    config = {'architecture': name.split('.')[0], 'num_classes': 1000, 'metrics': entry.metrics,
+              'pretrained_cfg': {'input_size': [3, 224, 224]}}
+    text = render_card(config, entry)
+    data = ModelCard(text).data
+    assert data.library_name == 'timm'
+    assert data.pipeline_tag == 'image-classification'
+    assert data.license == (entry.licence or 'unknown')
+    assert data.datasets == (['imagenet-1k'] if entry.dataset == 'imagenet-1k' else None)
+    assert {'timm', 'timm_dynamic'} <= set(data.tags)
+    results = data.eval_results or []
+    assert {r.metric_name: r.metric_value for r in results} == {
+        {'top1': 'top-1', 'top5': 'top-5'}[k]: v for k, v in entry.metrics.items()}
+    assert all(r.dataset_type == entry.dataset for r in results)
+    first = snippets(text)[0]
+    assert first.startswith('import timm, timm_dynamic')
+    assert f"timm.create_model('{name}', pretrained=True)" in first
+    for heading in ('## Usage', '## How it was made', '## Limits'):
+        assert f'\n{heading}\n' in text
+    if entry.repository:
+        assert entry.repository in text
+        assert f"[{entry.paper['title']}]({entry.paper['url']})" in text
+        assert f'```bibtex\n{entry.citation}\n```' in text
+    if entry.licence is None:
+        assert 'Licence: none stated. The authors state no licence' in text
+
+
+def test_a_card_elsewhere_leads_there():
+    entry = CATALOG['gfnet_resnet50_96.paper_in1k']
+    text = render_card({'architecture': 'gfnet_resnet50_96', 'num_classes': 1000}, entry, 'mirror/net')
+    assert "timm.create_model('hf-hub:mirror/net', pretrained=True)" in text
+
+
+def test_numbers():
+    entry = Entry('a.b', dataset='imagenet-1k', paper={'title': 'T', 'url': 'U'}, steps=(70., 75.5),
+                  published=({'gmacs': 0.74, 'threshold': 0.19, 'top1': 77.74},), baseline={'top1': 69.1, 'top5': 89.})
+    budgets = [{'gmacs': 1.0, 'policy': [0.5, 0.], 'top1': 74.25, 'exit_shares': [0.5, 0.5]},
+               {'gmacs': 1.2, 'policy': [0.7, 0.], 'judged': {
+                   'gmacs': 1.25, 'top1': 75., 'exit_shares': [0.375, 0.625]}}]
+    text = render_card({
+        'architecture': 'a', 'num_classes': 1000, 'step_macs': [500_000_000, 1_500_000_000], 'metrics': {'top1': 75.5},
+        'model_args': {'exit_cfg': {'budgets': budgets}}}, entry, picture=True)
+    assert '* Steps: 2; GMACs to stop after each: 0.5, 1.5\n' in text
+    assert '| 1 | 0.5 | 70 |\n| 2 | 1.5 | 75.5 |' in text
+    assert '| 1 | 74.25 | 50, 50 |\n| 1.25 | 75 | 37.5, 62.5 |' in text
+    assert '| 0.74 | 0.19 | 77.74 |' in text
+    assert '| its frozen baseline | 69.1 | 89 |' in text
+    assert 'model.set_budget(gmacs=1.2)' in text
+    assert '![Top-1 accuracy over multiply-adds](curve.png)' in text
+    assert 'early-exit' in ModelCard(text).data.tags
+
+
+@pytest.mark.parametrize('name', sorted(p.name for p in BUNDLED.iterdir()))
+def test_cards_of_the_demo_weights(name):
+    """Whoever changes weights or cards runs hfhub/cards.py."""
+    text = (CARDS / name / 'README.md').read_text(encoding='utf-8')
+    code = {'timm': timm}
+    for snippet in snippets(text):
+        exec(compile(snippet, f'{name}/README.md', 'exec'), code)
+    assert code['model'].pretrained_cfg['tag'] == 'digits'
+    assert 'classes' in code
+    assert ('curve.png' in text) == (CARDS / name / 'curve.png').exists()
+    assert f'# {name}\n' in text
+
+
+def test_cards_of_the_demo_weights_are_up_to_date(tmp_path):
+    runpy.run_path(str(ROOT / 'hfhub/cards.py'))['write_cards'](tmp_path)
+    written = {p.parent.name: p.read_text(encoding='utf-8') for p in tmp_path.rglob('README.md')}
+    assert written == {p.parent.name: p.read_text(encoding='utf-8') for p in CARDS.rglob('README.md')}
+    assert written.keys() == {p.name for p in BUNDLED.iterdir()}

@@ -1,0 +1,198 @@
+"""Authors' files become folders: all tensors accounted for, the same logits, nothing executed."""
+import hashlib
+import io
+import json
+import os
+import runpy
+import zipfile
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import timm
+import torch
+from helpers import ROOT, run_python
+from parity.confidence_reference import make_state_dict
+from parity.test_gfnet import RECIPES, build_checkpoint
+from safetensors.torch import load_file
+
+from timm_dynamic.hub import Entry, check_in_fresh_process, convert, fixed_logits, read_catalog
+from timm_dynamic.utils import CheckpointError
+
+FULL = os.environ.get('TIMM_DYNAMIC_FULL_TESTS') == '1'
+CATALOG = read_catalog(ROOT / 'hfhub/catalog.json')
+ENV = {**os.environ, 'PYTHONPATH': str(ROOT)}
+
+
+def config_of(folder) -> dict:
+    return json.loads((folder / 'config.json').read_text())
+
+
+@pytest.mark.parametrize('name', list(RECIPES) if FULL else ['gfnet_mobilenetv3_large_100_96'])
+def test_gfnet(name, tmp_path):
+    authors = build_checkpoint(name)
+    num_weights = sum(len(authors[part]) for part in ('model_prime_state_dict', 'model_state_dict', 'fc', 'policy'))
+    authors.update(epoch=3, optimizer={'state': {0: {'momentum_buffer': torch.randn(3)}}}, best=np.float64(70.))
+    file, folder = tmp_path / 'authors.pth.tar', tmp_path / 'out'
+    torch.save(authors, file)
+    report = convert(file, CATALOG[f'{name}.paper_in1k'], folder, verify=False)
+
+    dropped = report['dropped']
+    assert dropped['state of an optimizer'] == ['optimizer/state/0/momentum_buffer']
+    assert dropped['numbers, kept in config.json'] == ['dynamic_threshold']
+    assert dropped['the critic, used in training only'] == ['policy/critic.0.weight', 'policy/critic.0.bias']
+    auxiliary = dropped['auxiliary classifiers, used in training only']
+    local = [k for k in auxiliary if k.startswith('model_state_dict/module.')]
+    assert len(local) == 2  # that of the global encoder is the head of step 1, where it has one
+    recurrent = 'resnet' in name or 'densenet' in name
+    assert len(auxiliary) == (4 if recurrent else 2)
+    steps = len(RECIPES[name]['macs']['cumulative'])
+    unused = dropped.get('classifiers of steps that the model does not take', [])
+    assert len(unused) == (0 if recurrent or 'regnet' in name else 2 * (5 - steps))
+    assert report['kept'] == num_weights - 2 - len(auxiliary) - len(unused)
+    assert report['elsewhere'] == 0
+
+    source = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=dict(file=file))
+    again = timm.create_model(f'local-dir:{folder}', pretrained=True)
+    assert torch.equal(fixed_logits(again), fixed_logits(source))
+    config = config_of(folder)
+    assert config['weights_sha256'] == hashlib.sha256((folder / 'model.safetensors').read_bytes()).hexdigest()
+    assert config['step_macs'] == list(source.step_macs)
+    assert config['metrics'] == {'top1': 60. + steps - 1}
+    assert config['pretrained_cfg']['license'] == 'apache-2.0'
+    assert config['conversion']['files'][0]['name'] == 'authors.pth.tar'
+    assert len(config['model_args']['exit_cfg']['budgets']) == 39
+    assert again.exit_cfg == source.exit_cfg
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['authors.pth.tar', 'out']
+    assert sorted(p.name for p in folder.iterdir()) == ['README.md', 'config.json', 'curve.png', 'model.safetensors']
+
+
+def test_the_script(tmp_path, monkeypatch, capsys):
+    torch.manual_seed(1)
+    weights = timm.create_model('resnet18').state_dict()
+    momentum = {'state': {0: {'momentum_buffer': torch.randn(64, 3, 7, 7)}}}
+    file = tmp_path / 'clonalnet_resnet18_model_best.pth.tar'
+    torch.save({'epoch': 90, 'arch': 'resnet18', 'best_acc1': np.float64(70.422), 'optimizer': momentum,
+                'state_dict': {f'module.{k}': v for k, v in weights.items()}}, file)
+    folder = tmp_path / 'out'
+    done = run_python('hfhub/convert.py', file, '--model', 'focusnet_resnet18', '--out', folder, env=ENV)
+    assert 'focusnet_resnet18.paper_in1k: 122 tensors kept\n' in done.stdout
+    assert 'left out, state of the optimizer: 1\n    optimizer/state/0/momentum_buffer\n' in done.stdout
+    assert "Loaded in a fresh process; logits differ from the source's by 0" in done.stdout
+    assert 'Not to be published without permission: The authors state no licence' in done.stdout
+    model = timm.create_model(f'local-dir:{folder}', pretrained=True)
+    assert all(torch.equal(v, weights[k]) for k, v in model.state_dict().items())
+    assert config_of(folder)['metrics'] == {'top1': 70.422, 'top5': 89.562}
+
+    monkeypatch.setattr('sys.argv', list(map(str, (
+        'convert.py', file, '--model', 'gfnet_resnet50_96', '--out', tmp_path / 'no'))))
+    assert runpy.run_path(str(ROOT / 'hfhub/convert.py'))['main']() == 1
+    said = capsys.readouterr().err
+    assert said.startswith('error: ')
+    assert 'does not fit gfnet_resnet50_96' in said
+    assert not (tmp_path / 'no').exists()
+
+
+def test_a_tensor_that_nobody_knows_is_an_error(tmp_path):
+    name = 'gfnet_regnety_006_96'
+    file = tmp_path / 'a.pth.tar'
+    torch.save({**build_checkpoint(name), 'extra': {'head': torch.ones(2)}}, file)
+    with pytest.raises(CheckpointError, match=r'1 tensors of the source are neither in .* \(first: extra/head\)'):
+        convert(file, CATALOG[f'{name}.paper_in1k'], tmp_path / 'out', verify=False)
+    assert not (tmp_path / 'out').exists()
+
+
+def test_anchornet_of_three_files(tmp_path):
+    model = timm.create_model('test_anchornet_patch').eval()
+    nets = {'anchornet.pth': model.localizer, 'a_resized_best.pth.tar': model.resized, 'a_patch_best.pth.tar':
+            model.patch}
+    source = tmp_path / 'authors'
+    source.mkdir()
+    for name, net in nets.items():
+        state = net.state_dict()
+        torch.save(state if name == 'anchornet.pth' else {'net': state, 'optimizer': {'m': torch.ones(4)}},
+                   source / name)
+    published = CATALOG['anchornet_patch_densenet201_95.paper_in1k']
+    point = {'thresholds': [0.5, 0.6, 0.], 'top1': 75., 'exits': [50, 30, 20]}
+    entry = replace(published, name='test_anchornet_patch.untrained', budgets=(point,), steps=(70., 74., 76.))
+    mapping = {part: source / name for part, name in zip(('localizer', 'resized', 'patch'), nets)}
+    for i, given in enumerate((source, mapping)):
+        folder = tmp_path / f'out{i}'
+        report = convert(given, entry, folder, verify=False)
+        assert report['kept'] == len(model.state_dict())
+        assert report['dropped'] == {'state of the optimizer': ['resized/optimizer/m', 'patch/optimizer/m']} or \
+            report['dropped'] == {'state of the optimizer': ['patch/optimizer/m', 'resized/optimizer/m']}
+        again = timm.create_model(f'local-dir:{folder}', pretrained=True)
+        assert torch.equal(fixed_logits(again), fixed_logits(model))
+        budget = again.exit_cfg['budgets'][0]
+        costs = model.step_macs
+        assert budget['gmacs'] == pytest.approx((0.5 * costs[0] + 0.3 * costs[1] + 0.2 * costs[2]) / 1e9)
+        assert budget['exit_shares'] == [0.5, 0.3, 0.2]
+        assert len(config_of(folder)['conversion']['files']) == 3
+        assert config_of(folder)['metrics']['top1'] == 74.87  # of the catalog's entry
+        text = (folder / 'README.md').read_text()
+        assert '| 50, 30, 20 |' in text
+
+
+def test_the_localizer_alone(tmp_path):
+    from parity.test_anchornet import RECORD
+    from parity.reference import fill  # isort: skip
+    spec = RECORD['components']['anchornet']
+    template = {k: torch.empty(shape, device='meta') for k, shape in spec['shapes'].items()}
+    torch.save(fill(template, spec['salt'], spec['gains']), tmp_path / 'anchornet.pth')
+    report = convert(tmp_path / 'anchornet.pth', CATALOG['anchornet.paper_in1k'], tmp_path / 'out', verify=False)
+    dropped = report['dropped']['the first expansion, which AnchorNet never uses']
+    assert {k.rpartition('.')[0] for k in dropped} == {'bneck.0.conv1', 'bneck.0.bn1'}
+    assert report['kept'] + len(dropped) == len(template)
+
+
+def test_confidence_net_of_a_cascade(tmp_path):
+    state = make_state_dict(1000)
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    with zipfile.ZipFile(tmp_path / 'net.zip', 'w') as archive:
+        archive.writestr('model_params.json', '{}')
+        archive.writestr('network.pt', buffer.getvalue())
+    source = {'confidence_net': tmp_path / 'net.zip'}
+    models = timm.create_model('clcnet', device='meta')
+    for spec in models.specs:
+        source[spec.source] = tmp_path / f'{spec.source}.pth'
+        torch.save(timm.create_model(spec.source.split('.')[0]).state_dict(), source[spec.source])
+    report = convert(source, CATALOG['clcnet.paper_in1k'], tmp_path / 'out', verify=False)
+    kept = load_file(tmp_path / 'out/model.safetensors')
+    assert all(k.startswith('confidence_net.') for k in kept)  # of any members
+    assert report['kept'] == len(kept)
+    assert report['kept'] + sum(map(len, report['dropped'].values())) == 143
+    assert [f['name'] for f in config_of(tmp_path / 'out')['conversion']['files']] == ['net.zip']
+    again = timm.create_model(
+        'clcnet', pretrained=True, pretrained_cfg_overlay=dict(file={**source, 'confidence_net': tmp_path / 'out'}))
+    first = timm.create_model('clcnet', pretrained=True, pretrained_cfg_overlay=dict(file=source))
+    assert torch.equal(fixed_logits(again, 1), fixed_logits(first, 1))
+
+
+def test_the_check_sees_other_logits(tmp_path):
+    from timm_dynamic.utils import save_pretrained
+    model = timm.create_model('test_gfnet').eval()
+    for name in ('right', 'other'):
+        save_pretrained(model, tmp_path / name)
+    logits = fixed_logits(model)
+    right, other, nowhere = (f'local-dir:{tmp_path / name}' for name in ('right', 'other', 'nowhere'))
+    with pytest.raises(CheckpointError) as e:
+        check_in_fresh_process({right: logits, other: logits + 0.1, nowhere: logits})
+    lines = str(e.value).splitlines()
+    assert len(lines) == 2
+    assert f"'{other}' gives other logits in a fresh process: they differ by 0.1" in lines[0]
+    assert f"'{nowhere}' does not load in a fresh process: Config file not found" in lines[1]
+
+
+def test_only_patterns_of_the_entry_are_dropped():
+    from timm_dynamic.hub import account
+    entry = Entry('a.b', dropped={r'opt/\d+': 'optimizer'})
+    weights = {'w': torch.ones(2), 'v': torch.ones(2)}
+    tensors = {'x': torch.ones(2), 'y': torch.ones(2), 'opt/0': torch.ones(2)}
+    assert account(tensors, weights, entry) == {'kept': 2, 'dropped': {'optimizer': ['opt/0']}, 'elsewhere': 0}
+    assert account({'x': torch.ones(2)}, weights, entry) == {'kept': 1, 'dropped': {}, 'elsewhere': 1}
+    with pytest.raises(CheckpointError, match='first: z'):  # equal, but there are only two
+        account({**tensors, 'z': torch.ones(2)}, weights, entry)
+    with pytest.raises(CheckpointError, match='first: x'):  # other bits
+        account({'x': torch.ones(2) + 1e-7}, weights, entry)

@@ -1,0 +1,232 @@
+"""Publish exported folders on the Hugging Face Hub, and see that what is there is what was meant."""
+import hashlib
+import json
+import logging
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import timm
+from huggingface_hub import CommitOperationAdd, HfApi, get_token
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from safetensors import SafetensorError, safe_open
+
+from ..utils import CheckpointError, fetch_weights, is_transient, sha256_of
+from ..utils.download import download_file
+from ..utils.export import CONFIG, WEIGHTS
+from .card import CARD, PICTURE
+from .catalog import Entry
+from .check import check_in_fresh_process, fixed_logits
+
+_logger = logging.getLogger(__name__)
+
+T = TypeVar('T')
+
+_PICKLES = ('.pth', '.pt', '.bin', '.tar', '.th', '.pkl', '.pickle', '.ckpt', '.joblib', '.npy', '.npz', '.zip')
+_WAITS = (1, 2, 4, 8, 8, 8)  # seconds between tries
+_CONFLICT = 412  # the branch moved between the comparison and the commit
+
+
+class PublishError(RuntimeError):
+    """A folder cannot be published, or what was published is not what was meant."""
+
+
+def files_to_publish(folder: str | Path) -> dict[str, Path]:
+    """Find what of a folder goes to the Hub, and see that it is whole and safe.
+
+    Args:
+        folder: As `convert` and `finish` leave one.
+
+    Returns:
+        Paths by name: model.safetensors, config.json, README.md and, if there is one, the picture of the curve.
+
+    Raises:
+        PublishError: A file is missing, is a pickle, or the weights are not those that config.json is of.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise PublishError(f"There is no folder '{folder}'.")
+    for path in sorted(folder.rglob('*')):
+        if path.is_file() and path.name.endswith(_PICKLES):
+            raise PublishError(
+                f"'{path}' may be a pickle, which runs code where it is read: nothing is published from a folder that "
+                'holds one. Expected model.safetensors, config.json and README.md.')
+    files = {name: folder / name for name in (WEIGHTS, CONFIG, CARD, PICTURE)}
+    missing = [name for name, path in files.items() if name != PICTURE and not path.is_file()]
+    if missing:
+        raise PublishError(f"'{folder}' lacks {', '.join(missing)}: hfhub/convert.py and train.py --push-to-hub write "
+                           'whole folders.')
+    try:
+        with safe_open(files[WEIGHTS], 'pt') as f:
+            f.keys()
+    except (SafetensorError, OSError) as e:
+        raise PublishError(f"'{files[WEIGHTS]}' is no safetensors file ({e}).") from e
+    config = json.loads(files[CONFIG].read_text(encoding='utf-8'))
+    if config.get('weights_sha256') != sha256_of(files[WEIGHTS]):
+        raise PublishError(
+            f"'{files[WEIGHTS]}' is not the file that config.json is of (SHA-256 {config.get('weights_sha256')}).")
+    return {name: path for name, path in files.items() if path.is_file()}
+
+
+def check_permission(entry: Entry, permitted: bool = False) -> None:
+    """See that a model may be published.
+
+    Raises:
+        PublishError: The authors state no licence, and no permission of theirs is claimed.
+    """
+    if entry.licence is None and not permitted:
+        raise PublishError(
+            f'{entry.name} may not be published: {entry.licence_note or "no licence is stated."} With their '
+            'permission, give --i-have-permission.')
+
+
+def check_login(repo_id: str) -> str:
+    """See that publishing can begin: a valid id, and a token that the Hub knows.
+
+    Returns:
+        Name of the user.
+
+    Raises:
+        PublishError: There is no token, it is refused, or the Hub cannot be reached.
+    """
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as e:
+        raise PublishError(str(e)) from e
+    if '/' not in repo_id:
+        raise PublishError(f"Expected a repository as ORG/NAME, got '{repo_id}'.")
+    if get_token() is None:
+        raise PublishError('There is no token for the Hugging Face Hub: log in with `hf auth login`, or set HF_TOKEN.')
+    return str(_call('log in', lambda: HfApi().whoami())['name'])
+
+
+def publish(
+        folder: str | Path,
+        repo_id: str,
+        private: bool = False,
+        revision: str | None = None,
+        verify: bool = True,
+) -> dict[str, Any]:
+    """Bring a repository on the Hub to the state of a folder, in one commit, and see that it arrived.
+
+    Only files that differ are sent; large ones that an interrupted run has sent are not sent again. If nothing
+    differs, nothing is committed. The token is that of huggingface_hub's own login.
+
+    Args:
+        folder: See `files_to_publish`.
+        repo_id: 'ORG/NAME'; created if needed.
+        private: Create it as a private one.
+        revision: Branch; created if needed. Default: main.
+        verify: Download what was published, compare hashes, and logits in a fresh process.
+
+    Returns:
+        'repo' and 'commit' (its hash), 'uploaded' (names of files that were sent), 'url', and 'difference' between
+        logits, if verified.
+
+    Raises:
+        PublishError: The folder is not fit, the Hub refuses or cannot be reached, or something else arrived.
+    """
+    files = files_to_publish(folder)
+    check_login(repo_id)
+    api = HfApi()
+    _call(f'create {repo_id}', lambda: api.create_repo(repo_id, private=private, exist_ok=True))
+    if revision:
+        branch = revision
+        _call(f'create the branch {branch}', lambda: api.create_branch(repo_id, branch=branch, exist_ok=True))
+
+    def commit() -> tuple[str, list[str]]:
+        # Compared anew at every try: the last one may have arrived although its answer did not.
+        info = api.model_info(repo_id, revision=revision, files_metadata=True)
+        if private and info.private is False:
+            raise PublishError(f'{repo_id} is there already, and public. Make it private on the Hub first.')
+        there = {s.rfilename: s for s in info.siblings or ()}
+        changed = [name for name, path in files.items() if not _same(there.get(name), path)]
+        if not changed:
+            return str(info.sha), sent
+        sent[:] = changed
+        done = api.create_commit(
+            repo_id, [CommitOperationAdd(name, files[name]) for name in changed], revision=revision,
+            commit_message=f"{'Update' if WEIGHTS in there else 'Add'} {', '.join(changed)}", parent_commit=info.sha)
+        return done.oid, sent
+
+    sent: list[str] = []
+    sha, uploaded = _call(f'publish {repo_id}', commit)
+    report = {'repo': repo_id, 'commit': sha, 'uploaded': uploaded, 'url': f'{api.endpoint}/{repo_id}'}
+    if verify:
+        report['difference'], = verify_published([(folder, repo_id, sha)]).values()
+    return report
+
+
+def verify_published(published: Iterable[tuple[str | Path, str, str]]) -> dict[str, float]:
+    """Download repositories anew, and compare them with the folders that they were published from.
+
+    Args:
+        published: Folder, 'ORG/NAME', and hash of the commit.
+
+    Returns:
+        Largest absolute difference between logits, by repository.
+
+    Raises:
+        PublishError: Files or logits differ.
+    """
+    published = list(published)
+    expected = {}
+    with tempfile.TemporaryDirectory() as cache:
+        for folder, repo_id, revision in published:
+            model: Any = timm.create_model(f'local-dir:{folder}', pretrained=True)
+            expected[f'hf-hub:{repo_id}@{revision}'] = fixed_logits(model)
+            try:
+                fetch_weights(f'{repo_id}@{revision}', cache_dir=cache)
+                for name, path in files_to_publish(folder).items():
+                    if sha256_of(download_file(repo_id, name, revision, cache)) != sha256_of(path):
+                        raise PublishError(
+                            f"'{name}' arrived at {repo_id} with another content than that of '{path}'. Publish it "
+                            'again.')
+            except (CheckpointError, OSError) as e:
+                raise PublishError(f'{repo_id} was published, but does not verify: {e}') from e
+        try:
+            found = check_in_fresh_process(expected, cache)
+        except CheckpointError as e:
+            raise PublishError(f'Published, but does not verify: {e}') from e
+    return dict(zip((repo_id for _, repo_id, _ in published), found.values()))
+
+
+def _same(there: Any, path: Path) -> bool:
+    """Whether a file on the Hub, as it is listed there, has the content of one here."""
+    if there is None or there.size != path.stat().st_size:
+        return False
+    if there.lfs is not None:
+        return bool(there.lfs['sha256'] == sha256_of(path))
+    content = path.read_bytes()
+    return bool(there.blob_id == hashlib.sha1(b'blob %d\0' % len(content) + content).hexdigest())
+
+
+def _call(what: str, request: Callable[[], T]) -> T:
+    """Make a request, again where the network or the server fails. The client itself does so only for some."""
+    for wait in (*_WAITS, None):
+        try:
+            return request()
+        except PublishError:
+            raise
+        except Exception as e:  # the client's HTTP library has errors of its own, and has changed
+            conflict = isinstance(e, HfHubHTTPError) and _status(e) == _CONFLICT
+            if wait is None or not (conflict or is_transient(e)):
+                raise PublishError(f'Could not {what}: {_explain(e)}') from e
+            _logger.warning(f'Could not {what} ({_explain(e)}); trying again in {wait} s.')
+            time.sleep(wait)
+    raise AssertionError('unreachable')
+
+
+def _status(error: HfHubHTTPError) -> int:
+    return error.response.status_code if error.response is not None else 0
+
+
+def _explain(error: BaseException) -> str:
+    if isinstance(error, HfHubHTTPError) and _status(error) in (401, 403):
+        return f'the Hub refuses the token ({_status(error)}): log in with one that may write there (`hf auth login`).'
+    while error.__cause__ is not None and not isinstance(error, HfHubHTTPError):
+        error = error.__cause__
+    return ' '.join((str(error).strip() or type(error).__name__).split())[:300]

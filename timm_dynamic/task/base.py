@@ -1,0 +1,40 @@
+"""What the tasks of this package have in common."""
+from typing import Any
+
+import torch
+from timm.task import TrainingTask
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+class OneModuleTask(TrainingTask):
+    """A task with one module that learns: only that is wrapped.
+
+    Attributes:
+        trainable_module: What learns, maybe wrapped.
+        frozen: Parts that do not learn: they stay in eval mode.
+    """
+    trainable_module: Any
+    frozen: tuple[nn.Module, ...] = ()
+
+    def train(self, mode: bool = True) -> Any:
+        """Set the mode; what is frozen stays in eval mode."""
+        super().train(mode)
+        for part in self.frozen:
+            part.eval()
+        return self
+
+    def prepare_distributed(self, device_ids: list | None = None, **ddp_kwargs: Any) -> Any:
+        """Wrap what learns, and only it, in DistributedDataParallel."""
+        self.trainable_module = DistributedDataParallel(self.trainable_module, device_ids=device_ids, **ddp_kwargs)
+        return self
+
+    def compile(  # type: ignore[override]
+            self,
+            backend: str = 'inductor',
+            mode: str | None = None,
+            **compile_kwargs: Any,
+    ) -> nn.Module:
+        """Compile what learns."""
+        self.trainable_module = torch.compile(self.trainable_module, backend=backend, mode=mode, **compile_kwargs)
+        return self.trainable_module

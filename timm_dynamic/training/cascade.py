@@ -1,0 +1,487 @@
+"""Stages of a cascade's recipe that do not train by batches of images: features, and the confidence net."""
+import argparse
+import hashlib
+import json
+import logging
+import signal
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from ..data import ConfidenceFeatures
+from ..exits import ExitTable
+from ..exits.confidence import auroc, cascade_table, cross_area, curve_area
+from ..exits.engine import _interleave, _rank_of
+from ..models._builder import checkpoint_filter_of
+from ..models.clcnet import CONFIDENCES, FINAL_RULES, CLCNet, _fetch_members
+from ..task import (
+    ConfidenceFit,
+    Stage,
+    fit_confidence_net,
+    fit_folds,
+    make_folds,
+    member_sources,
+    member_stage,
+    score_folds,
+)
+from ..utils import atomic_write, copy_pretrained, load_weights, save_pretrained, seeded, write_json
+from .build import build_eval_loader, build_model, eval_views, model_dtype, training_data_config, uses_demo_data
+from .evaluate import progress_bar
+from .report import format_table, write_rows
+from .signals import Stopped, StopRequest
+
+_logger = logging.getLogger(__name__)
+
+CALIBRATION = 'calibration.safetensors'
+_BATCHES_PER_PART = 50  # what a killed run loses, at most
+
+
+def build_cascade(args: argparse.Namespace, stage_weights: Mapping[str, Path]) -> CLCNet:
+    """Create a cascade with its members' weights; the confidence net has initial values.
+
+    Raises:
+        CheckpointError: A member's weights are not to be had, or do not fit.
+    """
+    whole = args.pretrained or ':' in args.model
+    with seeded(args.seed, 'model'):
+        model: CLCNet = build_model(args, pretrained=whole)
+    if args.initial_checkpoint:
+        cfg: Any = model.pretrained_cfg
+        load_weights(model, args.initial_checkpoint, checkpoint_filter_of(cfg['architecture']))
+        whole = True
+    absent = []
+    for index, source in enumerate(member_sources(args, uses_demo_data(args), model)):
+        if source == 'pretrained':
+            if not whole:
+                absent.append(index)
+            continue
+        if source == 'scratch':
+            path = stage_weights.get(member_stage(index))
+            if path is None or not path.exists():
+                raise ValueError(
+                    f"The weights of the cascade's member {index + 1} are not at '{path}': run the stage "
+                    f"'{member_stage(index)}' first, or name weights with --init-members.")
+        else:
+            path = Path(source)
+        spec: Any = model.specs[model.member_of_step.index(index)]
+        filter_fn = checkpoint_filter_of(spec.model) if isinstance(spec.model, str) else None
+        load_weights(model.members[index], path, filter_fn, label=f"'{path}' (of member {index + 1})")
+    _fetch_members(model, absent, None)
+    return model
+
+
+# What the members say
+
+def collect_features(
+        stage: Stage,
+        args: argparse.Namespace,
+        accelerator: Accelerator,
+        folder: Path,
+        stage_weights: Mapping[str, Path],
+        stop: StopRequest,
+) -> dict[str, Any]:
+    """Run the members once over a split, and keep what they say: see `ConfidenceFeatures`, a file for each member.
+
+    Parts are kept on the way. A run that was killed goes on with the images that are in none.
+
+    Raises:
+        ValueError: There is no split, or its images have no order.
+        Stopped: A signal came; what is done is kept.
+    """
+    split = feature_split(args)
+    model = build_cascade(args, stage_weights).eval()
+    print_ = _fingerprint(model, split)
+    model = model.to(device=accelerator.device, dtype=model_dtype(args))
+    data_config = training_data_config(args, model)
+
+    def open_loader(indices: Sequence[int]) -> Any:
+        return build_eval_loader(
+            args, split, data_config, model.num_classes, accelerator.device, 1, samples=args.val_num_samples,
+            views=eval_views(args, model), indices=indices)
+
+    first = open_loader([0])
+    whole, labels = first.dataset.dataset, _label_names(first.class_to_idx, model.num_classes)
+    if isinstance(whole, torch.utils.data.IterableDataset):
+        raise ValueError(f"Features need images that can be counted; '{split}' of this dataset can only be iterated.")
+    if accelerator.is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in _parts(folder):
+            if _read_part(path, print_) is None:
+                path.unlink()
+    accelerator.wait_for_everyone()
+    done = {int(i) for path in _parts(folder) for i in _done(path)}
+    accelerator.wait_for_everyone()  # all have seen the same parts
+    left = [i for i in range(len(whole)) if i not in done]
+    if done and left:
+        _logger.info(f'Features of {len(done)} images are here already, {len(left)} are left.')
+    mine = left[accelerator.process_index::accelerator.num_processes]
+    if mine:
+        _run_members(model, open_loader(mine), mine, accelerator, folder, print_, stop, f'features of {split}')
+    accelerator.wait_for_everyone()
+    result = {'split': split, 'images': len(whole)}
+    if accelerator.is_main_process:
+        parts = [part for path in _parts(folder) if (part := _read_part(path, print_)) is not None]
+        order = torch.cat([part['index'] for part in parts]).argsort()
+        logits = torch.cat([part['logits'] for part in parts])[order]
+        target = torch.cat([part['target'] for part in parts])[order]
+        names = [_name_of(whole, i, split) for i in range(len(whole))]
+        for t in range(model.num_steps):
+            ConfidenceFeatures.from_logits(logits[:, t], target, names).save(folder / f'member{t + 1}.safetensors')
+            result[f'top1_member{t + 1}'] = round(100 * float((logits[:, t].argmax(1) == target).float().mean()), 4)
+        write_json(folder / 'index.json', {
+            'label_names': labels, 'split': split, 'images': len(whole), 'classes': model.num_classes,
+            'members': {f'member{t + 1}.safetensors': spec.label for t, spec in enumerate(model.specs)}})
+        for path in _parts(folder):
+            path.unlink()
+        _logger.info(f'Features of {len(whole)} images of {split}: {folder}')
+    accelerator.wait_for_everyone()
+    return result
+
+
+def _label_names(class_to_idx: Mapping[str, int] | None, num_classes: int) -> list[str] | None:
+    if class_to_idx is None or len(class_to_idx) != num_classes:
+        return None
+    return sorted(class_to_idx, key=lambda name: class_to_idx[name])
+
+
+def feature_split(args: argparse.Namespace) -> str:
+    """Split that the confidence net is trained on."""
+    split = args.feature_split or args.val_split
+    if not split:
+        raise ValueError('A confidence net is trained on images that its members were not: name some, --feature-split.')
+    return split
+
+
+@torch.inference_mode()
+def _run_members(
+        model: CLCNet,
+        loader: Any,
+        indices: Sequence[int],
+        accelerator: Accelerator,
+        folder: Path,
+        fingerprint: str,
+        stop: StopRequest,
+        desc: str,
+) -> None:
+    waiting: list[tuple[torch.Tensor, torch.Tensor]] = []
+    begin = end = 0
+
+    def keep() -> None:
+        nonlocal begin
+        path = folder / f'part-{indices[begin]:08d}-{end - begin}.safetensors'
+        logits, target = (torch.cat(values).cpu().contiguous() for values in zip(*waiting))
+        with atomic_write(path) as tmp:
+            save_file(
+                {'index': torch.tensor(indices[begin:end]), 'logits': logits, 'target': target}, tmp,
+                metadata={'of': fingerprint})
+        waiting.clear()
+        begin = end
+
+    for number, (views, target) in enumerate(progress_bar(loader, accelerator, desc=desc, leave=False), 1):
+        with accelerator.autocast():
+            state = model.init_state(views)
+            logits = [model._net(t)(model._view(t, state)) for t in range(model.num_steps)]
+        waiting.append((torch.stack([x.float() for x in logits], dim=1), target))
+        end += len(target)
+        if number % _BATCHES_PER_PART == 0 or end == len(indices) or stop:
+            keep()
+        if stop and end < len(indices):
+            raise Stopped(stop.signum or signal.SIGTERM)
+
+
+def _fingerprint(model: CLCNet, split: str) -> str:
+    """What features depend on, the images aside."""
+    digest = hashlib.sha256(json.dumps([split, model.view_configs], default=str).encode())
+    for name, value in model.members.state_dict().items():
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _parts(folder: Path) -> list[Path]:
+    return sorted(folder.glob('part-*.safetensors'))
+
+
+def _read_part(path: Path, fingerprint: str) -> dict[str, torch.Tensor] | None:
+    """A part; None if it is of other members."""
+    try:
+        with safe_open(path, framework='pt') as f:
+            if (f.metadata() or {}).get('of') == fingerprint:
+                return {name: f.get_tensor(name) for name in ('index', 'logits', 'target')}
+    except (SafetensorError, OSError):
+        pass
+    return None
+
+
+def _done(path: Path) -> list[int]:
+    with safe_open(path, framework='pt') as f:
+        return f.get_tensor('index').tolist()
+
+
+def _name_of(dataset: Any, index: int, split: str) -> str:
+    return dataset.filename(index) if hasattr(dataset, 'filename') else f'{split}/{index:06d}'
+
+
+# The confidence net
+
+def train_confidence(
+        stage: Stage,
+        args: argparse.Namespace,
+        accelerator: Accelerator,
+        folder: Path,
+        stage_weights: Mapping[str, Path],
+        stop: StopRequest,
+) -> dict[str, Any]:
+    """Train the confidence net on features, and export the cascade with it.
+
+    Out of fold, each image is scored by a net that has not seen it: measures of confidence are compared by that, and
+    the exit table that exits are fitted on is made of it. The net that is exported has seen all.
+
+    Raises:
+        ValueError: There are no features, or they do not go together, with the folds or with the cascade.
+    """
+    model = build_cascade(args, stage_weights)
+    asked = args.confidence or model.confidence_kind
+    data_config = training_data_config(args, model)
+    result: dict[str, Any] = {}
+    if accelerator.is_main_process:
+        features = _read_features(args, stage_weights, model)
+        merged = ConfidenceFeatures.merge(features)
+        folder.mkdir(parents=True, exist_ok=True)
+        how = dict(epochs=args.epochs, lr=args.lr, clip_grad=args.clip_grad, patience=args.patience_epochs)
+        fit = fit_confidence_net(merged.probabilities, merged.hits, seed=args.seed, **how)
+        nets, folds = _fit_folds(args, merged, how)
+        result = {'val_error': fit.val_error, 'test_error': fit.test_error, 'best': fit.val_error,
+                  'best_epoch': fit.best_epoch}
+        model.set_confidence('clcnet', net=fit.net)
+        own = args.features is None  # the rows of one are those of the other members, image by image
+        if nets and own:
+            scores = score_folds(nets, merged.probabilities, folds).unflatten(0, (len(features), -1))
+            rows = compare_out_of_fold(model, features, scores)
+            write_rows(folder / 'confidences.csv', rows)
+            _logger.info(
+                f'Measures of confidence on {len(features[0])} images, out of {args.folds} folds (area: mean top-1 '
+                f'over all budgets, exits fitted on the other half):\n{format_table(rows)}\n{advice(rows)}')
+            kind, rule = _choose(asked, model.final_rule, rows)
+            table = _table_of(model, features, scores, kind, rule)
+            table.save(folder / CALIBRATION)
+            result['auroc'] = next(r['auroc'] for r in rows if r['confidence'] == kind)
+        else:
+            kind, rule = asked, model.final_rule
+            if kind == 'all':
+                raise ValueError('--confidence all compares out of fold: it needs the features stage and --folds.')
+            (folder / CALIBRATION).unlink(missing_ok=True)
+            if not nets:
+                _logger.warning('--folds 0: no accuracy on the images that the confidence net was trained on is '
+                                'cross-validated.')
+        if (kind, rule) != (model.confidence_kind, model.final_rule):
+            model.set_confidence(kind, rule)
+        write_rows(folder / 'summary.csv', [{'epoch': i, **row} for i, row in enumerate(fit.history)])
+        index = stage_weights['features'].parent / 'index.json' if own else None
+        labels = json.loads(index.read_text(encoding='utf-8'))['label_names'] if index else None
+        save_pretrained(
+            model, folder / 'last', data_config=data_config, **({'label_names': labels} if labels else {}))
+        copy_pretrained(folder / 'last', folder / 'best')
+        for k, net in enumerate(nets):
+            (folder / 'folds').mkdir(exist_ok=True)
+            net.save(folder / 'folds' / f'fold{k + 1}.safetensors')
+    accelerator.wait_for_everyone()
+    return result
+
+
+def _read_features(
+        args: argparse.Namespace,
+        stage_weights: Mapping[str, Path],
+        model: CLCNet,
+) -> list[ConfidenceFeatures]:
+    if args.features:
+        paths = [Path(path) for path in args.features]
+    else:
+        folder = stage_weights['features'].parent
+        paths = [folder / f'member{t + 1}.safetensors' for t in range(model.num_steps)]
+    for path in paths:
+        if not path.is_file():
+            advice = '' if args.features else ": run the stage 'features' first, or name files with --features"
+            raise ValueError(f"There are no features at '{path}'{advice}.")
+    features = [ConfidenceFeatures.load(path) for path in paths]
+    for path, f in zip(paths, features):
+        if f.probabilities.shape[1] != model.num_classes:
+            raise ValueError(
+                f"'{path}' holds probabilities of {f.probabilities.shape[1]} classes, the cascade has "
+                f'{model.num_classes}.')
+    return features
+
+
+def _fit_folds(
+        args: argparse.Namespace,
+        features: ConfidenceFeatures,
+        how: Mapping[str, Any],
+) -> tuple[list[Any], torch.Tensor]:
+    """A net for each fold, and the fold of each row: rows of one image are in one fold."""
+    if not args.folds:
+        return [], torch.empty(0)
+    numbers: dict[str, int] = {}
+    image = torch.tensor([numbers.setdefault(name, len(numbers)) for name in features.names])
+    folds = make_folds(len(numbers), args.folds, args.seed)[image]
+    fits: list[ConfidenceFit] = fit_folds(features.probabilities, features.hits, folds, seed=args.seed, **how)
+    return [fit.net for fit in fits], folds
+
+
+def _confidences(
+        model: CLCNet,
+        features: Sequence[ConfidenceFeatures],
+        scores: torch.Tensor,
+        kind: str,
+) -> torch.Tensor:
+    """Of each member's answers [T, N]."""
+    if kind == 'clcnet':
+        return scores
+    return torch.stack([model._measure(f.probabilities, kind) for f in features])
+
+
+def _table_of(
+        model: CLCNet,
+        features: Sequence[ConfidenceFeatures],
+        scores: torch.Tensor,
+        kind: str,
+        rule: str,
+) -> ExitTable:
+    hits = torch.stack([f.hits for f in features])
+    return cascade_table(_confidences(model, features, scores, kind), hits, model.step_macs, rule)
+
+
+def compare_out_of_fold(
+        model: CLCNet,
+        features: Sequence[ConfidenceFeatures],
+        scores: torch.Tensor,
+) -> list[dict[str, Any]]:
+    """Compare measures of confidence and final rules on the members' features.
+
+    Args:
+        model: The cascade.
+        features: Of each member, of the same images in the same order.
+        scores: Of the confidence net, out of fold [T, N].
+
+    Returns:
+        A row for each: 'confidence', 'final_rule', 'auroc' (of the first member's answer being right), and 'area'.
+    """
+    rows = []
+    for kind in ('max_prob', 'margin', 'entropy', 'clcnet'):
+        first = _confidences(model, features, scores, kind)[0]
+        for rule in FINAL_RULES:
+            table = _table_of(model, features, scores, kind, rule)
+            rows.append({
+                'confidence': kind, 'final_rule': rule, 'auroc': round(auroc(first, features[0].hits), 4),
+                'area': round(cross_area(table), 4)})
+    return rows
+
+
+def advice(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Say which measure is the best one, and whether the paper's choice is."""
+    best = max(rows, key=lambda row: row['area'])
+    text = f"Best by area: {best['confidence']} with the rule {best['final_rule']} ({best['area']:.2f})."
+    for row in rows:
+        if row is not best and (row['confidence'], row['final_rule']) == ('clcnet', 'most_confident'):
+            text += f" The paper's choice, clcnet with most_confident, has {row['area']:.2f}."
+    return text
+
+
+def _choose(asked: str, rule: str, rows: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
+    best = max(rows, key=lambda row: row['area'])
+    return (best['confidence'], best['final_rule']) if asked == 'all' else (asked, rule)
+
+
+# Comparing measures of confidence on what a cascade's members say
+
+class MemberRecorder:
+    """Notes what the members of a cascade say while it is evaluated, and to what targets.
+
+    Args:
+        model: The cascade.
+        limit: Number of this process's images that count; the rest is padding.
+        accelerator: Processes.
+    """
+
+    def __init__(self, model: CLCNet, limit: int | None, accelerator: Accelerator) -> None:
+        self.model, self.limit, self.accelerator = model, limit, accelerator
+        self._said: list[torch.Tensor] = []
+        self._batches: list[torch.Tensor] = []
+        self._targets: list[torch.Tensor] = []
+        self._handles = [net.register_forward_hook(lambda _, __, out: self._said.append(out.float().cpu()))
+                         for net in model.members]
+
+    def add(self, output: torch.Tensor, target: torch.Tensor) -> None:
+        """Take in the targets of the batch just seen, see `evaluate_dynamic`."""
+        self._batches.append(torch.stack(self._said, dim=1))
+        self._targets.append(target.cpu())
+        self._said = []
+
+    def finish(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits of all members [N, T, C] and targets [N], over all processes, in the order of the dataset."""
+        for handle in self._handles:
+            handle.remove()
+        logits, target = (torch.cat(values)[:self.limit] for values in (self._batches, self._targets))
+        if self.accelerator.num_processes > 1:
+            join = torch.cat if self.limit is None else _interleave
+            logits, target = (join(shares) for shares in zip(*gather_object([(logits, target)])))
+        return logits, target
+
+
+@torch.no_grad()
+def replay_tables(model: CLCNet, logits: torch.Tensor, target: torch.Tensor) -> dict[tuple[str, str], ExitTable]:
+    """Exit tables of a cascade with every confidence that it can have, and both final rules.
+
+    Args:
+        model: The cascade.
+        logits: Of its members [N, T, C].
+        target: [N] int64.
+
+    Returns:
+        By confidence and final rule.
+    """
+    device = next(model.parameters()).device
+    kinds = [kind for kind in CONFIDENCES if kind != 'clcnet' or hasattr(model, 'confidence_net')]
+    found: dict[tuple[str, str], list[Any]] = {(kind, rule): [] for kind in kinds for rule in FINAL_RULES}
+    for part, truth in zip(logits.split(1024), target.to(device).split(1024)):
+        said = part.to(device).transpose(0, 1)
+        for (kind, rule), tables in found.items():
+            answers = model.replay(said, kind, rule)
+            rank = torch.stack([_rank_of(step, truth) for step in answers.logits], dim=1)
+            tables.append((answers.confidence.T, rank < 1, rank < 5))
+    out = {}
+    for key, tables in found.items():
+        confidence, hits, top5 = (torch.cat(values).cpu() for values in zip(*tables))
+        out[key] = ExitTable(confidence, hits, model.step_macs, top5)
+    return out
+
+
+def compare_confidences(
+        fit: Mapping[tuple[str, str], ExitTable],
+        judge: Mapping[tuple[str, str], ExitTable],
+) -> list[dict[str, Any]]:
+    """Compare confidences and final rules, with exits fitted on other images.
+
+    Args:
+        fit: Tables of images to fit on, see `replay_tables`.
+        judge: Of images to judge on.
+
+    Returns:
+        A row for each: 'confidence', 'final_rule', 'auroc' (of the first member's answer being right), 'area' (mean
+        top-1 over all budgets), 'top1' (of all members), and 'fit_area': the area on the images to fit on alone, one
+        half of them judged with what was fitted on the other. By that one is chosen.
+    """
+    return [{
+        'confidence': kind, 'final_rule': rule,
+        'auroc': round(auroc(table.confidence[:, 0], table.correct[:, 0]), 4),
+        'area': round(curve_area(fit[kind, rule], table), 4), 'top1': round(table.anytime()[-1].top1, 4),
+        'fit_area': round(cross_area(fit[kind, rule]), 4),
+    } for (kind, rule), table in judge.items()]
+
+
+RUNNERS = {'features': collect_features, 'confidence': train_confidence}
