@@ -342,3 +342,10 @@ def test_bad_use(net):
         stream.run([]) if net.train() else None
     with pytest.raises(ValueError, match='eval mode'):
         ExitStream(net, THRESHOLDS)
+
+
+def test_inference_mode(net):
+    batches = make_images(40).split(10)
+    with torch.inference_mode():
+        results = list(ExitStream(net, THRESHOLDS, batch_size=16).run(batches))
+    check(results, net, batches)

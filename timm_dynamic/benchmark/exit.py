@@ -75,13 +75,15 @@ def benchmark_exit(
     Efficiency is the sum over the images of the time of each step they needed, over the time that was measured. What a
     step takes per image is measured in the same repeat at full batch size, by itself, in the memory format that is
     faster for it, and compiled where `torchcompile` is set and that is faster. So 1 is what the exit shares allow.
+    The static network is timed as the model is, and, where that is otherwise, also plain: as timm creates it.
+
     Images are noise, and weights random unless `pretrained`: thresholds make the shares what they are to be.
 
     Args: see `add_arguments`.
 
     Returns:
-        A row for each way: medians of 'images_per_s', of the ratios 'x_static' and 'x_all_steps' and of 'efficiency',
-        which are taken within each repeat; 'gmacs' per image and the same ratio of them as 'macs_static';
+        A row for each way: medians of 'images_per_s', of the ratios 'x_static', 'x_plain' and 'x_all_steps', and of
+        'efficiency', which are taken within each repeat; 'gmacs' per image and the same ratio of them as 'macs_static';
         'latency_ms' at batch size 1 (of ExitStream none: alone, an image is run at once); 'peak_mb' of memory, on a
         GPU what torch has allocated, else that of the process. Then a row for each step, of a full batch.
 
@@ -101,6 +103,7 @@ def benchmark_exit(
     net.clear_exit()
     net = net.to(dev).eval()
     rival, rival_name = _create_static(net, static, pretrained, dev)
+    created = copy.deepcopy(rival) if fold or channels_last else None
     if fold:
         net.fold_batch_norm()
         if rival is not None:
@@ -123,13 +126,13 @@ def benchmark_exit(
         torch.autocast, dev.type, getattr(torch, amp_dtype or 'bfloat16'), enabled=bool(amp_dtype))
     with torch.no_grad(), autocast():
         thresholds = _place_thresholds(net, pool, shares)
-        states = {m: _states(m, _with_layout(pool[0], f)) for m, f in ((net, layout), (other, other_layout))}
+        views = [(m, [_states(m, _with_layout(x, f)) for x in pool[:2]])
+                 for m, f in ((net, layout), (other, other_layout))]
         paths: list[list[Callable[[], Any]]] = [
-            [partial(m.run_step, t, states[m][t]) for m in (net, other)] for t in range(net.num_steps)]
+            [partial(_run_each, m.run_step, t, states) for m, states in views] for t in range(net.num_steps)]
         if torchcompile:
-            paths = [[*p, partial(_eager, net, t, states[net][t])] for t, p in enumerate(paths)]
-        static_input = None if rival is None else _static_input(net, rival, batch_size, dev).contiguous(
-            memory_format=layout)
+            paths = [[*p, partial(_run_each, partial(_eager, net), t, views[0][1])] for t, p in enumerate(paths)]
+        unit = batch_size * len(pool[:2])  # by turns: data that is run twice on end is in the caches
         stream = ExitStream(net, thresholds, batch_size)
         used: dict[str, torch.Tensor] = {}
 
@@ -138,8 +141,11 @@ def benchmark_exit(
 
         ways: dict[str, tuple[int, Callable[[], Any]]] = {}
         if rival is not None:
-            ways[f'static {rival_name}'] = (batch_size, partial(rival, static_input))
-        ways['all steps'] = (batch_size, lambda: list(_all_steps(net, pool[0])))
+            static_input = _static_input(net, rival, batch_size, dev)
+            ways[f'static {rival_name}'] = (batch_size, partial(rival, static_input.contiguous(memory_format=layout)))
+        if created is not None:
+            ways[f'static {rival_name}, plain'] = (batch_size, partial(created, static_input))
+        ways['all steps'] = (batch_size, lambda: [None for _ in _all_steps(net, pool[0])])
         ways['early_exit'] = (
             num_images, lambda: keep_used('early_exit', (early_exit(net, x, thresholds) for x in batches)))
         ways['ExitStream'] = (num_images, lambda: keep_used('ExitStream', stream.run(batches)))
@@ -151,7 +157,7 @@ def benchmark_exit(
         seconds: dict[Any, list[float]] = {key: [] for key in (*ways, *step_paths)}
         for _ in range(repeats):
             for key, path in step_paths.items():
-                seconds[key].append(_time(path, dev, 2) / batch_size)
+                seconds[key].append(_time(path, dev, 1) / unit)
             for name, (count, function) in ways.items():
                 seconds[name].append(_time(function, dev, 1 if count == num_images else 2) / count)
         latency = _latencies(net, rival, rival_name, pool, thresholds, latency_images, dev)
@@ -171,6 +177,8 @@ def benchmark_exit(
             'exit': name, 'model': model, 'batch_size': batch_size, 'device': device,
             'images_per_s': 1 / median(seconds[name]),
             'x_static': _ratio(seconds.get(f'static {rival_name}'), seconds[name]),
+            **({} if created is None else {
+                'x_plain': _ratio(seconds[f'static {rival_name}, plain'], seconds[name])}),
             'x_all_steps': _ratio(seconds['all steps'], seconds[name]),
             'efficiency': None if is_static else _ratio(needed, seconds[name]),
             'gmacs': None if gmacs is None else gmacs / 1e9,
@@ -238,7 +246,14 @@ def _all_steps(net: Any, x: Any) -> Iterator[tuple[torch.Tensor, State]]:
 
 
 def _states(net: Any, x: Any) -> list[State]:
-    return [{k: v.clone() for k, v in state.items()} for _, state in _all_steps(net, x)]
+    if net.has_compiled_steps:  # which overwrite what they gave
+        return [{k: v.clone() for k, v in state.items()} for _, state in _all_steps(net, x)]
+    return [state for _, state in _all_steps(net, x)]
+
+
+def _run_each(run_step: Callable[..., Any], t: int, states: list[list[State]]) -> None:
+    for state in states:
+        run_step(t, state[t])
 
 
 def _eager(net: Any, t: int, state: State) -> torch.Tensor:

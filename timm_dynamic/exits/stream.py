@@ -6,7 +6,7 @@ images of many batches that have come equally far are run together.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -118,7 +118,7 @@ class StreamRun(Iterator[StreamResult]):
         """Stop before the end. What still waits is dropped."""
         self._results.close()
 
-    def _run(self, batches: Iterable[Any]) -> Iterator[StreamResult]:
+    def _run(self, batches: Iterable[Any]) -> Generator[StreamResult, None, None]:
         source, error = self._read(batches), None
         while True:
             try:

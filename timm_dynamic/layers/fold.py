@@ -55,10 +55,11 @@ def fold_batch_norm(model: nn.Module, run: Callable[[], Any]) -> int:
     for convs in before.values():
         for conv in convs:
             followers[conv] = followers.get(conv, 0) + 1
-    replaced: dict[nn.Module, nn.Module] = {}
+    replaced: dict[Any, nn.Module] = {}
     folded = 0
+    norm: Any
     for norm, convs in before.items():
-        conv = next(iter(convs))
+        conv: Any = next(iter(convs))
         if len(convs) > 1 or conv is None or followers[conv] > 1 or calls[conv] != calls[norm]:
             continue
         replaced[conv] = fuse_conv_bn_eval(conv, norm)
