@@ -19,8 +19,10 @@ import time
 import traceback
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
 
+from helpers import make_images
 from hub_server import TOKEN, HubServer
 
 if __name__ == '__main__':
@@ -439,10 +441,12 @@ def budgets_other_classes_and_other_channels():
 
 
 def _train(*options: str) -> int:
+    images = FOLDER / 'images'
+    if not images.exists():
+        make_images(images, {'train': 4, 'val': 4})
     return train_main([
-        '--model', 'test_focusnet', '--img-size', '32', '--demo-digit-scale', '12', '20', '--device', 'cpu', '-b', '64',
-        '--epochs', '1', '-j', '0', '--train-num-samples', '128', '--val-num-samples', '64', '--lr', '0.01',
-        '--output', str(FOLDER / 'train'), *options])
+        '--model', 'test_focusnet', '--num-classes', '3', '--img-size', '32', '--data-dir', str(images), '-b', '4',
+        '--epochs', '1', '-j', '0', '--device', 'cpu', '--lr', '0.01', '--output', str(FOLDER / 'train'), *options])
 
 
 @scenario
@@ -459,7 +463,7 @@ def a_run_of_train_py_is_published_with_a_card_of_it():
     meta = yaml.safe_load(card.split('---')[1])
     result, = meta['model-index'][0]['results']
     assert [m['value'] for m in result['metrics']] == [row['top1'], row['top5']]
-    assert result['dataset']['name'] == 'cluttered_digits'
+    assert result['dataset']['name'] == 'a folder of images'
     assert meta['license'] == 'unknown'
     assert "timm.create_model('hf-hub:me/digits', pretrained=True)" in card
     assert '| lr | 0.01 |' in card

@@ -78,8 +78,8 @@ def test_from_the_authors_files_to_users(tmp_path, capsys):
         hub.log.clear()
         for offline in ('0', '1'):
             cards = [ROOT / 'docs/hub.md', *(root / f'{name}.paper_in1k/README.md' for name in sources)]
-            got = run_python('tests/hub/load_driver.py', tmp_path / 'expected.safetensors', *(cards if offline == '1' else ()),
-                             env={**user, 'HF_HUB_OFFLINE': offline})
+            got = run_python('tests/hub/load_driver.py', tmp_path / 'expected.safetensors',
+                             *(cards if offline == '1' else ()), env={**user, 'HF_HUB_OFFLINE': offline})
             differences = json.loads(got.stdout.strip().splitlines()[-1])
             assert differences.keys() == by_name.keys()
             for name, difference in differences.items():

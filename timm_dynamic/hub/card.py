@@ -77,11 +77,12 @@ def _metadata(config: Mapping[str, Any], entry: Entry) -> ModelCardData:
             metric_name=names[key][1], metric_value=value)
         for key, value in config.get('metrics', {}).items() if key in names
     ]
+    judged: dict[str, Any] = dict(model_name=entry.name, eval_results=results) if results else {}
     return ModelCardData(
         license=entry.licence or 'unknown', library_name='timm', pipeline_tag='image-classification',
         tags=['image-classification', 'timm', 'timm_dynamic', *(['early-exit'] if 'step_macs' in config else [])],
         datasets=[dataset] if dataset in _DATASETS else None,  # the Hub's own names only
-        **(dict(model_name=entry.name, eval_results=results) if results else {}))
+        **judged)
 
 
 def _facts(config: Mapping[str, Any], entry: Entry) -> str:

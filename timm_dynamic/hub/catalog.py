@@ -73,10 +73,11 @@ def read_catalog(path: str | Path) -> dict[str, Entry]:
             raise ValueError(f"{path}: {name} is of the family '{model['family']}', which is not there.")
         if name in out:
             raise ValueError(f'{path}: {name} is there twice.')
-        merged = {**family, **model}
+        merged: dict[str, Any] = {**family, **model}
         if merged.keys() - known:
             raise ValueError(f"{path}: {name} has unknown entries: {', '.join(sorted(merged.keys() - known))}.")
-        out[name] = Entry(**{k: tuple(v) if isinstance(v, list) else v for k, v in merged.items()})
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in merged.items()}
+        out[name] = Entry(**values)
     return out
 
 

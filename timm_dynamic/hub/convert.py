@@ -48,12 +48,12 @@ def convert(source: Source, entry: Entry, folder: str | Path, verify: bool = Tru
             the logits of the source.
     """
     folder = Path(folder)
-    source = {k: Path(v) for k, v in source.items()} if isinstance(source, Mapping) else Path(source)
-    model: Any = timm.create_model(entry.name, pretrained=True, pretrained_cfg_overlay=dict(file=source)).eval()
+    given: Path | dict[str, Path] = (
+        {k: Path(v) for k, v in source.items()} if isinstance(source, Mapping) else Path(source))
+    model: Any = timm.create_model(entry.name, pretrained=True, pretrained_cfg_overlay=dict(file=given)).eval()
     weights = {k: v for k, v in model.state_dict().items() if not entry.parts or k.startswith(entry.parts)}
-    given = source
-    if entry.parts and isinstance(source, dict):  # members that are given here come from their own repositories
-        given = {part: path for part, path in source.items() if part in entry.parts}
+    if entry.parts and isinstance(given, dict):  # members that are given here come from their own repositories
+        given = {part: path for part, path in given.items() if part in entry.parts}
     report = account(dict(_tensors(given)), weights, entry)
     expected = fixed_logits(model)
     if isinstance(model, DynamicNet):
@@ -196,7 +196,7 @@ def account(
 
 def _digest(value: torch.Tensor) -> tuple[Any, ...]:
     data = value.detach().cpu().contiguous()
-    return data.dtype, tuple(data.shape), hashlib.sha256(data.flatten().view(torch.uint8).numpy()).digest()
+    return data.dtype, tuple(data.shape), hashlib.sha256(memoryview(data.flatten().view(torch.uint8).numpy())).digest()
 
 
 def _files(source: Path | dict[str, Path]) -> dict[str, Path]:

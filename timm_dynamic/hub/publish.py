@@ -154,7 +154,7 @@ def publish(
 
     sent: list[str] = []
     sha, uploaded = _call(f'publish {repo_id}', commit)
-    report = {'repo': repo_id, 'commit': sha, 'uploaded': uploaded, 'url': f'{api.endpoint}/{repo_id}'}
+    report: dict[str, Any] = {'repo': repo_id, 'commit': sha, 'uploaded': uploaded, 'url': f'{api.endpoint}/{repo_id}'}
     if verify:
         report['difference'], = verify_published([(folder, repo_id, sha)]).values()
     return report
