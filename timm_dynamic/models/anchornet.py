@@ -606,7 +606,8 @@ default_cfgs = generate_default_cfgs({
     'anchornet_patch_resnet50_95.untrained': _cfg(**_three('conv1', 'fc'), origin_url=None),
     'anchornet_patch.untrained': _cfg(**_three('features.conv0', 'classifier'), origin_url=None),
     'test_anchornet_patch.digits': _cfg(
-        'test_anchornet_patch.digits', num_classes=10, input_size=(3, 96, 96), crop_pct=1.0, origin_url=None, **_three('conv1.0', 'fc')),
+        'test_anchornet_patch.digits', num_classes=10, input_size=(3, 96, 96), crop_pct=1.0, origin_url=None,
+        **_three('conv1.0', 'fc')),
 })
 
 
