@@ -196,7 +196,7 @@ def account(
 
 def _digest(value: torch.Tensor) -> tuple[Any, ...]:
     data = value.detach().cpu().contiguous()
-    return data.dtype, tuple(data.shape), hashlib.sha256(memoryview(data.flatten().view(torch.uint8).numpy())).digest()
+    return data.dtype, tuple(data.shape), hashlib.sha256(data.flatten().view(torch.uint8).numpy().tobytes()).digest()
 
 
 def _files(source: Path | dict[str, Path]) -> dict[str, Path]:
