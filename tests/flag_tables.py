@@ -119,6 +119,17 @@ def make_dynamic(folder: Path, kept: bool = False) -> Path:
     return folder
 
 
+def make_cascade(folder: Path) -> Path:
+    """Export a cascade for three classes, whose members disagree."""
+    torch.manual_seed(0)
+    model: Any = timm.create_model('test_clcnet', num_classes=3, img_size=32)
+    with torch.no_grad():
+        for net in model.members:
+            net.fc.weight.mul_(300)
+    save_pretrained(model, folder)
+    return folder
+
+
 def marks(model: Any) -> tuple[float, float]:
     """First convolution's and classifier's mark; (0.25, 0.25) of `make_weights`."""
     return tuple(round(p.mean().item(), 6) for p in (model.conv1[0].weight, model.fc.bias))

@@ -3,6 +3,7 @@
 `opened` looks at the model and the loader just before the evaluation, `evaluated` also at its results, `accelerate` at
 what reaches Accelerate on a machine with a GPU.
 """
+import csv
 import json
 from functools import partial
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ from flag_tables import (
     effect,
     fresh_accelerate,
     has,
+    make_cascade,
     make_dynamic,
     make_weights,
     marks,
@@ -138,6 +140,7 @@ def paths(tmp_path_factory):
         '{data}': make_images(folder / 'data', {'val': 3, 'extra': 2}),
         '{weights}': weights, '{file}': weights / 'model.safetensors', '{other}': other,
         '{dynamic}': make_dynamic(folder / 'dynamic'), '{kept}': make_dynamic(folder / 'kept', kept=True),
+        '{cascade}': make_cascade(folder / 'cascade'),
     }
 
 
@@ -379,6 +382,13 @@ def save_budgets(lab, flag):
     assert len(model.exit_cfg['budgets']) == points(SimpleNamespace(rows=grid)).count('budget') >= 1
 
 
+def save_predictions(lab, flag):
+    lab.evaluated(*DYNAMIC, flag, '{tmp}/answers.csv')
+    rows = list(csv.DictReader((lab.tmp / 'answers.csv').open()))
+    assert [int(row['truth']) for row in rows] == [0] * 3 + [1] * 3 + [2] * 3
+    assert {row['steps_used'] for row in rows} == {'3'}
+
+
 def curve(lab, flag):
     """With steps, budgets and the static models."""
     drawn = {}
@@ -401,6 +411,7 @@ def curve(lab, flag):
 # The tables
 
 DYNAMIC = ['--model', 'local-dir:{dynamic}']
+CASCADE = ['--model', 'local-dir:{cascade}']
 DEMO = ['--dataset', 'cluttered_digits', '--num-classes', '10']
 REMOTE = ['--dataset', 'wds/somewhere']
 NAFLEX = refused('python -m timm_dynamic', 'validate.py --naflex-loader')
@@ -501,6 +512,9 @@ OURS = {
     '--save-exit-table': save_exit_table,
     '--save-budgets': save_budgets,
     '--curve': curve,
+    '--confidence': evaluated(lambda seen: sum('area' in row for row in seen.rows), 'all', gives=10, base=CASCADE),
+    '--final-rule': evaluated(lambda seen: seen.rows[0]['loss'], 'last', base=[*CASCADE, '--confidence', 'max_prob']),
+    '--save-predictions': save_predictions,
 }
 
 

@@ -1,4 +1,5 @@
 """Batch normalisation as part of the convolution before it: for inference."""
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -51,10 +52,7 @@ def fold_batch_norm(model: nn.Module, run: Callable[[], Any]) -> int:
     finally:
         for hook in hooks:
             hook.remove()
-    followers: dict[Any, int] = {}
-    for convs in before.values():
-        for conv in convs:
-            followers[conv] = followers.get(conv, 0) + 1
+    followers = Counter(conv for convs in before.values() for conv in convs)
     replaced: dict[Any, nn.Module] = {}
     folded = 0
     norm: Any
