@@ -72,16 +72,17 @@ def choose_windows(
         raise ValueError(f'{num} windows need {num - 1} overlap thresholds, got {len(iou_thresholds)}.')
     check_iou_thresholds(iou_thresholds)
     side = size - 1 if exact_original else size
-    rows, columns = (c.to(cam.device) for c in corners)
+    rows, columns = (c.to(cam.device, torch.int32) for c in corners)  # half the bytes of int64
     order = cam.flatten(1).argsort(dim=1, descending=True, stable=True)
     total = height * width
-    rank = torch.empty_like(order).scatter_(1, order, torch.arange(total, device=cam.device).expand(batch, -1))
+    ranks = torch.arange(total, dtype=torch.int32, device=cam.device).expand(batch, -1)
+    rank = torch.empty_like(order, dtype=torch.int32).scatter_(1, order, ranks)
 
     index = order[:, 0]
     chosen, found = [index], torch.ones(batch, dtype=torch.int64, device=cam.device)
     taken = torch.zeros_like(rank, dtype=torch.bool).scatter_(1, index[:, None], True)
     overlap = torch.zeros_like(rank)  # the largest intersection so far; sides are equal, so it tells the union, too
-    last = torch.zeros_like(index)
+    last = torch.zeros_like(index, dtype=torch.int32)
     for k in range(1, num):
         down = (rows[None, :] - rows[index // width][:, None]).abs()
         across = (columns[None, :] - columns[index % width][:, None]).abs()
