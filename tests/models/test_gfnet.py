@@ -477,7 +477,7 @@ def test_hub_weights_bring_their_exit_policies(tiny, tmp_path, monkeypatch):
         asked.append((repo, filename, revision))
         return str(snapshot / filename)
 
-    monkeypatch.setattr('timm_dynamic.models._builder.hf_hub_download', download)
+    monkeypatch.setattr('timm_dynamic.utils.download.hf_hub_download', download)
     again = timm.create_model('test_gfnet', pretrained=True, pretrained_cfg_overlay=dict(hf_hub_id='a/b@main'))
     assert asked == [('a/b', 'model.safetensors', 'main'), ('a/b', 'config.json', 'abc123')]
     assert again.exit_cfg == model.exit_cfg

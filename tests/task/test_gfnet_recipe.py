@@ -20,7 +20,6 @@ PAPER = {  # backbone lr, classifier lr in stages 1 and 3, epochs, weight decay,
 }
 
 
-
 def options(*argv):
     return TrainOptions(['--data-dir', 'somewhere', *map(str, argv)])
 
@@ -81,6 +80,23 @@ def test_classifier_lr_of_any_model(opt_kwargs):
     assert {lrs[id(p)] for p in model.fc.parameters()} == {1.0}
     assert {lrs[id(p)] for n, p in model.named_parameters() if not n.startswith('fc')} == {0.1}
     assert sum(len(g['params']) for g in groups) == len(list(model.parameters()))
+
+
+def test_head_of_step_1_learns_as_the_encoder_whose_head_it_is():
+    with torch.device('meta'):
+        module = GlanceFocusTask(timm.create_model('gfnet_regnety_006_96'), verbose=False).module
+    own = set(module.model.classifier.heads['first'].parameters())
+    fast = set(module.classifier_parameters())
+    assert len(own) == 2
+    assert not own & fast
+    assert own | fast == set(module.model.classifier.parameters())
+
+
+def test_a_size_that_is_given_is_trained_with():
+    with torch.device('meta'):
+        model = timm.create_model('gfnet_efficientnet_b2_128')
+    opts = options('--model', 'gfnet_efficientnet_b2_128', '--img-size', '192')
+    assert [opts.for_stage(s).train_img_sizes for s in create_recipe(opts.base, model=model).stages] == [None] * 3
 
 
 def test_recipe_is_chosen_by_the_model():

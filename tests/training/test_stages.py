@@ -119,6 +119,34 @@ def test_stages_one_by_one(image_folder, tmp_path, capsys):
             torch.testing.assert_close(state[key], value, rtol=1e-4, atol=1e-6)
 
 
+def test_more_epochs_of_a_compiled_stage(image_folder, tmp_path, caplog):
+    """A schedule is that of the epochs asked for last."""
+    def run(name, epochs):
+        args = [a for a in _args(image_folder, tmp_path / name) if a not in ('--init-local', 'scratch')]
+        run_training([*args, '--stage', 'warmup', '--epochs', epochs, '--torchcompile', 'eager', '--resume', 'auto'])
+        return [float(row['lr']) for row in _rows(tmp_path / name / 'run/warmup')]
+
+    straight = run('straight', '3')
+    run('more', '1')
+    with caplog.at_level('INFO'):
+        resumed = run('more', '3')
+    assert resumed == pytest.approx(straight)
+    assert min(resumed[1:]) > 0
+    assert f"local-dir:{tmp_path / 'more/run/warmup/best'}'" in caplog.text
+
+
+def test_settings_that_cannot_work_are_found_before_the_first_stage(image_folder, tmp_path, capsys):
+    for flags, message in (
+            (['--policy-updates', '2', '--grad-accum-steps', '2'], 'does not go with --grad-accum-steps'),
+            (['--epochs', '0'], 'expected at least 1, got 0')):
+        assert train_main([*_args(image_folder, tmp_path), *flags]) == 1
+        assert message in capsys.readouterr().err
+        assert not (tmp_path / 'run' / 'static').exists()
+    args = [a for a in _args(image_folder, tmp_path) if a not in ('--init-local', 'scratch')]
+    run_training([*args, '--stage', 'warmup', '--mixup', '0.2'])
+    run_training([*args, '--stage', 'policy', '--mixup', '0.2', '--resume', 'auto'])  # which does not mix
+
+
 def test_anchornet(image_folder, tmp_path):
     result = run_training(_args(image_folder, tmp_path, '--save-patches', 2, family='anchornet'))
     run = tmp_path / 'run'
@@ -317,7 +345,6 @@ def test_two_processes_in_every_stage(tmp_path, family, stages):
     (['--init-local', 'resnet18'], "The weights of 'resnet18' are not to be had"),
     (['--model-kwargs', 'patch_size=64'], 'patch_size must be between 1 and img_size 48, got 64'),
     (['--recipe', 'focusnet'], 'needs a baseline'),
-    (['--mixup', '0.2', '--stage', 'policy', '--init-from', '{whole}'], 'mixup and cutmix do not go with this stage'),
 ])
 def test_bad_input(image_folder, tmp_path, capsys, changes, message):
     model = timm.create_model('test_gfnet', num_classes=3, img_size=48, patch_size=16)

@@ -340,6 +340,10 @@ class DynamicNet(nn.Module):
             ValueError: No budgets were solved for this model, or none as low as this one; or the budget is out of
                 the model's range.
         """
+        try:
+            gmacs = float(gmacs)
+        except (TypeError, ValueError) as e:
+            raise ValueError(f'A budget is a number of GMACs, got {gmacs!r}.') from e
         budgets = self.exit_cfg.get('budgets')
         if not budgets:
             raise ValueError(

@@ -81,10 +81,17 @@ def create_glance_focus_task(
         device=context.device, dtype=context.dtype, verbose=context.verbose)
 
 
+# The policy is rewarded for one true class.
+_NO_MIXING: dict[str, Any] = dict(mixup=0., cutmix=0., cutmix_minmax=None)
+_ONE_BATCH = '--policy-updates goes again over one batch: it does not go with --grad-accum-steps.'
+
+
 def create_policy_task(model: GFNet, args: argparse.Namespace, context: StageContext) -> TrainingTask:
     """Stage 2, see `PatchPolicyTask`."""
     if args.policy_updates > 1 and args.grad_accum_steps > 1:
-        raise ValueError('--policy-updates goes again over one batch: it does not go with --grad-accum-steps.')
+        raise ValueError(_ONE_BATCH)
+    if args.grad_accum_steps > 1:
+        _logger.warning('Rewards are compared within a batch: with --grad-accum-steps, within each part of it.')
     return PatchPolicyTask(
         model, args.policy_updates, args.policy_gamma, args.policy_std, args.policy_clip, args.policy_value_weight,
         args.policy_entropy_weight, device=context.device, dtype=context.dtype, verbose=context.verbose)
@@ -137,7 +144,8 @@ def load_encoder(encoder: Any, source: str | Path, model: Any) -> dict[str, torc
     text = str(source).removeprefix('local-dir:')
     cfg = encoder.pretrained_cfg
     architecture, head = cfg['architecture'], cfg.get('classifier') or ''
-    if Path(text).exists():
+    # A folder that happens to be called as a model is: 'local-dir:' or './' names it.
+    if Path(text).exists() and not (text == str(source) and is_model(text)):
         filter_fn = checkpoint_filter_of(architecture) if is_model(architecture) else None
         state_dict = read_state_dict(text)
         state_dict = dict(filter_fn(state_dict, encoder)) if filter_fn else state_dict
@@ -193,6 +201,10 @@ def _init_encoders(model: GFNet, args: argparse.Namespace, context: StageContext
     local = args.init_local
     if local == 'scratch':
         local = context.stage_weights['static']
+        if not local.exists():
+            raise ValueError(
+                f"The encoders start from the weights of stage 'static', which are not at '{local}': run that stage "
+                'first, or give weights with --init-local.')
     heads = {}
     for name, source in (('local', local), ('global', args.init_global or local)):
         encoder = getattr(model, f'{name}_encoder')
@@ -201,6 +213,10 @@ def _init_encoders(model: GFNet, args: argparse.Namespace, context: StageContext
         except CheckpointError as e:
             if source:
                 raise
+            if name == 'global' and args.freeze_global:
+                raise CheckpointError(
+                    f'The encoder of the glance is frozen, and has no weights. {e} Give others with --init-global, or '
+                    'let it learn with --no-freeze-global.') from e
             _logger.warning(f'The {name} encoder starts from random weights. {e} Give others with --init-{name}.')
             continue
         if classifier:
@@ -215,9 +231,11 @@ def _load_init_from(model: GFNet, args: argparse.Namespace, context: StageContex
     return load_training_checkpoint(model, args.init_from, needs_policy) if args.init_from else None
 
 
-def _paper_defaults(model: GFNet) -> dict[str, dict[str, Any]]:
+def _paper_defaults(model: GFNet, args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """Options by stage. 'end-to-end' is not in the paper: it follows what is."""
     family = next(v for k, v in _FAMILIES.items() if model.backbone.startswith(k))
+    if args.img_size or args.input_size:  # the paper's size for training is of the paper's models
+        family = {k: v for k, v in family.items() if k != 'train_img_sizes'}
     warmup, finetune = (
         {**_COMMON, **family, 'classifier_lr_scale': lr / family['lr_base']} for lr in _CLASSIFIER_LR)
     return {
@@ -258,11 +276,13 @@ def create_static_stage(model: Any, defaults: Mapping[str, Any] | None = None) -
 def create_gfnet_recipe(args: argparse.Namespace, demo: bool, model: Any) -> Recipe:
     """Warm-up, policy, finetune; with `--init-local scratch` after a static net that the encoders start from."""
     _check(args, model, 'gfnet')
-    defaults = _DEMO if demo else _paper_defaults(model)
+    if args.policy_updates > 1 and args.grad_accum_steps > 1:  # before the stage that comes first is trained
+        raise ValueError(_ONE_BATCH)
+    defaults = _DEMO if demo else _paper_defaults(model, args)
     return Recipe('gfnet', (
         *_static_stages(args, model, defaults),
         Stage('warmup', create_glance_focus_task, defaults['warmup'], prepare=_init_encoders, shown=False),
-        Stage('policy', create_policy_task, defaults['policy'], starts_from='warmup', shown=False,
+        Stage('policy', create_policy_task, defaults['policy'], starts_from='warmup', shown=False, options=_NO_MIXING,
               prepare=partial(_load_init_from, needs_policy=False)),
         Stage('finetune', partial(create_glance_focus_task, positions='policy'), defaults['finetune'],
               starts_from='policy', prepare=partial(_load_init_from, needs_policy=True), label=args.model),
@@ -272,7 +292,7 @@ def create_gfnet_recipe(args: argparse.Namespace, demo: bool, model: Any) -> Rec
 def create_end_to_end_recipe(args: argparse.Namespace, demo: bool, model: Any) -> Recipe:
     """One stage in which the policy learns through patches cut between pixels."""
     _check(args, model, 'end-to-end')
-    defaults = _DEMO if demo else _paper_defaults(model)
+    defaults = _DEMO if demo else _paper_defaults(model, args)
     return Recipe('end-to-end', (
         *_static_stages(args, model, defaults),
         Stage('end-to-end', create_end_to_end_task, defaults['end-to-end'], prepare=_init_encoders, label=args.model),

@@ -60,8 +60,10 @@ class GlanceFocusModule(nn.Module):
         return {f'model.{name}' for name in self.model.no_weight_decay()}
 
     def classifier_parameters(self) -> Iterable[nn.Parameter]:
-        """Parameters of the step classifier, which learn faster than the encoders (which have the auxiliary heads)."""
-        return self.model.classifier.parameters()
+        """Parameters of the step classifier, which learn faster than the encoders, to which their own heads belong."""
+        classifier = self.model.classifier
+        own = set(classifier.heads[classifier.head_name(0)].parameters()) if self.own_first_head else set()
+        return [p for p in classifier.parameters() if p not in own]
 
     def forward(self, x: torch.Tensor, **kwargs: Any) -> dict[str, torch.Tensor]:
         """Run all steps, see `GFNet.forward_all`.
@@ -152,7 +154,9 @@ class _GlanceFocusTask(OneModuleTask):
     def get_task_state(self, module: nn.Module | None = None, ema: bool = False) -> dict[str, Any]:
         """Auxiliary heads and critic, as {name: {'weight', 'bias'}}."""
         module = module if module is not None else self.get_trainable_module(ema=ema)
-        return {name: head.state_dict() for name, head in unwrap_model(module).heads.items()} if module else {}
+        if module is None:  # a compiled one has no truth value
+            return {}
+        return {name: head.state_dict() for name, head in unwrap_model(module).heads.items()}
 
     def load_task_state(
             self,

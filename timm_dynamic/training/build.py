@@ -78,7 +78,14 @@ def build_model(args: argparse.Namespace, **kwargs: Any) -> Any:
         global_pool=args.gp,
         **{**args.model_kwargs, **{k: v for k, v in kwargs.items() if v is not None}},
     )
-    model = timm.create_model(**resolved)
+    try:
+        model = timm.create_model(**resolved)
+    except TypeError as e:
+        if 'unexpected keyword argument' not in str(e):
+            raise
+        raise ValueError(
+            f"'{args.model}' has no such option: {e}. What the networks inside a dynamic model take is given with "
+            '--model-kwargs backbone_args=...') from e
     size = args.img_size or (tuple(args.input_size[1:]) if args.input_size else None)
     if isinstance(model, DynamicNet) and size:
         model.set_input_size(size)
@@ -103,13 +110,14 @@ def build_training_model(args: argparse.Namespace) -> Any:
     if args.initial_checkpoint:
         load_weights(model, args.initial_checkpoint, filter_fn)
     if args.head_init_scale is not None or args.head_init_bias is not None:
-        head = model.get_classifier()
+        heads = model.get_classifier()
         with torch.no_grad():
-            if args.head_init_scale is not None:
-                head.weight.mul_(args.head_init_scale)
-                head.bias.mul_(args.head_init_scale)
-            if args.head_init_bias is not None:
-                head.bias.fill_(args.head_init_bias)
+            for head in heads if isinstance(heads, tuple) else (heads,):
+                if args.head_init_scale is not None:
+                    head.weight.mul_(args.head_init_scale)
+                    head.bias.mul_(args.head_init_scale)
+                if args.head_init_bias is not None:
+                    head.bias.fill_(args.head_init_bias)
     if args.grad_checkpointing:
         model.set_grad_checkpointing(enable=True)
     return model

@@ -99,6 +99,8 @@ class TrainOptions:
         if 'opt_kwargs' in own:  # adds to the recipe's, does not undo them
             own['opt_kwargs'] = {**recipe.get('opt_kwargs', {}), **own['opt_kwargs']}
         args = argparse.Namespace(**{**self.defaults, **recipe, **own})
+        if args.epochs < 1:
+            raise ValueError(f'--epochs: expected at least 1, got {args.epochs}.')
         for key, value in stage.options.items():
             setattr(args, key, value)
         if stage.model is not None:
@@ -265,9 +267,11 @@ def run_training(argv: Sequence[str] | None = None) -> dict[str, Any]:
             del trainer
             accelerator.free_memory()
     table = _compare(recipe, stages, options, accelerator, folder, weights)
-    if main:
-        _logger.info(f"\n{format_table(table)}\n\nWeights: {folder / 'best'}\n"
-                     f"Load them with: timm.create_model('local-dir:{folder / 'best'}', pretrained=True)")
+    best = weights[stages[-1].name]
+    if main and table:
+        _logger.info(f'\n{format_table(table)}')
+    if main and best.exists():
+        _logger.info(f"\nWeights: {best}\nLoad them with: timm.create_model('local-dir:{best}', pretrained=True)")
     accelerator.end_training()
     if base.push_to_hub and main:
         _push_to_hub(recipe, stages, options, accelerator.num_processes, folder, weights, table)

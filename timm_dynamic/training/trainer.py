@@ -221,7 +221,10 @@ class Trainer:
                 if state['scaler'] is not None and self.accelerator.scaler is not None:
                     self.accelerator.scaler.load_state_dict(state['scaler'])
                 if self.scheduler is not None:
-                    self.scheduler.load_state_dict(state['scheduler'])
+                    own = self.scheduler.state_dict().get('t_initial')  # of the epochs that are to be trained now
+                    self.scheduler.load_state_dict({k: v for k, v in state['scheduler'].items() if k != 't_initial'})
+                    if own != state['scheduler'].get('t_initial'):
+                        self._schedule(state['progress']['epoch'], state['progress']['updates'])
         except (RuntimeError, KeyError) as e:
             reason = str(e).splitlines()[0]
             raise ValueError(f"The state at '{self.store.folder}' does not fit this model: {reason}") from e
