@@ -113,6 +113,15 @@ class DynamicNet(nn.Module):
         """
         raise NotImplementedError
 
+    def check_square_images(self, x: torch.Tensor, least: int, what: str) -> None:
+        """Raise a ValueError unless x is images [B, in_chans, S, S] with S of at least `least`, the size of `what`."""
+        if x.ndim != 4 or x.shape[1] != self.in_chans:
+            raise ValueError(f'Expected images [batch, {self.in_chans}, height, width], got {list(x.shape)}.')
+        if x.shape[2] != x.shape[3]:
+            raise ValueError(f'{type(self).__name__} takes square images, got {x.shape[2]}x{x.shape[3]}.')
+        if x.shape[2] < least:
+            raise ValueError(f'Images of {x.shape[2]} pixels are smaller than the {what} of {least}.')
+
     def step(self, t: int, state: State) -> tuple[torch.Tensor, State]:
         """Run one step.
 

@@ -202,12 +202,7 @@ class GFNet(DynamicNet):
         super().set_input_size(img_size)
 
     def init_state(self, x: torch.Tensor) -> State:
-        if x.ndim != 4 or x.shape[1] != self.in_chans:
-            raise ValueError(f'Expected images [batch, {self.in_chans}, height, width], got {list(x.shape)}.')
-        if x.shape[2] != x.shape[3]:
-            raise ValueError(f'GFNet takes square images, got {x.shape[2]}x{x.shape[3]}.')
-        if x.shape[2] < self.patch_size:
-            raise ValueError(f'Images of {x.shape[2]} pixels are smaller than the patches of {self.patch_size}.')
+        self.check_square_images(x, self.patch_size, 'patches')
         return {'image': x}
 
     def step(self, t: int, state: State) -> tuple[torch.Tensor, State]:

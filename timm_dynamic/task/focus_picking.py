@@ -129,10 +129,10 @@ class FocusPickingTask(OneModuleTask):
             **compile_kwargs: Any,
     ) -> nn.Module:
         """Compile both nets."""
-        self.trainable_module = torch.compile(self.trainable_module, backend=backend, mode=mode, **compile_kwargs)
         self.baseline = torch.compile(self.baseline, backend=backend, mode=mode, **compile_kwargs)
-        self.eval_model = self.trainable_module
-        return self.trainable_module
+        self.frozen = (self.baseline,)
+        self.eval_model = super().compile(backend, mode, **compile_kwargs)
+        return self.eval_model
 
     def get_task_state(self, module: nn.Module | None = None, ema: bool = False) -> dict[str, Any]:
         return {} if ema else {'baseline_hash': self.baseline_hash}

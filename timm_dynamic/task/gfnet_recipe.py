@@ -83,13 +83,16 @@ def create_glance_focus_task(
 
 # The policy is rewarded for one true class.
 _NO_MIXING: dict[str, Any] = dict(mixup=0., cutmix=0., cutmix_minmax=None)
-_ONE_BATCH = '--policy-updates goes again over one batch: it does not go with --grad-accum-steps.'
+
+
+def _check_policy_updates(args: argparse.Namespace) -> None:
+    if args.policy_updates > 1 and args.grad_accum_steps > 1:
+        raise ValueError('--policy-updates goes again over one batch: it does not go with --grad-accum-steps.')
 
 
 def create_policy_task(model: GFNet, args: argparse.Namespace, context: StageContext) -> TrainingTask:
     """Stage 2, see `PatchPolicyTask`."""
-    if args.policy_updates > 1 and args.grad_accum_steps > 1:
-        raise ValueError(_ONE_BATCH)
+    _check_policy_updates(args)
     if args.grad_accum_steps > 1:
         _logger.warning('Rewards are compared within a batch: with --grad-accum-steps, within each part of it.')
     return PatchPolicyTask(
@@ -276,13 +279,12 @@ def create_static_stage(model: Any, defaults: Mapping[str, Any] | None = None) -
 def create_gfnet_recipe(args: argparse.Namespace, demo: bool, model: Any) -> Recipe:
     """Warm-up, policy, finetune; with `--init-local scratch` after a static net that the encoders start from."""
     _check(args, model, 'gfnet')
-    if args.policy_updates > 1 and args.grad_accum_steps > 1:  # before the stage that comes first is trained
-        raise ValueError(_ONE_BATCH)
     defaults = _DEMO if demo else _paper_defaults(model, args)
     return Recipe('gfnet', (
         *_static_stages(args, model, defaults),
         Stage('warmup', create_glance_focus_task, defaults['warmup'], prepare=_init_encoders, shown=False),
         Stage('policy', create_policy_task, defaults['policy'], starts_from='warmup', shown=False, options=_NO_MIXING,
+              check=_check_policy_updates,
               prepare=partial(_load_init_from, needs_policy=False)),
         Stage('finetune', partial(create_glance_focus_task, positions='policy'), defaults['finetune'],
               starts_from='policy', prepare=partial(_load_init_from, needs_policy=True), label=args.model),

@@ -227,6 +227,9 @@ def run_training(argv: Sequence[str] | None = None) -> dict[str, Any]:
     identity = {'recipe': recipe.name, 'model': base.model}
     if state is not None:
         check_identity(state, identity, store.folder)
+    for stage in stages:
+        if stage.check is not None:
+            stage.check(options.for_stage(stage, accelerator.num_processes))
     if main:
         _show_stages(stages, options, accelerator.num_processes)
     weights = {s.name: _stage_folder(folder, recipe, s) / 'best' for s in recipe.stages}
