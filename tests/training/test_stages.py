@@ -8,16 +8,17 @@ import pytest
 import timm
 import torch
 import yaml
+from flag_tables import fresh_accelerate
 from helpers import make_images, run_python
 from PIL import Image
 from safetensors.torch import load_file
 from timm.data import create_transform
 
 from timm_dynamic import ConfidenceNet
-from timm_dynamic.data import ConfidenceFeatures, create_dataset
+from timm_dynamic.data import ConfidenceFeatures, FoldMap, create_dataset
 from timm_dynamic.exits import ExitTable
 from timm_dynamic.task import make_folds
-from timm_dynamic.training import run_training, train_main
+from timm_dynamic.training import run_training, run_validation, train_main
 from timm_dynamic.training.state import StateStore
 from timm_dynamic.utils import read_task_state, save_pretrained
 
@@ -239,6 +240,46 @@ def _save_members(folder):
     return ['--init-members', str(folder / '0'), str(folder / '1')]
 
 
+def test_one_network_at_several_sizes(image_folder, tmp_path, monkeypatch):
+    """It is trained once, on all of its sizes by turns, and answers at each of them."""
+    sizes, forward = [], timm.models.ResNet.forward_features
+    monkeypatch.setattr(timm.models.ResNet, 'forward_features', lambda self, x: (
+        sizes.append((self.training, x.shape[-1])), forward(self, x))[1])
+    result = run_training(_args(
+        image_folder, tmp_path, '--model', 'clcnet', '--model-kwargs', 'models=["test_resnet@32","test_resnet@48"]',
+        '--epochs', 2, family='clcnet'))
+    assert list(result['results']) == ['member1', 'features', 'confidence']
+    assert {size for training, size in sizes if training} == {32, 48}
+    run = tmp_path / 'run'
+    model = timm.create_model(f'local-dir:{run / "best"}', pretrained=True)
+    assert (len(model.members), model.num_steps, model.view_sizes) == (1, 2, (32, 48))
+    member = timm.create_model(f'local-dir:{run / "member1/best"}', pretrained=True)
+    assert all(torch.equal(v, member.state_dict()[k]) for k, v in model.members[0].state_dict().items())
+    one, two = (ConfidenceFeatures.load(run / f'features/member{t}.safetensors').probabilities for t in (1, 2))
+    assert not torch.allclose(one, two)
+
+
+def test_given_folds_and_what_validate_makes_of_them(image_folder, tmp_path):
+    """Each image is judged by the net that has not seen it: in training, and by validate.py afterwards."""
+    for path in (image_folder / 'val').rglob('*.png'):
+        link = tmp_path / 'folds' / f'part_{1 + int(path.stem) % 3}' / path.relative_to(image_folder / 'val')
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.touch()
+    args = _args(
+        image_folder, tmp_path, '--fold-dir', tmp_path / 'folds', *_save_members(tmp_path / 'w'), family='clcnet')
+    at = args.index('--folds')
+    run_training(args[:at] + args[at + 2:])
+    run, table = tmp_path / 'run', tmp_path / 'table.safetensors'
+    assert FoldMap.read(run / 'folds/folds.csv').folds_of(['class0/002.png', 'class2/004.png']).tolist() == [2, 1]
+    fresh_accelerate()
+    run_validation([
+        '--model', f'local-dir:{run / "best"}', '--data-dir', str(image_folder), '--split', 'val', '--device', 'cpu',
+        '-b', '8', '-j', '0', '--fold-nets', str(run / 'folds'), '--save-exit-table', str(table)])
+    expected, judged = ExitTable.load(run / 'calibration.safetensors'), ExitTable.load(table)
+    torch.testing.assert_close(judged.confidence, expected.confidence, atol=1e-5, rtol=0)
+    assert torch.equal(judged.correct, expected.correct)
+
+
 def test_clcnet_killed_among_its_features_ends_the_same(image_folder, tmp_path):
     args = _args(image_folder, tmp_path, '-vb', 4, '--resume', 'auto', *_save_members(tmp_path / 'w'), family='clcnet')
     run_training([*args, '--experiment', 'reference'])
@@ -256,6 +297,7 @@ def test_clcnet_killed_among_its_features_ends_the_same(image_folder, tmp_path):
     (['--init-members', 'scratch', 'scratch', 'scratch'], 'expected one source, or one for each of 2 members, got 3'),
     (['--init-members', 'pretrained'], 'There are no weights of test_focusnet'),
     (['--init-members', 'missing', '--stage', 'features'], "No checkpoint at 'missing'"),
+    (['--fold-dir', 'x'], 'leave out --folds'),
     (['--folds', '1'], 'expected at least 2, or 0 for none, got 1'),
     (['--folds', '99', '--stage', 'features', 'confidence'], 'Expected 2 to 33 folds, as many as there are'),
     (['--stage', 'confidence'], "no features at '"),

@@ -367,7 +367,15 @@ class CLCNet(DynamicNet):
         logits, judged = self._judge(t, logits, state, self.confidence_kind, self.final_rule)
         return logits, {**(views if t < self.num_steps - 1 else {}), **judged}
 
-    def _judge(self, t: int, logits: torch.Tensor, state: State, kind: str, rule: str) -> tuple[torch.Tensor, State]:
+    def _judge(
+            self,
+            t: int,
+            logits: torch.Tensor,
+            state: State,
+            kind: str,
+            rule: str,
+            score: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, State]:
         """The answer after member t said `logits`, and what has to be known of it."""
         if not self.num_classes:
             return logits, {'confidence': logits.new_zeros(len(logits), dtype=torch.float32)}
@@ -378,7 +386,7 @@ class CLCNet(DynamicNet):
             own = probabilities.argmax(dim=1, keepdim=True)
             confidence = out['probabilities'].gather(1, own).squeeze(1) / (t + 1)
         else:
-            confidence = self._measure(probabilities, kind)
+            confidence = self.measure(probabilities, kind) if score is None else score
         if rule == 'most_confident':
             if t:
                 better = confidence > state['confidence']
@@ -387,8 +395,8 @@ class CLCNet(DynamicNet):
             out['answer'] = logits
         return logits, {**out, 'confidence': confidence}
 
-    def _measure(self, probabilities: torch.Tensor, kind: str) -> torch.Tensor:
-        """Confidence [n], float32, of one member's probabilities [n, num_classes]."""
+    def measure(self, probabilities: torch.Tensor, kind: str) -> torch.Tensor:
+        """Confidence [n], float32, of one member's probabilities [n, num_classes]; of any kind but 'agreement'."""
         if kind == 'clcnet':
             return self.confidence_net.score_sorted(probabilities.sort(dim=1, descending=True).values).float()
         if kind == 'margin':
@@ -410,6 +418,7 @@ class CLCNet(DynamicNet):
             member_logits: torch.Tensor,
             confidence: str | None = None,
             final_rule: str | None = None,
+            scores: torch.Tensor | None = None,
     ) -> CascadeAnswers:
         """What the cascade would answer with another confidence or rule, from what its members said.
 
@@ -417,6 +426,8 @@ class CLCNet(DynamicNet):
             member_logits: [T, B, num_classes], see `forward_all`.
             confidence: By default the one in use.
             final_rule: Likewise.
+            scores: Confidence in each member's answer [T, B], if it is not to be measured, e.g. scores of nets that
+                have not seen these images.
 
         Returns:
             `.logits` [T, B, num_classes] and `.confidence` [T, B] of the answers after each member.
@@ -426,15 +437,17 @@ class CLCNet(DynamicNet):
         """
         kind = _check_choice('confidence', confidence or self.confidence_kind, CONFIDENCES)
         rule = _check_choice('final_rule', final_rule or self.final_rule, FINAL_RULES)
-        if kind == 'clcnet' and not hasattr(self, 'confidence_net'):
+        if kind == 'clcnet' and scores is None and not hasattr(self, 'confidence_net'):
             raise ValueError(f"The cascade's confidence is '{self.confidence_kind}', so it has no confidence net.")
         if member_logits.ndim != 3 or len(member_logits) != self.num_steps:
             raise ValueError(
                 f'Expected logits [{self.num_steps}, batch, {self.num_classes}], got {list(member_logits.shape)}.')
+        if scores is not None and scores.shape != member_logits.shape[:2]:
+            raise ValueError(f'Expected scores {list(member_logits.shape[:2])}, got {list(scores.shape)}.')
         state: State = {}
         answers, confidences = [], []
         for t, logits in enumerate(member_logits):
-            logits, state = self._judge(t, logits, state, kind, rule)
+            logits, state = self._judge(t, logits, state, kind, rule, None if scores is None else scores[t])
             answers.append(logits)
             confidences.append(state['confidence'])
         return CascadeAnswers(torch.stack(answers), torch.stack(confidences))
@@ -663,7 +676,7 @@ def _map_member(state_dict: Any, spec: _Member, net: Any) -> dict[str, torch.Ten
     return dict(filter_fn(state_dict, net) if filter_fn else state_dict)
 
 
-def _fetch_members(model: CLCNet, absent: Sequence[int], cache_dir: str | Path | None) -> None:
+def fetch_members(model: CLCNet, absent: Sequence[int], cache_dir: str | Path | None) -> None:
     """Give members the weights that timm has for them. Modules have theirs.
 
     Raises:
@@ -761,7 +774,7 @@ def _create_clcnet(variant: str, pretrained: bool = False, **kwargs: Any) -> CLC
     model: CLCNet = build_dynamic_model(
         partial(_create, variant=variant), variant, pretrained, filter_fn=partial(checkpoint_filter_fn, absent=absent),
         read_fn=read_confidence_net, **kwargs)
-    _fetch_members(model, absent, kwargs.get('cache_dir'))
+    fetch_members(model, absent, kwargs.get('cache_dir'))
     return model
 
 

@@ -1,5 +1,5 @@
 from .anchornet import AnchorNetTask
-from .clcnet_recipe import member_sources, member_stage
+from .clcnet_recipe import NUM_FOLDS, member_sources, member_stage
 from .confidence import ConfidenceFit, ConfidenceTask, fit_confidence_net, fit_folds, make_folds, score_folds
 from .focus_picking import FocusPickingTask, create_baseline
 from .glance_focus import EndToEndTask, GlanceFocusTask, PatchPolicyTask
@@ -7,6 +7,7 @@ from .recipe import RECIPES, create_recipe
 from .stage import Recipe, Stage, StageContext
 
 __all__ = [
+    'NUM_FOLDS',
     'RECIPES',
     'AnchorNetTask',
     'ConfidenceFit',

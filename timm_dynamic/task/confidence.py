@@ -279,16 +279,19 @@ def score_folds(nets: Sequence[ConfidenceNet], probabilities: torch.Tensor, fold
     Args:
         nets: A net for each fold.
         probabilities: Sorted falling [N, n].
-        folds: Fold of each sample [N] int64.
+        folds: Fold of each sample [N] int64; -1 for what no net has seen, which has the mean score of all.
 
     Returns:
         Scores [N], float32.
+
+    Raises:
+        ValueError: There are more folds than nets.
     """
-    if int(folds.max()) >= len(nets):
+    if len(folds) and int(folds.max()) >= len(nets):
         raise ValueError(f'There are {len(nets)} nets, but a sample of fold {int(folds.max())}, counted from 0.')
-    scores = torch.empty(len(probabilities))
+    scores = torch.zeros(len(probabilities))
     for k, net in enumerate(nets):
-        rows = (folds == k).nonzero().squeeze(1)
+        rows = ((folds == k) | (folds < 0)).nonzero().squeeze(1)
         for part in rows.split(1024):
-            scores[part] = net(probabilities[part]).float()
-    return scores
+            scores[part] += net(probabilities[part]).float()
+    return torch.where(folds < 0, scores / len(nets), scores)

@@ -75,7 +75,7 @@ def dynamic_options(args: argparse.Namespace) -> list[str]:
     names = (
         'anytime', 'budget', 'thresholds', 'geometric', 'stored_results', 'stored_thresholds', 'calibrate_split',
         'calibrate_samples', 'exit_table', 'calibrate_table', 'save_exit_table', 'save_budgets', 'save_predictions',
-        'curve')
+        'fold_nets', 'curve')
     return [f"--{name.replace('_', '-')}" for name in names if getattr(args, name) not in (None, False)]
 
 
