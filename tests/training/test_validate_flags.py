@@ -357,6 +357,10 @@ def save_exit_table(lab, flag):
     assert saved.step_macs == table.step_macs
 
 
+def cross_validated(seen):
+    return seen.rows[0].get('cross_validated')
+
+
 def strict(lab, flag):
     """Confidences that are just the threshold do not stop."""
     ExitTable([[0.5, 0.7], [0.6, 0.7]], torch.ones(2, 2, dtype=torch.bool), [1, 2]).save(lab.tmp / 't.st')
@@ -525,9 +529,9 @@ OURS = {
     '--save-budgets': save_budgets,
     '--curve': curve,
     '--confidence': evaluated(lambda seen: sum('area' in row for row in seen.rows), 'all', gives=10, base=CASCADE),
-    '--fold-nets': evaluated(last('cross_validated'), '{folds}', gives=True, base=CASCADE),
+    '--fold-nets': evaluated(cross_validated, '{folds}', gives=True, base=CASCADE),
     '--fold-dir': evaluated(
-        last('cross_validated'), '{folds}/folds.csv', gives=True, base=[*CASCADE, '--fold-nets', '{net}', '{net}']),
+        cross_validated, '{folds}/folds.csv', gives=True, base=[*CASCADE, '--fold-nets', '{net}', '{net}']),
     '--final-rule': evaluated(lambda seen: seen.rows[0]['loss'], 'last', base=[*CASCADE, '--confidence', 'max_prob']),
     '--save-predictions': save_predictions,
 }
