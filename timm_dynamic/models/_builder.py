@@ -1,5 +1,4 @@
 """Building and loading, for the models of this package: timm's builder behind a stricter door for weights."""
-import json
 import logging
 import os
 import sys
@@ -12,7 +11,7 @@ import torch
 from timm.models import PretrainedCfg, get_model_traits, model_entrypoint, resolve_pretrained_cfg
 from torch import nn
 
-from ..utils import CheckpointError, fetch_weights, load_weights, read_state_dict
+from ..utils import CheckpointError, fetch_weights, load_weights, read_json, read_state_dict
 from .dynamic_net import DynamicNet
 
 _logger = logging.getLogger(__name__)
@@ -21,6 +20,9 @@ FilterFn = Callable[[dict[str, torch.Tensor], nn.Module], dict[str, torch.Tensor
 
 # Weights that come with the package, as exported folders MODEL.TAG: those of the tiny models for the demo set.
 BUNDLED = Path(__file__).parent / 'weights'
+
+# Arguments that timm takes with features_only=True alone.
+_FEATURE_ARGS = ('out_indices', 'feature_cls', 'feature_cfg')
 
 # Organisation on the Hugging Face Hub. Mirrors set the environment variable, before this package is imported.
 DEFAULT_HUB_ORG = 'timm-dynamic'
@@ -73,7 +75,9 @@ def build_dynamic_model(
     state_dict, file = cfg.state_dict, cfg.file
     # Where the weights came from is no part of what the model is: neither tensors nor local paths stay behind.
     cfg = replace(cfg, architecture=cfg.architecture or variant, state_dict=None, file=None)
-    features_only = kwargs.pop('features_only', False) if pretrained else False
+    features: dict[str, Any] = {}
+    if pretrained and kwargs.get('features_only'):
+        features = {k: kwargs.pop(k) for k in ('features_only', *_FEATURE_ARGS) if k in kwargs}
     model = create_fn(pretrained=False, pretrained_cfg=cfg.to_dict(), **kwargs)
     if pretrained:
         folder = None
@@ -84,10 +88,10 @@ def build_dynamic_model(
             model.load_exit_cfg(exit_cfg_fn(state_dict) if exit_cfg_fn else {})
             if folder is not None and not model.exit_cfg:
                 model.load_exit_cfg(_exported_exit_cfg(folder, variant))
-    if features_only:  # timm takes the classifier off while it loads, so it gets the whole model's weights
+    if features:  # timm takes the classifier off while it loads, so it gets the whole model's weights
         input_size = (get_model_traits(model)['in_chans'], *cfg.input_size[1:])
-        cfg = replace(cfg, state_dict=model.state_dict(), input_size=input_size)
-        model = create_fn(pretrained=True, pretrained_cfg=cfg.to_dict(), features_only=True, **kwargs)
+        cfg = replace(cfg, state_dict=model.state_dict(), input_size=input_size, source=None)
+        model = create_fn(pretrained=True, pretrained_cfg=cfg.to_dict(), **features, **kwargs)
         model.pretrained_cfg.pop('state_dict', None)
     return model
 
@@ -118,10 +122,13 @@ def _fetch(
 def _exported_exit_cfg(folder: Path, variant: str) -> dict[str, Any]:
     """timm gives a model the arguments in config.json only where it is named by a folder or repository."""
     try:
-        config = json.loads((folder / 'config.json').read_text())
+        config = read_json(folder / 'config.json')
     except OSError:
         return {}
-    return config.get('model_args', {}).get('exit_cfg', {}) if config.get('architecture') == variant else {}
+    except ValueError as e:
+        raise CheckpointError(str(e)) from e
+    args = config.get('model_args') if config.get('architecture') == variant else None
+    return (args.get('exit_cfg') if isinstance(args, dict) else None) or {}
 
 
 def _fetch_from_hub(
