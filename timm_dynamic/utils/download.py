@@ -76,7 +76,8 @@ def fetch_weights(
             _evict(path)
             _logger.warning(f"'{filename}' of '{repo}' is not what its config.json says; fetching it once more.")
     except LocalEntryNotFoundError as e:  # first: it is an EntryNotFoundError, too
-        why = f'answers with an error: {_first_line(e.__cause__)}' if isinstance(e.__cause__, HfHubHTTPError) else \
+        refused = isinstance(e.__cause__, HfHubHTTPError) and not is_transient(e.__cause__)
+        why = f'answers: {_first_line(e.__cause__)}' if refused and e.__cause__ else \
             'cannot be reached. Try again when online'
         raise CheckpointError(f"'{repo}' is not in the local cache, and the Hugging Face Hub {why}.") from e
     except EntryNotFoundError as e:
@@ -135,7 +136,7 @@ def _read_config(fetch: Any, repo: str, revision: str, cache_dir: str | Path | N
         except ValueError as e:
             _evict(path)
             if not again:
-                raise CheckpointError(f"config.json of '{repo}': {e}") from e
+                raise CheckpointError(f"config.json of '{repo}' is no JSON object: {_first_line(e)}.") from e
     raise AssertionError('unreachable')
 
 

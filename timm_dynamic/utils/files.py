@@ -59,7 +59,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as e:
         raise ValueError(f"'{path}' is no JSON: {e}.") from e
     if not isinstance(value, dict):
-        raise ValueError(f"'{path}' is no JSON object: expected {{...}}, got {type(value).__name__}.")
+        raise ValueError(f"'{path}' is no JSON object, but {type(value).__name__}.")
     return value
 
 
