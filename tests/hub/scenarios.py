@@ -254,6 +254,20 @@ def a_public_repository_is_no_place_for_what_is_to_be_private():
 
 
 @scenario
+def what_does_not_load_is_not_published():
+    folder, repo = fresh()
+    bad = FOLDER / 'unloadable'
+    shutil.copytree(folder, bad)
+    config = json.loads((folder / 'config.json').read_text())
+    for name, message in ('test_focusnet', 'it does not load: .* does not fit test_focusnet'), ('no', 'Unknown model'):
+        (bad / 'config.json').write_text(json.dumps({**config, 'architecture': name, 'model_args': {}}))
+        for verify in (True, False):
+            with pytest.raises(PublishError, match=message):
+                publish(bad, repo, verify=verify)
+    assert not SERVER.repos
+
+
+@scenario
 def pickles_are_not_published():
     folder, repo = fresh()
     bad = FOLDER / 'bad'
@@ -431,7 +445,7 @@ def a_full_disk_is_said_and_leaves_nothing():
     limits, ignored = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, limits[1]))
     try:
-        with pytest.raises(CheckpointError, match='could not be fetched from the Hugging Face Hub: .*File too large'):
+        with pytest.raises(CheckpointError, match=r'could not be fetched from the Hugging Face Hub: .*File too large'):
             load()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

@@ -69,7 +69,7 @@ def test_gfnet(name, tmp_path):
 
 
 def build_by_specification(name, device=None):
-    """A checkpoint with the keys and shapes of the authors', where no reference run has recorded them, and the model."""
+    """A checkpoint with the authors' keys and shapes, where no reference run has recorded them; and the model."""
     torch.manual_seed(0)
     model = timm.create_model(name, device=device)
     state = model.state_dict()
@@ -101,8 +101,10 @@ def build_by_specification(name, device=None):
         out['fc'] = {**{f'rnn.{k}_l0': v for k, v in part('classifier.rnn.').items()},
                      **{f'fc.{k}': v for k, v in part('classifier.heads.rnn.').items()}}
     else:
-        out['fc'] = {f'fc_{t}.{k}': v for t in range(2, 6) for k, v in (
-            part(f'classifier.heads.{t}.') or {'weight': torch.ones(1000, t * width), 'bias': torch.ones(1000)}).items()}
+        out['fc'] = {}
+        for t in range(2, 6):  # also for steps that the model does not take
+            own = {f'fc_{t}.{k}': v for k, v in part(f'classifier.heads.{t}.').items()}
+            out['fc'].update(own or tensors(f'fc_{t}', 1000, t * width))
     hidden = state['policy.actor.weight'].shape[1]
     out['policy'] = {**{re.sub(r'^(gru\..*)$', r'\1_l0', k.replace('actor.', 'actor.0.')): v
                         for k, v in part('policy.').items()}, **tensors('critic.0', 1, hidden)}

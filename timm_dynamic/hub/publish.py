@@ -134,6 +134,10 @@ def publish(
         PublishError: The folder is not fit, the Hub refuses or cannot be reached, or something else arrived.
     """
     files = files_to_publish(folder)
+    try:
+        timm.create_model(f'local-dir:{folder}', pretrained=True)
+    except Exception as e:  # timm's, for what a config.json may hold
+        raise PublishError(f"'{folder}' is not published, for it does not load: {_explain(e)}") from e
     check_login(repo_id)
     api = HfApi()
     _call(f'create {repo_id}', lambda: api.create_repo(repo_id, private=private, exist_ok=True))
