@@ -414,9 +414,9 @@ class DynamicNet(nn.Module):
                 self._stop_rule = self.make_stop_rule(_from_json(self.exit_cfg['exit']))
         except (ValueError, TypeError, LookupError, AttributeError, OverflowError) as e:  # files may hold anything
             what = e if isinstance(e, ValueError) else f'they are not as the model keeps them ({type(e).__name__}: {e})'
-            self.drop_exits(what)
+            self._drop_exits(what)
 
-    def drop_exits(self, why: Any) -> None:
+    def _drop_exits(self, why: Any) -> None:
         """Forget the exit policy and the budgets, with a notice if there are any."""
         if self.exit_cfg.keys() & {'exit', 'budgets'}:
             _logger.warning(f'The exit policy and budgets kept with the model are dropped: {why}')
