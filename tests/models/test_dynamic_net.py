@@ -4,6 +4,7 @@ import math
 import pickle
 
 import pytest
+import timm
 import torch
 from torch import nn
 
@@ -337,3 +338,14 @@ def test_what_cannot_be_kept_as_a_budget(model):
         with pytest.raises(ValueError, match='must be plain JSON'):
             model.store_budgets([{'gmacs': 1., 'policy': [0., 0., 0.], 'top1': top1}])
     assert 'budgets' not in model.exit_cfg
+
+
+def test_budgets_of_confidences_that_are_not_from_0_to_1():
+    """Thresholds between two kept ones lie between these; only what is beyond all confidences is cut off."""
+    model = timm.create_model('test_gfnet')
+    low, _, high = (macs / 1e9 for macs in model.step_macs)
+    kept = [{'gmacs': low, 'policy': [-1e9, 3., 0.], 'confidence_range': [-2., 8.]},
+            {'gmacs': high, 'policy': [6., 5., 0.], 'confidence_range': [-2., 8.]}]
+    model.store_budgets(kept)
+    model.set_budget((low + high) / 2)
+    assert model.exit_cfg['exit'][:2] == pytest.approx([2., 4.])
