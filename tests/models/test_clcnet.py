@@ -615,6 +615,21 @@ class TestWeights:
         assert not torch.equal(again(x), model(x))
 
 
+def test_budgets_hold_for_what_they_were_fitted_with(tmp_path, caplog):
+    save_pretrained(timm.create_model('test_clcnet', pretrained=True), tmp_path)
+    mine = {'exit': [0.5, 0.], 'num_classes': 10}
+    for name in ('test_clcnet', f'local-dir:{tmp_path}'):
+        assert timm.create_model(name, pretrained=True, confidence='clcnet').exit_cfg['budgets']
+        for other in ({'confidence': 'max_prob'}, {'final_rule': 'last'}):
+            caplog.clear()
+            model = timm.create_model(name, pretrained=True, **other)
+            assert model.exit_cfg == {}
+            assert caplog.text.count(f'dropped: they hold for another {next(iter(other))}') == 1
+            assert timm.create_model(name, pretrained=True, exit_cfg=dict(mine), **other).exit_cfg == mine
+    whole = timm.create_model('test_clcnet', pretrained=True)
+    assert torch.equal(model.members[0].fc.weight, whole.members[0].fc.weight)
+
+
 def test_members_of_one_architecture(tmp_path):
     """They are one network only if they are named alike."""
     nets = [timm.create_model('test_resnet', num_classes=5) for _ in range(2)]

@@ -42,7 +42,7 @@ from torch import nn
 
 from ..layers.confidence_net import ConfidenceNet, confidence_net_filter_fn, read_confidence_net
 from ..utils import CheckpointError
-from ._builder import build_dynamic_model, checkpoint_filter_of, hub_id
+from ._builder import BUNDLED, build_dynamic_model, checkpoint_filter_of, hub_id
 from .dynamic_net import DynamicNet, State, on_meta
 
 __all__ = ['CLCNet']
@@ -520,11 +520,7 @@ class CLCNet(DynamicNet):
         elif confidence != 'clcnet' and hasattr(self, 'confidence_net'):
             del self.confidence_net
         if (confidence, rule) != (self.confidence_kind, self.final_rule) or net is not None:
-            if self.exit_cfg.keys() & {'exit', 'budgets'}:
-                _logger.warning('The exit policy and budgets kept with the model are dropped: its confidence changes.')
-            for key in ('exit', 'budgets', 'num_classes'):
-                self.exit_cfg.pop(key, None)
-            self._stop_rule = None
+            self._drop_exits('its confidence changes.')
         self.confidence_kind, self.final_rule, self._step_macs = confidence, rule, None
         self._recorded.update(confidence=confidence, final_rule=rule)
 
@@ -836,7 +832,8 @@ def _create_clcnet(variant: str, pretrained: bool = False, **kwargs: Any) -> CLC
     absent: list[int] = []
     if pretrained:
         cfg = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay'))
-        source = cfg.file or cfg.state_dict is not None or cfg.source in ('hf-hub', 'local-dir')
+        source = cfg.file or cfg.state_dict is not None or cfg.source in ('hf-hub', 'local-dir') or \
+            (BUNDLED / f'{variant}.{cfg.tag}').is_dir()
         if not source and kwargs.get('confidence', 'clcnet') != 'clcnet':  # all weights are the members'
             kwargs['pretrained_cfg_overlay'] = {**(kwargs.get('pretrained_cfg_overlay') or {}), 'state_dict': {}}
     model: CLCNet = build_dynamic_model(

@@ -8,7 +8,9 @@ A state is a flat dict of batch-first tensors and all there is: modules keep not
 after any step, wait, and join the rows of other batches; and threads can share a model.
 """
 import copy
+import json
 import logging
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -77,7 +79,7 @@ class DynamicNet(nn.Module):
         exit_cfg: Record of what the setters below set: 'exit' (the policy in use), 'budgets' (policies solved for
             budgets), 'num_classes' (which both hold for), and 'origin' (numbers that came with an authors' checkpoint).
             timm records constructor arguments and exports them. This dict is the recorded argument itself, so that
-            what is set later is exported, too.
+            what is set later is exported, too. JSON has no infinity: of a policy it is kept as 'inf' or '-inf'.
     """
 
     def __init__(
@@ -96,7 +98,7 @@ class DynamicNet(nn.Module):
         self._step_macs: tuple[int, ...] | None = None
         self._stop_rule: StopRule | None = None
         self._compiled_steps: Sequence[Any] | None = None
-        self.exit_cfg: dict[str, Any] = {} if exit_cfg is None else exit_cfg
+        self.exit_cfg: dict[str, Any] = {} if exit_cfg is None else _check_mapping(exit_cfg)
         self._model_args = {'exit_cfg': self.exit_cfg}
         self._check_exit_cfg()
 
@@ -318,7 +320,7 @@ class DynamicNet(nn.Module):
                 'top1', as plain JSON.
 
         Raises:
-            ValueError: A policy does not fit the model.
+            ValueError: A policy does not fit the model, a cost is no positive number, or something is no plain JSON.
         """
         kept = []
         for budget in budgets:
@@ -326,7 +328,11 @@ class DynamicNet(nn.Module):
             policy = _to_json(budget['policy'])
             if policy is None:
                 raise ValueError(f"{type(budget['policy']).__name__} is no registered exit policy, and cannot be kept.")
-            kept.append({**budget, 'gmacs': float(budget['gmacs']), 'policy': policy})
+            kept.append({**budget, 'gmacs': _check_gmacs(budget['gmacs']), 'policy': policy})
+            try:
+                json.dumps(kept[-1], allow_nan=False)
+            except (TypeError, ValueError) as e:
+                raise ValueError(f'What is known of a budget must be plain JSON: {e}.') from e
         self.exit_cfg.update(budgets=sorted(kept, key=lambda b: b['gmacs']), num_classes=self.num_classes)
 
     def set_budget(self, gmacs: float) -> dict[str, Any]:
@@ -377,6 +383,7 @@ class DynamicNet(nn.Module):
 
     def load_exit_cfg(self, exit_cfg: Mapping[str, Any]) -> None:
         """Take over what is known about stopping, e.g. from a checkpoint."""
+        _check_mapping(exit_cfg)
         self.exit_cfg.clear()
         self.exit_cfg.update(exit_cfg)
         self._check_exit_cfg()
@@ -395,18 +402,27 @@ class DynamicNet(nn.Module):
     def _check_exit_cfg(self) -> None:
         """Set the policy that `exit_cfg` names; forget what was solved for other classes or steps."""
         self._stop_rule = None
+        self.exit_cfg.update(_finite(self.exit_cfg))  # older files hold Infinity, which is no JSON
         try:
             classes = self.exit_cfg.get('num_classes', self.num_classes)
             if classes != self.num_classes:
                 raise ValueError(f'they hold for {classes} classes, the model has {self.num_classes}')
             for budget in self.exit_cfg.get('budgets', ()):
+                _check_gmacs(budget['gmacs'])
                 self.make_stop_rule(_from_json(budget['policy']))
             if 'exit' in self.exit_cfg:
                 self._stop_rule = self.make_stop_rule(_from_json(self.exit_cfg['exit']))
-        except ValueError as e:
-            _logger.warning(f'The exit policy and budgets kept with the model are dropped: {e}')
-            for key in ('exit', 'budgets', 'num_classes'):
-                self.exit_cfg.pop(key, None)
+        except (ValueError, TypeError, LookupError, AttributeError, OverflowError) as e:  # files may hold anything
+            what = e if isinstance(e, ValueError) else f'they are not as the model keeps them ({type(e).__name__}: {e})'
+            self._drop_exits(what)
+
+    def _drop_exits(self, why: Any) -> None:
+        """Forget the exit policy and the budgets, with a notice if there are any."""
+        if self.exit_cfg.keys() & {'exit', 'budgets'}:
+            _logger.warning(f'The exit policy and budgets kept with the model are dropped: {why}')
+        for key in ('exit', 'budgets', 'num_classes'):
+            self.exit_cfg.pop(key, None)
+        self._stop_rule = None
 
     def _classifier_changed(self) -> None:
         self._step_macs = None
@@ -430,20 +446,51 @@ def register_exit_policy(cls: Any) -> Any:
 def _to_json(policy: Any) -> Any:
     """A policy as plain JSON; None of a rule that cannot be kept."""
     if not callable(policy):
-        return torch.as_tensor(policy, dtype=torch.float32).detach().tolist()
+        return _finite(torch.as_tensor(_infinite(policy), dtype=torch.float32).detach().tolist())
     name = type(policy).__name__
     if name not in _exit_policies:
         return None
     state = policy.state_dict().items()
-    return {'type': name, **{k: v.tolist() if isinstance(v, torch.Tensor) else v for k, v in state}}
+    return {'type': name, **{k: _finite(v.tolist() if isinstance(v, torch.Tensor) else v) for k, v in state}}
 
 
 def _from_json(policy: Any) -> Any:
+    policy = _infinite(policy)
     if not isinstance(policy, Mapping):
         return policy
     if policy.get('type') not in _exit_policies:
         raise ValueError(f"there is no exit policy of the type {policy.get('type')!r}")
     return _exit_policies[policy['type']].from_state_dict({k: v for k, v in policy.items() if k != 'type'})
+
+
+def _finite(value: Any) -> Any:
+    """Plain JSON, which has no infinite numbers and no NaN: they become 'inf', '-inf' and 'nan'."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {k: _finite(v) for k, v in value.items()}
+    return [_finite(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+def _infinite(value: Any) -> Any:
+    """What `_finite` was given."""
+    if isinstance(value, Mapping):
+        return {k: _infinite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_infinite(v) for v in value]
+    return float(value) if isinstance(value, str) and value in ('inf', '-inf', 'nan') else value
+
+
+def _check_mapping(exit_cfg: Any) -> Any:
+    if not isinstance(exit_cfg, Mapping):
+        raise ValueError(f'exit_cfg is a dict, see DynamicNet; got {exit_cfg!r:.100}.')
+    return exit_cfg
+
+
+def _check_gmacs(gmacs: Any) -> float:
+    if not 0 < float(gmacs) < math.inf:
+        raise ValueError(f'A budget costs a positive number of GMACs, got {gmacs!r}.')
+    return float(gmacs)
 
 
 def _interpolate(low: Mapping[str, Any], high: Mapping[str, Any], gmacs: float) -> dict[str, Any] | None:
@@ -471,8 +518,8 @@ def check_thresholds(thresholds: Any, num_steps: int) -> torch.Tensor:
         ValueError: There are not `num_steps` of them, or one that is used is not a number.
     """
     try:
-        values = torch.as_tensor(thresholds, dtype=torch.float32).detach().cpu()
-    except (TypeError, ValueError, RuntimeError) as e:
+        values = torch.as_tensor(_infinite(thresholds), dtype=torch.float32).detach().cpu()
+    except (TypeError, ValueError, RuntimeError, OverflowError) as e:
         raise ValueError(
             f'Expected {num_steps} thresholds or an ExitPolicy, got {type(thresholds).__name__}: {e}') from e
     if values.shape != (num_steps,):
