@@ -126,7 +126,7 @@ def benchmark_exit(
         torch.autocast, dev.type, getattr(torch, amp_dtype or 'bfloat16'), enabled=bool(amp_dtype))
     with torch.no_grad(), autocast():
         thresholds = _place_thresholds(net, pool, shares)
-        views = [(m, [_states(m, _with_layout(x, f)) for x in pool[:2]])
+        views = [(m, [[state for _, state in _all_steps(m, _with_layout(x, f))] for x in pool[:2]])
                  for m, f in ((net, layout), (other, other_layout))]
         paths: list[list[Callable[[], Any]]] = [
             [partial(_run_each, m.run_step, t, states) for m, states in views] for t in range(net.num_steps)]
@@ -242,13 +242,9 @@ def _all_steps(net: Any, x: Any) -> Iterator[tuple[torch.Tensor, State]]:
     for t in range(net.num_steps):
         before = state
         _, confidence, state = net.run_step(t, state)
+        if net.has_compiled_steps:  # with CUDA graphs, the next step overwrites what this one gave
+            confidence, state = confidence.clone(), {name: value.clone() for name, value in state.items()}
         yield confidence, before
-
-
-def _states(net: Any, x: Any) -> list[State]:
-    if net.has_compiled_steps:  # which overwrite what they gave
-        return [{k: v.clone() for k, v in state.items()} for _, state in _all_steps(net, x)]
-    return [state for _, state in _all_steps(net, x)]
 
 
 def _run_each(run_step: Callable[..., Any], t: int, states: list[list[State]]) -> None:
@@ -263,7 +259,7 @@ def _eager(net: Any, t: int, state: State) -> torch.Tensor:
 
 def _place_thresholds(net: Any, pool: list[Any], shares: Sequence[float]) -> list[float]:
     """Quantiles of the confidences of the images that are left, halfway between two of them."""
-    confidence = torch.cat([torch.stack([c.clone() for c, _ in _all_steps(net, x)], dim=1) for x in pool]).cpu()
+    confidence = torch.cat([torch.stack([c for c, _ in _all_steps(net, x)], dim=1) for x in pool]).cpu()
     left, thresholds = torch.ones(len(confidence), dtype=torch.bool), []
     for t in range(net.num_steps):
         values = confidence[left, t].sort(descending=True).values
