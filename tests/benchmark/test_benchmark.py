@@ -160,9 +160,27 @@ def test_train_step(arguments, monkeypatch):
         benchmark_train_step('test_gfnet', 3, repeats=1)
 
 
+@pytest.mark.parametrize('flags', [[], ['--channels-last', '--amp-dtype', 'bfloat16']])
+def test_train_step_of_a_focusnet(flags, monkeypatch):
+    seconds = {'plain step': [1., 2., 4.], 'baseline forward': [0.5, 1., 1.], 'focus step': [1.8, 3., 5.1]}
+
+    def time_each(steps, repeats, device):
+        for step in steps.values():
+            step()
+        assert (list(steps), repeats) == (list(seconds), 3)
+        return seconds
+
+    monkeypatch.setattr(train_step, 'time_each', time_each)
+    rows = run_benchmark(['train-step', '--model', 'test_focusnet', '-b', '2', '--repeats', '3', *flags])
+    assert [row['train-step'] for row in rows] == list(seconds)
+    assert [row['ms'] for row in rows] == [2000, 1000, 3000]
+    assert [row['images_per_s'] for row in rows] == [1, 2, pytest.approx(2 / 3)]
+    assert [row['overhead'] for row in rows] == [None, None, pytest.approx(0.02)]  # median of 0.2, 0 and 0.02
+
+
 def test_train_step_of_what_has_none():
-    with pytest.raises(ValueError, match=r"one of GFNets, e\.g\. --model gfnet_resnet50_96; got 'test_focusnet'"):
-        benchmark_train_step('test_focusnet')
+    with pytest.raises(ValueError, match=r"a GFNet or a network without steps, .*; got 'test_clcnet'"):
+        benchmark_train_step('test_clcnet')
 
 
 def test_confidence(tmp_path):
