@@ -1,6 +1,7 @@
 import copy
 import gc
 import itertools
+import shutil
 import weakref
 
 import pytest
@@ -343,7 +344,8 @@ class Linear(DynamicNet):
         return 9 * memory.tanh(), {**state, 'memory': memory}
 
 
-@pytest.mark.parametrize('backend', ['eager', 'aot_eager'])
+@pytest.mark.parametrize('backend', ['eager', 'aot_eager', pytest.param('inductor', marks=pytest.mark.skipif(
+    not any(map(shutil.which, ('g++', 'clang++'))), reason='there is no C++ compiler'))])
 def test_compiled_steps_see_one_shape(backend):
     torch.manual_seed(0)
     model = Linear().eval()
