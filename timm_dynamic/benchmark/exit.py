@@ -16,7 +16,8 @@ from ..exits import ExitStream, early_exit
 from ..layers import fold_batch_norm
 from ..models.dynamic_net import DynamicNet, State
 from ..training.anytime import count_macs
-from .timing import wait_for
+from ..training.build import check_model_name
+from .timing import get_device, wait_for
 
 NAME, HELP = 'exit', 'throughput and latency of a static network, all steps, early_exit and ExitStream'
 
@@ -88,14 +89,18 @@ def benchmark_exit(
         GPU what torch has allocated, else that of the process. Then a row for each step, of a full batch.
 
     Raises:
-        ValueError: The model has no steps, the shares do not fit it, or a number is not positive.
+        ValueError: There is no such model or device, the model has no steps, the shares do not fit it, a number is not
+            positive, or `cuda_graphs` is set without `torchcompile`.
     """
     num_images = 20 * batch_size if num_images is None else num_images
     if min(batch_size, num_images, repeats, latency_images) < 1:
         raise ValueError(f'Expected positive numbers, got batch size {batch_size}, {num_images} images, '
                          f'{repeats} repeats, {latency_images} images for latency.')
+    if cuda_graphs and not torchcompile:
+        raise ValueError('CUDA graphs are made of compiled steps: --cuda-graphs needs --torchcompile.')
     torch.manual_seed(0)
-    dev = torch.device(device)
+    dev = get_device(device)
+    check_model_name(model)
     net: Any = timm.create_model(model, pretrained=pretrained, **(model_kwargs or {}))
     if not isinstance(net, DynamicNet):
         raise ValueError(f"'{model}' has no steps to exit after.")
@@ -211,6 +216,7 @@ def _create_static(net: Any, name: str | None, pretrained: bool, device: torch.d
         if not isinstance(spec, str):
             return None, ''
         name = spec.split('@')[0]
+    check_model_name(name)
     rival: Any = timm.create_model(name, pretrained=pretrained, num_classes=net.num_classes, in_chans=net.in_chans)
     size = net.img_size if not hasattr(net, 'view_sizes') else net.view_sizes[-1]
     rival.example = (1, net.in_chans, size, size)

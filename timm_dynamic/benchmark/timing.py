@@ -45,6 +45,19 @@ def time_each(
     return seconds
 
 
+def get_device(name: str) -> torch.device:
+    """The device of a name.
+
+    Raises:
+        ValueError: There is none.
+    """
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as e:  # the latter where torch was built without it
+        raise ValueError(f"There is no device '{name}': {str(e).splitlines()[0]}") from e
+    return torch.device(name)
+
+
 def wait_for(device: torch.device) -> None:
     """Wait until a device has done what it was given."""
     if device.type != 'cpu':

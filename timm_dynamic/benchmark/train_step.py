@@ -14,7 +14,8 @@ from torch import nn
 from ..models.dynamic_net import DynamicNet
 from ..models.gfnet import GFNet
 from ..task import FocusPickingTask, GlanceFocusTask
-from .timing import time_each
+from ..training.build import check_model_name
+from .timing import get_device, time_each
 
 NAME, HELP = 'train-step', (
     "one training step of a GFNet's first stage, vectorised against a loop over the images; or of a FocusNet, against "
@@ -61,16 +62,17 @@ def benchmark_train_step(
         'overhead' over the two others, as a share of them: the median of what it is within each repeat.
 
     Raises:
-        ValueError: The model has steps and is no GFNet, or a number is not positive.
+        ValueError: There is no such model or device, the model has steps and is no GFNet, or a number is not positive.
         AssertionError: The results differ.
     """
     if min(batch_size, repeats) < 1:
         raise ValueError(f'Expected positive numbers, got batch size {batch_size}, {repeats} repeats.')
     torch.manual_seed(0)
+    check_model_name(model)
     net: Any = timm.create_model(model)
     if isinstance(net, DynamicNet) and not isinstance(net, GFNet):
         raise ValueError(f"Expected a GFNet or a network without steps, e.g. focusnet_resnet18; got '{model}'.")
-    dev, layout = torch.device(device), torch.channels_last if channels_last else torch.contiguous_format
+    dev, layout = get_device(device), torch.channels_last if channels_last else torch.contiguous_format
     net = net.to(dev, memory_format=layout)
     shape = net.example_input().shape if isinstance(net, GFNet) else (1, *net.pretrained_cfg['input_size'])
     images = torch.randn(batch_size, *shape[1:], device=dev).contiguous(memory_format=layout)
