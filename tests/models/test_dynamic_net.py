@@ -3,6 +3,7 @@ import json
 import pickle
 
 import pytest
+import timm
 import torch
 from torch import nn
 
@@ -289,3 +290,14 @@ def test_copies_and_pickles(model):
         twin.clear_exit()
         assert twin._model_args['exit_cfg'] == {'num_classes': 3}
     assert 'exit' in model.exit_cfg
+
+
+def test_budgets_of_confidences_that_are_not_from_0_to_1():
+    """Thresholds between two kept ones lie between these; only what is beyond all confidences is cut off."""
+    model = timm.create_model('test_gfnet')
+    low, _, high = (macs / 1e9 for macs in model.step_macs)
+    kept = [{'gmacs': low, 'policy': [-1e9, 3., 0.], 'confidence_range': [-2., 8.]},
+            {'gmacs': high, 'policy': [6., 5., 0.], 'confidence_range': [-2., 8.]}]
+    model.store_budgets(kept)
+    model.set_budget((low + high) / 2)
+    assert model.exit_cfg['exit'][:2] == pytest.approx([2., 4.])

@@ -156,6 +156,9 @@ def weights(tmp_path_factory):
     for i, net in enumerate(timm.create_model('test_clcnet', num_classes=3, img_size=32).members):
         nn.init.constant_(net.fc.bias, 0.25)
         save_pretrained(net, folder / f'cascade/{i}')
+    names = [f'class{c}/{i:03d}.png' for c in range(3) for i in range(3)]
+    (folder / 'cascade/folds.csv').write_text(
+        'file,fold\n' + '\n'.join(f'{name},{1 + i % 4}' for i, name in enumerate(names)))
     rows = [f'{i}.png,0.{5 + i % 4},0.{3 - i % 2},0.{2 - i % 4 + i % 2},{i % 2}' for i in range(20)]
     (folder / 'cascade/a.csv').write_text('\n'.join(rows), encoding='utf-8-sig')
     return folder
@@ -757,6 +760,10 @@ def cascade(probe, *value, gives, base):
     return check
 
 
+def num_folds(result):
+    return len(list((result['folder'] / 'folds').glob('*.safetensors')))
+
+
 def pushed(repo, *options, private):
     """What is published; tests/hub has it received."""
     def check(lab, flag):
@@ -806,8 +813,8 @@ OURS = {
                                base=[*MEMBERS, '--folds', '0']),
     '--features': cascade(lambda r: list(r['results']), '{cascade}/a.csv', gives=['confidence'],
                           base=[*MEMBERS, '--folds', '0']),
-    '--folds': cascade(lambda r: len(list((r['folder'] / 'folds').iterdir())), '3', gives=3,
-                       base=[*MEMBERS, '--folds', '4']),
+    '--folds': cascade(num_folds, '3', gives=3, base=[*MEMBERS, '--folds', '4']),
+    '--fold-dir': cascade(num_folds, '{cascade}/folds.csv', gives=4, base=MEMBERS),
     '--confidence': cascade(lambda r: read_cascade(r).confidence_kind, 'max_prob', gives='max_prob',
                             base=[*MEMBERS, '--folds', '0']),
     '--init-from': built(local_mark, '{gfnet}', gives=0.125, base=GFNET),

@@ -29,7 +29,8 @@ from flag_tables import (
 )
 from helpers import make_images
 
-from timm_dynamic.data import dataset_factory
+from timm_dynamic import ConfidenceNet
+from timm_dynamic.data import FoldMap, dataset_factory
 from timm_dynamic.exits import ExitTable
 from timm_dynamic.training import build, run_validation
 from timm_dynamic.training import evaluate as evaluate_module
@@ -132,6 +133,16 @@ class Lab:
         return accelerator_kwargs(self.monkeypatch, self.parser.parse_args(self.argv(*options, drop=drop)))
 
 
+def make_folds(folder):
+    """Two confidence nets, and which images of three classes they have not seen."""
+    folder.mkdir()
+    for k in (1, 2):
+        ConfidenceNet().save(folder / f'fold{k}.safetensors')
+    names = [f'class{c}/{i:03d}.png' for c in range(3) for i in range(3)]
+    FoldMap([names[::2], names[1::2]]).save(folder / 'folds.csv')
+    return folder
+
+
 @pytest.fixture(scope='module')
 def paths(tmp_path_factory):
     folder = tmp_path_factory.mktemp('validate')
@@ -141,6 +152,7 @@ def paths(tmp_path_factory):
         '{weights}': weights, '{file}': weights / 'model.safetensors', '{other}': other,
         '{dynamic}': make_dynamic(folder / 'dynamic'), '{kept}': make_dynamic(folder / 'kept', kept=True),
         '{cascade}': make_cascade(folder / 'cascade'),
+        '{folds}': make_folds(folder / 'folds'), '{net}': folder / 'folds/fold1.safetensors',
     }
 
 
@@ -345,6 +357,10 @@ def save_exit_table(lab, flag):
     assert saved.step_macs == table.step_macs
 
 
+def cross_validated(seen):
+    return seen.rows[0].get('cross_validated')
+
+
 def strict(lab, flag):
     """Confidences that are just the threshold do not stop."""
     ExitTable([[0.5, 0.7], [0.6, 0.7]], torch.ones(2, 2, dtype=torch.bool), [1, 2]).save(lab.tmp / 't.st')
@@ -513,6 +529,9 @@ OURS = {
     '--save-budgets': save_budgets,
     '--curve': curve,
     '--confidence': evaluated(lambda seen: sum('area' in row for row in seen.rows), 'all', gives=10, base=CASCADE),
+    '--fold-nets': evaluated(cross_validated, '{folds}', gives=True, base=CASCADE),
+    '--fold-dir': evaluated(
+        cross_validated, '{folds}/folds.csv', gives=True, base=[*CASCADE, '--fold-nets', '{net}', '{net}']),
     '--final-rule': evaluated(lambda seen: seen.rows[0]['loss'], 'last', base=[*CASCADE, '--confidence', 'max_prob']),
     '--save-predictions': save_predictions,
 }

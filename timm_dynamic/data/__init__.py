@@ -1,6 +1,7 @@
 from .cluttered_digits import ClutteredDigits
 from .confidence_features import ConfidenceFeatures
 from .dataset_factory import DEMO_DATASET, class_to_idx, create_dataset
+from .folds import FoldMap, fold_names
 from .loader import TrainLoader, WorkerInit, create_train_loader, worker_context
 from .multi_view import MultiViewLoader, MultiViewTransform, collate_views, create_multi_view_transform
 
@@ -8,6 +9,7 @@ __all__ = [
     'DEMO_DATASET',
     'ClutteredDigits',
     'ConfidenceFeatures',
+    'FoldMap',
     'MultiViewLoader',
     'MultiViewTransform',
     'TrainLoader',
@@ -17,5 +19,6 @@ __all__ = [
     'create_dataset',
     'create_multi_view_transform',
     'create_train_loader',
+    'fold_names',
     'worker_context',
 ]

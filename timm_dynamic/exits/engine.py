@@ -64,7 +64,7 @@ def collect_exit_table(model: Any, loader: Iterable[Any], accelerator: Accelerat
             for t in range(model.num_steps):
                 logits, state = model.step(t, state)
                 batch_confidence.append(model.confidence(logits, state))
-                batch_ranks.append(_rank_of(logits, target))
+                batch_ranks.append(rank_of(logits, target))
         confidences.append(torch.stack(batch_confidence, dim=1).cpu())
         ranks.append(torch.stack(batch_ranks, dim=1).cpu())
     if not confidences:
@@ -73,7 +73,7 @@ def collect_exit_table(model: Any, loader: Iterable[Any], accelerator: Accelerat
     confidence, rank = torch.cat(confidences)[:limit], torch.cat(ranks)[:limit]
     if accelerator is not None and accelerator.num_processes > 1:
         from accelerate.utils import gather_object  # late: importing accelerate takes a second
-        join = torch.cat if limit is None else _interleave
+        join = torch.cat if limit is None else interleave
         confidence, rank = (join(shares) for shares in zip(*gather_object([(confidence, rank)])))
     return ExitTable(confidence, rank < 1, model.step_macs, correct_top5=rank < 5)
 
@@ -96,7 +96,7 @@ def _to(x: Any, device: torch.device, pin: bool = False) -> Any:
     return x.pin_memory().to(device, non_blocking=True) if pin and not x.is_cuda else x.to(device)
 
 
-def _rank_of(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+def rank_of(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """How many classes come before the true one [B]; of equal logits the first class comes first, as with argmax."""
     own = logits.gather(1, target[:, None])
     later = torch.arange(logits.shape[1], device=logits.device) >= target[:, None]
@@ -104,7 +104,7 @@ def _rank_of(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     return ahead.sum(dim=1)
 
 
-def _interleave(shares: tuple[torch.Tensor, ...]) -> torch.Tensor:
+def interleave(shares: tuple[torch.Tensor, ...]) -> torch.Tensor:
     """Put the shares of processes that took every n-th sample each back into the order of the dataset."""
     out = torch.cat(shares)
     for rank, share in enumerate(shares):

@@ -453,8 +453,10 @@ def _interpolate(low: Mapping[str, Any], high: Mapping[str, Any], gmacs: float) 
     share = (gmacs - low['gmacs']) / (high['gmacs'] - low['gmacs'])
     first, last = _from_json(low['policy']), _from_json(high['policy'])
     if not callable(first) and not callable(last):
-        # Confidences lie in 0..1: what lies beyond means all or none, and says nothing about how far to go.
-        policy = torch.lerp(torch.tensor(first).clamp(0, 1), torch.tensor(last).clamp(0, 1), share)
+        # What lies beyond all confidences means all or none, and says nothing about how far to go.
+        (a, b), (c, d) = (budget.get('confidence_range', (0, 1)) for budget in (low, high))
+        bounds = min(a, c), max(b, d)
+        policy = torch.lerp(torch.tensor(first).clamp(*bounds), torch.tensor(last).clamp(*bounds), share)
     elif type(first) is type(last) and hasattr(first, 'interpolate'):
         policy = first.interpolate(last, share)
     else:

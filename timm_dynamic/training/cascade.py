@@ -5,33 +5,44 @@ import json
 import logging
 import signal
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ..data import ConfidenceFeatures
-from ..exits import ExitTable
-from ..exits.confidence import auroc, cascade_table, cross_area, curve_area
-from ..exits.engine import _interleave, _rank_of
+from ..data import ConfidenceFeatures, FoldMap, fold_names
+from ..exits.confidence import auroc
+from ..layers.confidence_net import read_confidence_net
 from ..models._builder import checkpoint_filter_of
-from ..models.clcnet import CONFIDENCES, FINAL_RULES, CLCNet, _fetch_members
+from ..models.clcnet import CLCNet, checkpoint_filter_fn, fetch_members
 from ..task import (
+    NUM_FOLDS,
     ConfidenceFit,
     Stage,
     fit_confidence_net,
     fit_folds,
     make_folds,
+    match_scores,
     member_sources,
     member_stage,
     score_folds,
 )
 from ..utils import atomic_write, copy_pretrained, load_weights, save_pretrained, seeded, write_json
-from .build import build_eval_loader, build_model, eval_views, model_dtype, training_data_config, uses_demo_data
+from .budgets import overlap, same_split
+from .build import (
+    build_eval_loader,
+    build_model,
+    eval_views,
+    model_dtype,
+    open_dataset,
+    training_data_config,
+    uses_demo_data,
+)
+from .confidences import FOLDS_FILE, advice, compare_out_of_fold, image_names, table_of
 from .evaluate import progress_bar
 from .report import format_table, write_rows
 from .signals import Stopped, StopRequest
@@ -52,13 +63,18 @@ def build_cascade(args: argparse.Namespace, stage_weights: Mapping[str, Path]) -
     with seeded(args.seed, 'model'):
         model: CLCNet = build_model(args, pretrained=whole)
     if args.initial_checkpoint:
-        cfg: Any = model.pretrained_cfg
-        load_weights(model, args.initial_checkpoint, checkpoint_filter_of(cfg['architecture']))
+        load_cascade(model, args.initial_checkpoint)
         whole = True
     absent = []
     for index, source in enumerate(member_sources(args, uses_demo_data(args), model)):
+        spec: Any = model.specs[model.member_of_step.index(index)]
         if source == 'pretrained':
             if not whole:
+                if spec.num_classes != model.num_classes:
+                    raise ValueError(
+                        f'The member {spec.label} has weights for {spec.num_classes} classes, the cascade is for '
+                        f'{model.num_classes}: name weights for these with --init-members, or train it first '
+                        "(--init-members scratch).")
                 absent.append(index)
             continue
         if source == 'scratch':
@@ -69,11 +85,29 @@ def build_cascade(args: argparse.Namespace, stage_weights: Mapping[str, Path]) -
                     f"'{member_stage(index)}' first, or name weights with --init-members.")
         else:
             path = Path(source)
-        spec: Any = model.specs[model.member_of_step.index(index)]
         filter_fn = checkpoint_filter_of(spec.model) if isinstance(spec.model, str) else None
         load_weights(model.members[index], path, filter_fn, label=f"'{path}' (of member {index + 1})")
-    _fetch_members(model, absent, None)
+    fetch_members(model, absent, None)
     return model
+
+
+def load_cascade(model: CLCNet, source: Any, **kwargs: Any) -> None:
+    """Load weights of a cascade, or of parts of it; members that are not among them have those that timm has for them.
+
+    Args:
+        model: The cascade.
+        source: See `load_weights`; the authors' zip will do.
+        **kwargs: For `load_weights`.
+
+    Raises:
+        CheckpointError: They do not fit, or a member's weights are not to be had.
+    """
+    absent: list[int] = []
+    if not isinstance(source, Mapping) and Path(source).suffix == '.zip':
+        kwargs.setdefault('label', f"'{source}'")
+        source = read_confidence_net(source)
+    load_weights(model, source, partial(checkpoint_filter_fn, absent=absent), **kwargs)
+    fetch_members(model, absent, None)
 
 
 # What the members say
@@ -96,19 +130,24 @@ def collect_features(
     """
     split = feature_split(args)
     model = build_cascade(args, stage_weights).eval()
-    print_ = _fingerprint(model, split)
+    views = eval_views(args, model)
     model = model.to(device=accelerator.device, dtype=model_dtype(args))
     data_config = training_data_config(args, model)
 
     def open_loader(indices: Sequence[int]) -> Any:
         return build_eval_loader(
             args, split, data_config, model.num_classes, accelerator.device, 1, samples=args.val_num_samples,
-            views=eval_views(args, model), indices=indices)
+            views=views, indices=indices)
 
     first = open_loader([0])
     whole, labels = first.dataset.dataset, _label_names(first.class_to_idx, model.num_classes)
     if isinstance(whole, torch.utils.data.IterableDataset):
         raise ValueError(f"Features need images that can be counted; '{split}' of this dataset can only be iterated.")
+    _check_new_to_members(args, split, whole, model)
+    names = image_names(whole, split)
+    print_ = _fingerprint(model, split, names, views, str(model_dtype(args)), accelerator.mixed_precision)
+    if args.fold_dir:
+        _given_folds(args.fold_dir, names)  # or its error would come when all is done
     if accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
         for path in _parts(folder):
@@ -130,7 +169,6 @@ def collect_features(
         order = torch.cat([part['index'] for part in parts]).argsort()
         logits = torch.cat([part['logits'] for part in parts])[order]
         target = torch.cat([part['target'] for part in parts])[order]
-        names = [_name_of(whole, i, split) for i in range(len(whole))]
         for t in range(model.num_steps):
             ConfidenceFeatures.from_logits(logits[:, t], target, names).save(folder / f'member{t + 1}.safetensors')
             result[f'top1_member{t + 1}'] = round(100 * float((logits[:, t].argmax(1) == target).float().mean()), 4)
@@ -185,9 +223,8 @@ def _run_members(
 
     for number, (views, target) in enumerate(progress_bar(loader, accelerator, desc=desc, leave=False), 1):
         with accelerator.autocast():
-            state = model.init_state(views)
-            logits = [model._net(t)(model._view(t, state)) for t in range(model.num_steps)]
-        waiting.append((torch.stack([x.float() for x in logits], dim=1), target))
+            logits = model.forward_all(views)['member_logits']
+        waiting.append((logits.float().transpose(0, 1), target))
         end += len(target)
         if number % _BATCHES_PER_PART == 0 or end == len(indices) or stop:
             keep()
@@ -195,9 +232,24 @@ def _run_members(
             raise Stopped(stop.signum or signal.SIGTERM)
 
 
-def _fingerprint(model: CLCNet, split: str) -> str:
-    """What features depend on, the images aside."""
-    digest = hashlib.sha256(json.dumps([split, model.view_configs], default=str).encode())
+def _check_new_to_members(args: argparse.Namespace, split: str, dataset: Any, model: CLCNet) -> None:
+    """Raise a ValueError if a split holds images to train on, as timm takes the whole folder for a split it misses."""
+    if same_split(split, args.train_split):  # asked for
+        return
+    try:
+        train = open_dataset(args, args.train_split, training_data_config(args, model))
+    except (ValueError, RuntimeError, OSError):
+        return
+    scratch = 'scratch' in member_sources(args, uses_demo_data(args), model)
+    if overlap(train, dataset) and (scratch or len(train) != len(dataset)):
+        raise ValueError(
+            f"The {len(dataset)} images of '{split}' include those of '{args.train_split}': is there such a split? "
+            'Features need images that the members were not trained on: name some with --feature-split.')
+
+
+def _fingerprint(model: CLCNet, *what: Any) -> str:
+    """What features depend on."""
+    digest = hashlib.sha256(json.dumps(what, default=str).encode())
     for name, value in model.members.state_dict().items():
         digest.update(name.encode())
         digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
@@ -224,10 +276,6 @@ def _done(path: Path) -> list[int]:
         return f.get_tensor('index').tolist()
 
 
-def _name_of(dataset: Any, index: int, split: str) -> str:
-    return dataset.filename(index) if hasattr(dataset, 'filename') else f'{split}/{index:06d}'
-
-
 # The confidence net
 
 def train_confidence(
@@ -240,13 +288,13 @@ def train_confidence(
 ) -> dict[str, Any]:
     """Train the confidence net on features, and export the cascade with it.
 
-    Out of fold, each image is scored by a net that has not seen it: measures of confidence are compared by that, and
-    the exit table that exits are fitted on is made of it. The net that is exported has seen all.
+    Out of fold, each image is scored by a net that has not seen it, on the scale of the net that is exported, which has
+    seen all: measures of confidence are compared by that, and the exit table that exits are fitted on is made of it.
 
     Raises:
         ValueError: There are no features, or they do not go together, with the folds or with the cascade.
     """
-    model = build_cascade(args, stage_weights)
+    model = build_cascade(args, stage_weights).eval()
     asked = args.confidence or model.confidence_kind
     data_config = training_data_config(args, model)
     result: dict[str, Any] = {}
@@ -262,22 +310,26 @@ def train_confidence(
         model.set_confidence('clcnet', net=fit.net)
         own = args.features is None  # the rows of one are those of the other members, image by image
         if nets and own:
-            scores = score_folds(nets, merged.probabilities, folds).unflatten(0, (len(features), -1))
+            scores = score_folds(nets, merged.probabilities, folds)
+            with torch.no_grad():
+                seen = torch.cat([fit.net(part) for part in merged.probabilities.split(1024)])
+            scores = match_scores(scores, seen, folds).unflatten(0, (len(features), -1))
             rows = compare_out_of_fold(model, features, scores)
             write_rows(folder / 'confidences.csv', rows)
             _logger.info(
-                f'Measures of confidence on {len(features[0])} images, out of {args.folds} folds (area: mean top-1 '
+                f'Measures of confidence on {len(features[0])} images, out of {len(nets)} folds (area: mean top-1 '
                 f'over all budgets, exits fitted on the other half):\n{format_table(rows)}\n{advice(rows)}')
             kind, rule = _choose(asked, model.final_rule, rows)
-            table = _table_of(model, features, scores, kind, rule)
+            table = table_of(model, features, scores, kind, rule)
             table.save(folder / CALIBRATION)
             result['auroc'] = next(r['auroc'] for r in rows if r['confidence'] == kind)
         else:
             kind, rule = asked, model.final_rule
-            if kind == 'all':
-                raise ValueError('--confidence all compares out of fold: it needs the features stage and --folds.')
             (folder / CALIBRATION).unlink(missing_ok=True)
-            if not nets:
+            if nets:
+                result['auroc'] = auroc(score_folds(nets, merged.probabilities, folds), merged.hits)
+                _logger.info(f"AUROC of the answers being right, out of {len(nets)} folds: {result['auroc']:.4f}")
+            else:
                 _logger.warning('--folds 0: no accuracy on the images that the confidence net was trained on is '
                                 'cross-validated.')
         if (kind, rule) != (model.confidence_kind, model.final_rule):
@@ -288,11 +340,21 @@ def train_confidence(
         save_pretrained(
             model, folder / 'last', data_config=data_config, **({'label_names': labels} if labels else {}))
         copy_pretrained(folder / 'last', folder / 'best')
-        for k, net in enumerate(nets):
+        if nets:
             (folder / 'folds').mkdir(exist_ok=True)
-            net.save(folder / 'folds' / f'fold{k + 1}.safetensors')
+            for old in (folder / 'folds').iterdir():
+                old.unlink()
+            for k, net in enumerate(nets):
+                net.save(folder / 'folds' / f'fold{k + 1}.safetensors')
+            FoldMap(fold_names(merged.names, folds)).save(folder / 'folds' / FOLDS_FILE)
     accelerator.wait_for_everyone()
     return result
+
+
+def features_split(stage_weights: Mapping[str, Path]) -> str:
+    """Split that the features of a run are of."""
+    path = stage_weights['features'].parent / 'index.json'
+    return json.loads(path.read_text(encoding='utf-8'))['split']
 
 
 def _read_features(
@@ -324,164 +386,34 @@ def _fit_folds(
         how: Mapping[str, Any],
 ) -> tuple[list[Any], torch.Tensor]:
     """A net for each fold, and the fold of each row: rows of one image are in one fold."""
-    if not args.folds:
+    if args.fold_dir:
+        folds = _given_folds(args.fold_dir, features.names)
+    elif args.folds == 0:
         return [], torch.empty(0)
-    numbers: dict[str, int] = {}
-    image = torch.tensor([numbers.setdefault(name, len(numbers)) for name in features.names])
-    folds = make_folds(len(numbers), args.folds, args.seed)[image]
+    else:
+        numbers: dict[str, int] = {}
+        image = torch.tensor([numbers.setdefault(name, len(numbers)) for name in features.names])
+        folds = make_folds(len(numbers), args.folds or NUM_FOLDS, args.seed)[image]
     fits: list[ConfidenceFit] = fit_folds(features.probabilities, features.hits, folds, seed=args.seed, **how)
     return [fit.net for fit in fits], folds
 
 
-def _confidences(
-        model: CLCNet,
-        features: Sequence[ConfidenceFeatures],
-        scores: torch.Tensor,
-        kind: str,
-) -> torch.Tensor:
-    """Of each member's answers [T, N]."""
-    if kind == 'clcnet':
-        return scores
-    return torch.stack([model._measure(f.probabilities, kind) for f in features])
-
-
-def _table_of(
-        model: CLCNet,
-        features: Sequence[ConfidenceFeatures],
-        scores: torch.Tensor,
-        kind: str,
-        rule: str,
-) -> ExitTable:
-    hits = torch.stack([f.hits for f in features])
-    return cascade_table(_confidences(model, features, scores, kind), hits, model.step_macs, rule)
-
-
-def compare_out_of_fold(
-        model: CLCNet,
-        features: Sequence[ConfidenceFeatures],
-        scores: torch.Tensor,
-) -> list[dict[str, Any]]:
-    """Compare measures of confidence and final rules on the members' features.
-
-    Args:
-        model: The cascade.
-        features: Of each member, of the same images in the same order.
-        scores: Of the confidence net, out of fold [T, N].
-
-    Returns:
-        A row for each: 'confidence', 'final_rule', 'auroc' (of the first member's answer being right), and 'area'.
-    """
-    rows = []
-    for kind in ('max_prob', 'margin', 'entropy', 'clcnet'):
-        first = _confidences(model, features, scores, kind)[0]
-        for rule in FINAL_RULES:
-            table = _table_of(model, features, scores, kind, rule)
-            rows.append({
-                'confidence': kind, 'final_rule': rule, 'auroc': round(auroc(first, features[0].hits), 4),
-                'area': round(cross_area(table), 4)})
-    return rows
-
-
-def advice(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Say which measure is the best one, and whether the paper's choice is."""
-    best = max(rows, key=lambda row: row['area'])
-    text = f"Best by area: {best['confidence']} with the rule {best['final_rule']} ({best['area']:.2f})."
-    for row in rows:
-        if row is not best and (row['confidence'], row['final_rule']) == ('clcnet', 'most_confident'):
-            text += f" The paper's choice, clcnet with most_confident, has {row['area']:.2f}."
-    return text
+def _given_folds(path: str, names: Sequence[str]) -> torch.Tensor:
+    known = FoldMap.read(path)
+    folds = known.folds_of(names)
+    outside = (folds < 0).nonzero().flatten().tolist()
+    if outside:
+        raise ValueError(
+            f"--fold-dir: {len(outside)} of {len(folds)} images are in no fold of '{path}', the first is "
+            f"'{names[outside[0]]}'.")
+    if len(folds.unique()) < known.num_folds:
+        raise ValueError(f"--fold-dir: some of the {known.num_folds} folds of '{path}' have none of the images.")
+    return folds
 
 
 def _choose(asked: str, rule: str, rows: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
     best = max(rows, key=lambda row: row['area'])
     return (best['confidence'], best['final_rule']) if asked == 'all' else (asked, rule)
-
-
-# Comparing measures of confidence on what a cascade's members say
-
-class MemberRecorder:
-    """Notes what the members of a cascade say while it is evaluated, and to what targets.
-
-    Args:
-        model: The cascade.
-        limit: Number of this process's images that count; the rest is padding.
-        accelerator: Processes.
-    """
-
-    def __init__(self, model: CLCNet, limit: int | None, accelerator: Accelerator) -> None:
-        self.model, self.limit, self.accelerator = model, limit, accelerator
-        self._said: list[torch.Tensor] = []
-        self._batches: list[torch.Tensor] = []
-        self._targets: list[torch.Tensor] = []
-        self._handles = [net.register_forward_hook(lambda _, __, out: self._said.append(out.float().cpu()))
-                         for net in model.members]
-
-    def add(self, output: torch.Tensor, target: torch.Tensor) -> None:
-        """Take in the targets of the batch just seen, see `evaluate_dynamic`."""
-        self._batches.append(torch.stack(self._said, dim=1))
-        self._targets.append(target.cpu())
-        self._said = []
-
-    def finish(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits of all members [N, T, C] and targets [N], over all processes, in the order of the dataset."""
-        for handle in self._handles:
-            handle.remove()
-        logits, target = (torch.cat(values)[:self.limit] for values in (self._batches, self._targets))
-        if self.accelerator.num_processes > 1:
-            join = torch.cat if self.limit is None else _interleave
-            logits, target = (join(shares) for shares in zip(*gather_object([(logits, target)])))
-        return logits, target
-
-
-@torch.no_grad()
-def replay_tables(model: CLCNet, logits: torch.Tensor, target: torch.Tensor) -> dict[tuple[str, str], ExitTable]:
-    """Exit tables of a cascade with every confidence that it can have, and both final rules.
-
-    Args:
-        model: The cascade.
-        logits: Of its members [N, T, C].
-        target: [N] int64.
-
-    Returns:
-        By confidence and final rule.
-    """
-    device = next(model.parameters()).device
-    kinds = [kind for kind in CONFIDENCES if kind != 'clcnet' or hasattr(model, 'confidence_net')]
-    found: dict[tuple[str, str], list[Any]] = {(kind, rule): [] for kind in kinds for rule in FINAL_RULES}
-    for part, truth in zip(logits.split(1024), target.to(device).split(1024)):
-        said = part.to(device).transpose(0, 1)
-        for (kind, rule), tables in found.items():
-            answers = model.replay(said, kind, rule)
-            rank = torch.stack([_rank_of(step, truth) for step in answers.logits], dim=1)
-            tables.append((answers.confidence.T, rank < 1, rank < 5))
-    out = {}
-    for key, tables in found.items():
-        confidence, hits, top5 = (torch.cat(values).cpu() for values in zip(*tables))
-        out[key] = ExitTable(confidence, hits, model.step_macs, top5)
-    return out
-
-
-def compare_confidences(
-        fit: Mapping[tuple[str, str], ExitTable],
-        judge: Mapping[tuple[str, str], ExitTable],
-) -> list[dict[str, Any]]:
-    """Compare confidences and final rules, with exits fitted on other images.
-
-    Args:
-        fit: Tables of images to fit on, see `replay_tables`.
-        judge: Of images to judge on.
-
-    Returns:
-        A row for each: 'confidence', 'final_rule', 'auroc' (of the first member's answer being right), 'area' (mean
-        top-1 over all budgets), 'top1' (of all members), and 'fit_area': the area on the images to fit on alone, one
-        half of them judged with what was fitted on the other. By that one is chosen.
-    """
-    return [{
-        'confidence': kind, 'final_rule': rule,
-        'auroc': round(auroc(table.confidence[:, 0], table.correct[:, 0]), 4),
-        'area': round(curve_area(fit[kind, rule], table), 4), 'top1': round(table.anytime()[-1].top1, 4),
-        'fit_area': round(cross_area(fit[kind, rule]), 4),
-    } for (kind, rule), table in judge.items()]
 
 
 RUNNERS = {'features': collect_features, 'confidence': train_confidence}

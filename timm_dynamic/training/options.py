@@ -13,6 +13,7 @@ import yaml
 from timm.utils import ParseKwargs
 
 from ..models.clcnet import CONFIDENCES, FINAL_RULES
+from ..task import NUM_FOLDS
 
 # Options of timm that have no place here, and what takes it.
 REFUSED_TRAIN = {
@@ -154,8 +155,11 @@ def create_train_parser() -> argparse.ArgumentParser:
         '(that of --val-split)'))
     g.add_argument('--features', nargs='+', metavar='FILE', help=(
         "train the confidence net on these (.safetensors, or .csv as the CLCNet authors' scripts write it) and run no member"))
-    g.add_argument('--folds', type=int, default=5, metavar='K', help=(
-        'judge the confidence net out of fold: K nets, each trained without a part of the images; 0 for none (%(default)s)'))
+    g.add_argument('--folds', type=int, metavar='K', help=(
+        f'judge the confidence net out of fold: K nets, each trained without a part of the images; 0 for none ({NUM_FOLDS})'))
+    g.add_argument('--fold-dir', metavar='DIR', help=(
+        'the parts are those in this folder, which has a folder of images for each (e.g. split_part_1 to 5), or in a CSV '
+        'with the columns file and fold (default: random ones)'))
     g.add_argument('--confidence', choices=['clcnet', 'max_prob', 'margin', 'entropy', 'all'], help=(
         "of a cascade; 'all' takes the best on out-of-fold data (the model's own)"))
     g.add_argument('--init-from', default='', metavar='PATH', help=(
@@ -399,6 +403,12 @@ def create_validate_parser() -> argparse.ArgumentParser:
     g.add_argument('--confidence', choices=[*CONFIDENCES, 'all'], help=(
         "of a cascade; 'all' compares all of them and both final rules, and takes what is best on the images to fit on"))
     g.add_argument('--final-rule', choices=FINAL_RULES, help='of a cascade: which answer is the final one')
+    g.add_argument('--fold-nets', nargs='+', metavar='FILE', help=(
+        'score each image with the one of these confidence nets that has not seen it: a net for each fold, or a folder of '
+        "them, e.g. confidence/folds of a run of train.py, which also knows the images' folds"))
+    g.add_argument('--fold-dir', metavar='DIR', help=(
+        'folder with a folder of images for each of --fold-nets (e.g. split_part_1 to 5), or a CSV with the columns file '
+        'and fold'))
     g.add_argument('--save-predictions', metavar='FILE', help='write file, answer, truth, steps used and confidence of every image (CSV)')
     g.add_argument('--curve', metavar='FILE', help='picture of accuracy over multiply-adds, with the --compare models (needs matplotlib)')
 

@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from timm.data import RealLabelsImagenet, resolve_data_config
 from timm.layers import apply_test_time_pool
-from timm.models import is_model, list_pretrained, model_entrypoint
+from timm.models import is_model, is_model_in_modules, list_pretrained, model_entrypoint, parse_model_name
 from timm.task import evaluation_sample_limit
 from timm.utils import check_batch_size_retry, decay_batch_step, reparameterize_model
 from torch import nn
@@ -43,7 +43,8 @@ from .budgets import (
     take_samples,
 )
 from .build import build_eval_loader, build_model, eval_views, model_dtype, uses_demo_data
-from .cascade import MemberRecorder, advice, compare_confidences, replay_tables
+from .cascade import load_cascade
+from .confidences import FoldNets, MemberRecorder, Replayed, advice, compare_confidences, image_names, replay_members
 from .evaluate import evaluate
 from .options import create_validate_parser
 from .report import check_plot, format_table, plot_accuracy_over_macs, write_rows
@@ -88,11 +89,22 @@ def _restricted(model: nn.Module, valid_labels: list[int] | None) -> Any:
     return restricted
 
 
-def _open_model(args: argparse.Namespace, checkpoint: str) -> Any:
+def _open_model(
+        args: argparse.Namespace,
+        checkpoint: str,
+        fold_nets: FoldNets | None = None,
+        compared: bool = False,
+) -> Any:
     """Create a model with its weights, and with what a checkpoint says about exits."""
+    kind = None if args.confidence == 'all' or compared else args.confidence
+    more = {}
+    if parse_model_name(args.model)[0] is None and is_model_in_modules(args.model.split('.')[0], ['clcnet']):
+        more['confidence'] = 'max_prob' if fold_nets else kind  # no net is fetched that is not needed
     with seeded(args.seed, 'model'):  # a classifier that the weights do not fit has initial values
-        model = build_model(args, pretrained=args.pretrained or not checkpoint)
-    if checkpoint:
+        model = build_model(args, pretrained=args.pretrained or not checkpoint, **more)
+    if checkpoint and isinstance(model, CLCNet):
+        load_cascade(model, checkpoint, use_ema=args.use_ema)
+    elif checkpoint:
         architecture = model.pretrained_cfg['architecture']
         family = sys.modules[model_entrypoint(architecture).__module__]
         exit_cfg_fn = getattr(family, 'exit_cfg_from_checkpoint', None)
@@ -103,8 +115,9 @@ def _open_model(args: argparse.Namespace, checkpoint: str) -> Any:
             model, weights, checkpoint_filter_of(architecture), use_ema=args.use_ema, label=f"'{checkpoint}'")
         if exit_cfg:
             model.load_exit_cfg(exit_cfg)
-    if isinstance(model, CLCNet):
-        kind = None if args.confidence == 'all' else args.confidence
+    if isinstance(model, CLCNet) and not compared:
+        if fold_nets and (more or args.confidence in ('clcnet', 'all')) and not hasattr(model, 'confidence_net'):
+            model.set_confidence('clcnet', net=fold_nets.nets[0])
         if kind or args.final_rule:
             model.set_confidence(kind or model.confidence_kind, args.final_rule)
     if args.reparam:
@@ -132,7 +145,8 @@ def validate_model(
         A row of the table, with timm's column names and 'gmacs'; for dynamic models also all that is asked of them.
     """
     args = argparse.Namespace(**{**vars(args), 'model': name})
-    model = _open_model(args, checkpoint)
+    fold_nets = FoldNets.read(args.fold_nets, args.fold_dir) if args.fold_nets and not compared else None
+    model = _open_model(args, checkpoint, fold_nets, compared)
     dynamic = isinstance(model, DynamicNet)
     if not compared:
         _check_dynamic(args, name, model)
@@ -176,15 +190,19 @@ def validate_model(
     how: dict[str, Any] = dict(channels_last=args.channels_last, log_freq=args.log_freq, dtype=model_dtype(args))
     predictions = _Predictions(evaluation_sample_limit(loader), accelerator)
     on_batch = predictions.add if args.real_labels or args.metrics_avg or args.save_predictions else None
-    recorder = None
-    if args.confidence == 'all' and isinstance(model, CLCNet) and not compared:
+    recorder, folds = None, []
+    if (args.confidence == 'all' or fold_nets) and isinstance(model, CLCNet) and not compared:
         recorder = MemberRecorder(model, evaluation_sample_limit(loader), accelerator)
+        if fold_nets:  # before hours are spent
+            folds.append(fold_nets.folds_of(image_names(loader.dataset, args.split), some=True))
     if dynamic:
         classes = None if valid_labels is None else torch.tensor(valid_labels)
         fit_on, fit_loader = '', None
         if not compared and needs_fit(args) and not args.calibrate_table:  # before hours are spent
             fit_on, fit_loader = open_calibration_loader(
                 args, loader, lambda split: open_loader(split, args.calibrate_samples))
+            if folds and fit_loader is not None:
+                folds.append(fold_nets.folds_of(image_names(fit_loader.dataset, fit_on)))
         metrics, table = evaluate_dynamic(
             model, loader, accelerator, desc=name, classes=classes, on_batch=_all_of(recorder, on_batch), **how)
     else:
@@ -220,8 +238,9 @@ def validate_model(
             report.markers[short_name(name)] = [(gmacs, row['top1'])]
         return report
 
-    compared_tables = None
+    compared_tables = answers = None
     if recorder is not None:
+        said = recorder.finish()
         if args.calibrate_samples and fit_loader is not None:
             take_samples(
                 fit_loader, args.calibrate_samples, args.seed, accelerator.process_index, accelerator.num_processes)
@@ -230,17 +249,26 @@ def validate_model(
             fit_recorder = MemberRecorder(model, evaluation_sample_limit(fit_loader), accelerator)
             evaluate_dynamic(
                 model, fit_loader, accelerator, desc=f'{name}: {fit_on}', on_batch=_all_of(fit_recorder), **how)
-        table, compared_tables = _choose_confidence(report, args, name, model, recorder, fit_recorder, fit_on)
+        replayed, compared_tables = _replay(
+            report, args, name, model, said, fit_recorder and fit_recorder.finish(), fit_on, fold_nets, folds)
+        table, answers = replayed
         last = table.anytime()[-1]
         row.update(**_accuracy(last.top1, last.top5), gmacs=round(last.gmacs, 6))
         row.pop('loss')  # that of another answer
+        if fold_nets:
+            row['cross_validated'] = fold_nets.folds is not None
     report_steps(report, name, table, args.split, ", by the dataset's own labels" if args.real_labels else '')
     if compared:
         return report
+    if getattr(exported, 'confidence_kind', '') == 'clcnet' and not fold_nets:
+        _logger.info(
+            f'{short_name(name)} on {args.split}: not cross-validated; this holds only if the confidence net has not '
+            'seen these images (else: --fold-nets).')
     if accelerator.is_main_process and args.save_exit_table:
         _save_table(table, args.save_exit_table, exported)
     if args.save_predictions:
-        _save_predictions(args.save_predictions, predictions.gather(), table, model, loader, args.split, accelerator)
+        top5, target = predictions.gather()
+        _save_predictions(args, top5[:, 0] if answers is None else answers, target, table, model, loader, accelerator)
     calibration = compared_tables
     if calibration is not None:
         pass
@@ -271,68 +299,83 @@ def _all_of(recorder: MemberRecorder | None, on_batch: Any = None) -> Any:
     return both
 
 
-def _choose_confidence(
+def _replay(
         report: Report,
         args: argparse.Namespace,
         name: str,
         model: CLCNet,
-        recorder: MemberRecorder,
-        fit_recorder: MemberRecorder | None,
+        said: tuple[torch.Tensor, torch.Tensor],
+        said_to_fit: tuple[torch.Tensor, torch.Tensor] | None,
         fit_on: str,
-) -> tuple[ExitTable, Calibration]:
-    """Compare the confidences that a cascade can have, and give it the one that is best on the images to fit on.
+        fold_nets: FoldNets | None,
+        folds: Sequence[torch.Tensor],
+) -> tuple[Replayed, Calibration | None]:
+    """See what a cascade does with the nets of a cross-validation, or with the confidence that suits it best.
 
     Returns:
-        Its table of all images judged on, and the tables to fit and to judge budgets on.
+        What it does, and with `--confidence all` the tables to fit and to judge budgets on.
     """
-    logits, target = recorder.finish()
-    tables = replay_tables(model, logits, target)
-    if fit_recorder is not None:
-        fit, judge = replay_tables(model, *fit_recorder.finish()), tables
+    logits, target = said
+    judged = replay_members(model, logits, target, fold_nets, folds[0] if folds else None)
+    fitted = None
+    if said_to_fit is not None:
+        fitted = replay_members(model, *said_to_fit, fold_nets, folds[1] if folds else None)
+    if fold_nets:
+        _logger.info(f'{short_name(name)} on {args.split}: {fold_nets.note(folds[0])}')
+    macs = model.step_macs_of('max_prob')
+    members = [{
+        'member': spec.label, 'img_size': size, 'gmacs': round((b - a) / 1e9, 6),
+        'top1': round(100 * float((logits[:, t].argmax(dim=1) == target).float().mean()), 4),
+    } for t, (spec, size, a, b) in enumerate(zip(model.specs, model.view_sizes, (0, *macs), macs))]
+    report.add(name, f'{short_name(name)} on {args.split}, each member alone:', members)
+    key = model.confidence_kind, model.final_rule
+    if args.confidence != 'all':
+        both = fitted and calibrate_on(fitted[key].table, judged[key].table, fit_on, args.split)
+        return judged[key], both
+    judge = {key: replayed.table for key, replayed in judged.items()}
+    note = ''
+    if fitted is not None:
+        fit = {key: replayed.table for key, replayed in fitted.items()}
         where = fit_on, args.split
+        note = calibrate_on(fit[key], judge[key], *where).note
     else:
-        halves = {key: table.split(0.5, args.seed) for key, table in tables.items()}
+        halves = {key: table.split(0.5, args.seed) for key, table in judge.items()}
         fit, judge = ({key: pair[i] for key, pair in halves.items()} for i in (0, 1))
         where = f'a random half of {args.split}', f'the other half of {args.split}'
     rows = compare_confidences(fit, judge)
     best = max(rows, key=lambda row: row['fit_area'])
-    members = [{
-        'member': spec.label, 'gmacs': round((b - a) / 1e9, 6),
-        'top1': round(100 * float((logits[:, t].argmax(dim=1) == target).float().mean()), 4),
-    } for t, (spec, a, b) in enumerate(zip(model.specs, (0, *model.step_macs), model.step_macs))]
-    report.add(name, f'{short_name(name)} on {args.split}, each member alone:', members)
     report.add(
         name, f'{short_name(name)}, confidences (fitted on {where[0]}, judged on {where[1]}; area: mean top-1 over all '
         f'budgets):\n{advice(rows)} Taken, by what is best on {where[0]} alone: {best["confidence"]}, '
         f'{best["final_rule"]}.', rows)
-    key = best['confidence'], best['final_rule']
-    if key != (model.confidence_kind, model.final_rule):
+    if key != (best['confidence'], best['final_rule']):
+        key = best['confidence'], best['final_rule']
         model.set_confidence(*key)
-    table = tables[key]
-    return table, Calibration(fit[key], judge[key], *where)
+    return judged[key], Calibration(fit[key], judge[key], *where, note)
 
 
 def _save_predictions(
-        path: str,
-        gathered: tuple[torch.Tensor, torch.Tensor],
+        args: argparse.Namespace,
+        answers: torch.Tensor,
+        target: torch.Tensor,
         table: ExitTable,
         model: DynamicNet,
         loader: Any,
-        split: str,
         accelerator: Accelerator,
 ) -> None:
-    """Write a row an image, as the policy in use answers, or all steps."""
+    """Write a row an image, as the policy in use answers, or all steps: one of `answers` [N, T], or these [N]."""
     if not accelerator.is_main_process:
         return
-    (top5, target), rule = gathered, model._stop_rule
+    rule = model._stop_rule
     steps = torch.full((len(table),), table.num_steps) if rule is None else table.steps_used(rule)
     confidence = table.confidence.gather(1, steps[:, None] - 1)[:, 0]
-    dataset = loader.dataset
-    names = dataset.filenames() if hasattr(dataset, 'filenames') else [f'{split}/{i:06d}' for i in range(len(table))]
-    columns = (names, top5[:, 0].tolist(), target.tolist(), steps.tolist(), confidence.tolist())
-    write_rows(path, [dict(zip(('file', 'prediction', 'truth', 'steps_used', 'confidence'), row))
-                      for row in zip(*columns)], 'csv')
-    _logger.info(f'Answer to every image: {path}')
+    if answers.ndim == 2:
+        answers = answers.gather(1, steps[:, None] - 1)[:, 0]
+    columns = (
+        image_names(loader.dataset, args.split), answers.tolist(), target.tolist(), steps.tolist(), confidence.tolist())
+    write_rows(args.save_predictions, [
+        dict(zip(('file', 'prediction', 'truth', 'steps_used', 'confidence'), row)) for row in zip(*columns)], 'csv')
+    _logger.info(f'Answer to every image: {args.save_predictions}')
 
 
 def _accuracy(top1: float, top5: float | None) -> dict[str, float]:
@@ -343,15 +386,25 @@ def _accuracy(top1: float, top5: float | None) -> dict[str, float]:
 def _check_dynamic(args: argparse.Namespace, name: str, model: Any) -> None:
     """See that a model and what is asked of it fit each other."""
     given = dynamic_options(args)
-    if (args.confidence or args.final_rule) and not isinstance(model, CLCNet):
-        raise ValueError(f"--confidence and --final-rule are for cascades; '{name}' is none.")
-    if args.confidence == 'all':
-        if args.calibrate_table or args.valid_labels or args.real_labels or args.save_predictions:
-            raise ValueError(
-                '--confidence all compares what the members say of images and their labels: it does not go with '
-                '--calibrate-table, --valid-labels, --real-labels or --save-predictions.')
-        if args.final_rule:
-            raise ValueError('--confidence all also chooses the final rule: leave out --final-rule.')
+    if (args.confidence or args.final_rule or args.fold_nets) and not isinstance(model, CLCNet):
+        raise ValueError(f"--confidence, --final-rule and --fold-nets are for cascades; '{name}' is none.")
+    asked = '--confidence all' if args.confidence == 'all' else '--fold-nets' if args.fold_nets else ''
+    if asked and (args.calibrate_table or args.valid_labels or args.real_labels):
+        raise ValueError(
+            f'{asked} judges what the members say of images and their labels: it does not go with --calibrate-table, '
+            '--valid-labels or --real-labels.')
+    if args.fold_nets and model.confidence_kind != 'clcnet' and args.confidence != 'all':
+        raise ValueError(
+            f"--fold-nets are confidence nets, the cascade's confidence is '{model.confidence_kind}': ask for "
+            '--confidence clcnet or all.')
+    if args.fold_nets and args.save_budgets:
+        raise ValueError(
+            "--fold-nets does not go with --save-budgets: budgets kept in a model are for the model's own net. "
+            'train.py solves them out of fold; or fit them on images that this net has not seen.')
+    if args.fold_nets and args.calibrate_samples:
+        raise ValueError('--fold-nets does not go with --calibrate-samples: the folds of random images are not known.')
+    if args.confidence == 'all' and args.final_rule:
+        raise ValueError('--confidence all also chooses the final rule: leave out --final-rule.')
     if not isinstance(model, DynamicNet):
         if given:
             raise ValueError(
@@ -497,7 +550,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if not args.model and not many and not args.exit_table:
         parser.error('--model is needed (a name, local-dir:FOLDER, a wildcard, all, or a text file of names).')
     if args.exit_table:
-        others = ('save_exit_table', 'save_predictions', 'confidence', 'final_rule')
+        others = ('save_exit_table', 'save_predictions', 'confidence', 'final_rule', 'fold_nets')
         for option in ('calibrate_split', 'calibrate_samples', *others):
             if getattr(args, option):
                 parser.error(
@@ -505,6 +558,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
                     'no meaning beside it. Exits are fitted on --calibrate-table, or on one half of the table.')
         if not args.model and (args.stored_results or args.stored_thresholds or args.save_budgets):
             parser.error('--stored-results, --stored-thresholds and --save-budgets need --model beside --exit-table.')
+    if args.fold_dir and not args.fold_nets:
+        parser.error('--fold-dir says which images each of --fold-nets has not seen: give some.')
     if args.strict and not args.thresholds:
         parser.error('--strict says how to compare with --thresholds: give some.')
     for option in ('steps', 'anchor_gmacs'):
@@ -546,10 +601,10 @@ def run_validation(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
         logging.getLogger('timm_dynamic').setLevel(logging.WARNING)
     reports: list[Report] = []
     jobs = list(_jobs(args)) if args.model or args.checkpoint else [('', '')]
-    if len(jobs) > 1 and (args.save_exit_table or args.save_budgets or args.exit_table):
+    if len(jobs) > 1 and (args.save_exit_table or args.save_budgets or args.save_predictions or args.exit_table):
         raise ValueError(
-            f'--exit-table, --save-exit-table and --save-budgets are for one model, found {len(jobs)}: '
-            f"{', '.join(name for name, _ in jobs[:3])}, ...")
+            '--exit-table, --save-exit-table, --save-budgets and --save-predictions are for one model, found '
+            f"{len(jobs)}: {', '.join(name for name, _ in jobs[:3])}, ...")
     for i, (name, checkpoint) in enumerate(jobs + [(name, '') for name in args.compare]):
         compared = i >= len(jobs)
         try:

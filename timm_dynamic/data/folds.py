@@ -1,0 +1,116 @@
+"""Folds of a cross-validation: which part of the images a net has not seen."""
+import csv
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from timm.utils import natural_key
+
+from ..utils import atomic_write
+
+_SEVERAL = -2
+
+
+class FoldMap:
+    """Fold of each image, by its file name.
+
+    A name and a known one are the same image if one is the end of the other, part by part: 'val/n01440764/1.jpg',
+    'n01440764/1.jpg' and '1.jpg' are, 'n01443537/1.jpg' is another.
+
+    Args:
+        names: For each fold the names of its images. A name that is in several folds must not be asked for.
+
+    Attributes:
+        num_folds: Number of folds.
+
+    Raises:
+        ValueError: There are fewer than two folds, or one without images.
+    """
+
+    def __init__(self, names: Sequence[Sequence[str]]) -> None:
+        self.num_folds = len(names)
+        empty = [k + 1 for k, fold in enumerate(names) if not fold]
+        if len(names) < 2 or empty:
+            raise ValueError(f'Expected at least two folds and images in each, got {len(names)}, empty: {empty}.')
+        self._names = [list(fold) for fold in names]
+        self._whole: dict[str, int] = {}
+        self._ends: dict[str, int] = {}  # of names, shorter than they are
+        for k, fold in enumerate(names):
+            for name in fold:
+                whole, *ends = _ends_of(name)
+                self._whole[whole] = k if self._whole.get(whole, k) == k else _SEVERAL
+                for end in ends:
+                    self._ends[end] = k if self._ends.get(end, k) == k else _SEVERAL
+
+    @classmethod
+    def read(cls, path: str | Path) -> 'FoldMap':
+        """Read a folder with a folder of images for each fold, in natural order of their names, or what `save` wrote.
+
+        Raises:
+            ValueError: There is no such folder or file, or it holds no folds.
+        """
+        path = Path(path)
+        try:
+            if path.is_file():
+                return cls._load(path)
+            folders = sorted((p for p in path.iterdir() if p.is_dir()), key=lambda p: natural_key(p.name))
+            return cls([[p.relative_to(folder).as_posix() for p in folder.rglob('*')
+                         if p.is_file() and not p.name.startswith('.')] for folder in folders])
+        except OSError as e:
+            raise ValueError(f"There are no folds at '{path}': {e.strerror or e}.") from e
+        except ValueError as e:
+            raise ValueError(
+                f"'{path}' does not say which images are in which fold ({e}) Expected a folder with a folder of images "
+                'for each fold, or a CSV with the columns file and fold.') from e
+
+    @classmethod
+    def _load(cls, path: Path) -> 'FoldMap':
+        names: dict[int, list[str]] = {}
+        with open(path, encoding='utf-8-sig', newline='') as f:
+            reader = csv.DictReader(f)
+            for row in reader:
+                fold = row.get('fold') or ''
+                if not row.get('file') or not fold.isdecimal() or int(fold) < 1:
+                    raise ValueError(f'line {reader.line_num} is no file and number of a fold, counted from 1.')
+                names.setdefault(int(fold), []).append(row['file'])
+        return cls([names.get(k + 1, []) for k in range(max(names, default=0))])
+
+    def save(self, path: str | Path) -> None:
+        """Write a CSV with the columns 'file' and 'fold', which is counted from 1."""
+        with atomic_write(path) as tmp, open(tmp, 'w', encoding='utf-8', newline='') as f:
+            writer = csv.writer(f)
+            writer.writerow(['file', 'fold'])
+            writer.writerows([name, k + 1] for k, fold in enumerate(self._names) for name in fold)
+
+    def folds_of(self, names: Sequence[str]) -> torch.Tensor:
+        """Fold of each name [N] int64, counted from 0; -1 where it is in none.
+
+        Raises:
+            ValueError: A name is in several folds.
+        """
+        folds = torch.tensor([self._find(name) for name in names], dtype=torch.int64)
+        several = (folds == _SEVERAL).nonzero().flatten().tolist()
+        if several:
+            raise ValueError(
+                f"'{names[several[0]]}' (and {len(several) - 1} others) is in several folds, or images of several "
+                'folds have this name: names must tell them apart.')
+        return folds
+
+    def _find(self, name: str) -> int:
+        whole, *ends = _ends_of(name)
+        places = ((self._whole, whole), (self._ends, whole), *((self._whole, end) for end in ends))
+        return next((table[key] for table, key in places if key in table), -1)
+
+
+def fold_names(names: Sequence[str], folds: torch.Tensor) -> list[list[str]]:
+    """For each fold the different names of its images, see `FoldMap`."""
+    by_fold: Mapping[int, dict[str, None]] = {k: {} for k in range(int(folds.max()) + 1)}
+    for name, fold in zip(names, folds.tolist()):
+        by_fold[fold][name] = None
+    return [list(fold) for fold in by_fold.values()]
+
+
+def _ends_of(name: str) -> list[str]:
+    """A path and its ends, the longest first."""
+    parts = [part for part in name.replace('\\', '/').split('/') if part not in ('', '.')]
+    return ['/'.join(parts[i:]) for i in range(len(parts))] or [name]
