@@ -402,8 +402,16 @@ def test_bad_input(image_folder, tmp_path, capsys, changes, message):
 
 def test_stage_options(image_folder, tmp_path):
     run_training(_args(image_folder, tmp_path, '--stage-args', 'warmup.lr=0.02', 'policy.policy_gamma=0.5'))
-    args = {s: yaml.safe_load((tmp_path / 'run' / f / 'args.yaml').read_text())
+    args = {s: yaml.safe_load((tmp_path / 'run' / f / 'stage.yaml').read_text())
             for s, f in zip(STAGES, ('static', 'warmup', 'policy', '.'))}
     assert (args['static']['model'], args['policy']['model']) == ('test_focusnet', 'test_gfnet')
     assert (args['warmup']['lr'], args['policy']['lr']) == (0.02, 3e-4)
     assert [args[s]['policy_gamma'] for s in STAGES[1:]] == [0.7, 0.5, 0.7]
+
+    # the run's args.yaml repeats it, every stage with its own values
+    run_training(['--config', str(tmp_path / 'run' / 'args.yaml'), '--experiment', 'again'])
+    for stage, folder in zip(STAGES, ('static', 'warmup', 'policy', '.')):
+        again = yaml.safe_load((tmp_path / 'again' / folder / 'stage.yaml').read_text())
+        assert {k: v for k, v in again.items() if args[stage][k] != v}.keys() == {'config', 'experiment'}
+        first, second = (_rows(tmp_path / run / folder)[0] for run in ('run', 'again'))
+        assert first['train_loss'] == second['train_loss']
