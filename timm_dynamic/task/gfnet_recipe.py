@@ -253,6 +253,10 @@ def _check(args: argparse.Namespace, model: Any, recipe: str) -> None:
     if not isinstance(model, GFNet):
         raise ValueError(
             f"The recipe '{recipe}' trains GFNet models, e.g. --model gfnet_resnet50_96; got '{args.model}'.")
+    for option in ('init_local', 'init_global'):
+        if args.init_from and getattr(args, option):
+            raise ValueError(
+                f"--{option.replace('_', '-')} does not go with --init-from, which gives the weights of all parts.")
 
 
 def _static_stages(
@@ -260,6 +264,8 @@ def _static_stages(
         model: GFNet,
         defaults: Mapping[str, Mapping[str, Any]],
 ) -> tuple[Stage, ...]:
+    if args.init_from:
+        return ()
     if (args.init_local or defaults['warmup'].get('init_local')) != 'scratch':
         if args.init_global == 'scratch':
             raise ValueError('--init-global scratch: it is --init-local scratch that trains a net to start from.')
