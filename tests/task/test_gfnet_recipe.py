@@ -150,6 +150,15 @@ def test_losses_of_plain_classification_are_refused_elsewhere(flags):
     create_recipe(options('--focus-baseline', 'resnet18', '--focus-plain', *flags).base)
 
 
+@pytest.mark.parametrize(('flags', 'demo'), [(('--init-local', 'scratch'), False), ((), True)])
+def test_backbone_that_cannot_be_trained_by_itself(flags, demo):
+    with torch.device('meta'):
+        model = timm.create_model('gfnet_mobilenetv3_large_125_128')
+    with pytest.raises(ValueError, match="'mobilenetv3_large_125' is no model of timm .* with --init-local"):
+        create_recipe(options(*flags).base, demo=demo, model=model)
+    assert len(create_recipe(options('--init-local', 'FILE').base, demo=demo, model=model).stages) == 3
+
+
 def test_weights_of_the_whole_net_need_no_static_net():
     demo = create_recipe(options('--init-from', 'x').base, demo=True, model=small())
     assert [s.name for s in demo.stages] == ['warmup', 'policy', 'finetune']

@@ -270,11 +270,24 @@ def _static_stages(
         if args.init_global == 'scratch':
             raise ValueError('--init-global scratch: it is --init-local scratch that trains a net to start from.')
         return ()
-    return (create_static_stage(model, defaults.get('static')),)
+    return (create_static_stage(model, defaults.get('static'), '--init-local'),)
 
 
-def create_static_stage(model: Any, defaults: Mapping[str, Any] | None = None) -> Stage:
-    """Train the backbone of a dynamic model on whole images, to start from and to compare with."""
+def create_static_stage(model: Any, defaults: Mapping[str, Any] | None, option: str) -> Stage:
+    """Train the backbone of a dynamic model on whole images, to start from and to compare with.
+
+    Args:
+        model: The dynamic model.
+        defaults: Options that differ from timm's (default: the paper's).
+        option: What names weights to start from instead.
+
+    Raises:
+        ValueError: The backbone is known to the dynamic model alone, not to timm.
+    """
+    if not is_model(model.backbone.split('.')[0]):
+        raise ValueError(
+            f"The backbone '{model.backbone}' is no model of timm and cannot be trained by itself first: give weights "
+            f'that it starts from with {option}.')
     if defaults is None:
         defaults = {**STATIC_PAPER, 'img_size': model.img_size}
     return Stage(
