@@ -59,7 +59,12 @@ def test_all_stages(image_folder, tmp_path, caplog):
     for folder in (run / 'warmup', run / 'policy', run):
         assert steps <= _rows(folder)[0].keys()
         assert set(read_task_state(folder / 'best')) == {'global_aux', 'local_aux', 'critic'}
+    row, = _rows(run / 'warmup')  # the classifier's rate is ten times the encoders'
+    rates = {k: float(row[k]) for k in ('lr', 'lr_min', 'lr_max')}
+    assert rates['lr_max'] == pytest.approx(10 * rates['lr_min'])
+    assert rates['lr_min'] < rates['lr'] < rates['lr_max']
     row, = _rows(run / 'policy')
+    assert 'lr_max' not in row
     assert {'train_reward_patch1', 'train_reward_patch2', 'train_entropy', 'train_approx_kl', 'train_clipped',
             'train_spread'} <= row.keys()
     assert float(row['train_approx_kl']) > 0

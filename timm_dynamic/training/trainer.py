@@ -310,7 +310,7 @@ class Trainer:
             distribute_bn(self.model, self.world_size, self.args.dist_bn == 'reduce')
             if self.task.has_ema() and not self.args.model_ema_force_cpu:
                 distribute_bn(self.task.get_trainable_module(ema=True), self.world_size, self.args.dist_bn == 'reduce')
-        lr = sum(g['lr'] for g in self.raw_optimizer.param_groups) / len(self.raw_optimizer.param_groups)
+        rates = [g['lr'] for g in self.raw_optimizer.param_groups]
         row: dict[str, Any] = {'epoch': epoch, **{f'train_{k}': v for k, v in train_metrics.items()}}
 
         validated = self.eval_loader is not None and (
@@ -326,7 +326,10 @@ class Trainer:
         if validated and self.metric not in metrics:
             raise ValueError(f"--eval-metric {self.metric}: there is no such metric. Choose from {', '.join(metrics)}.")
         value = metrics.get(self.metric) if self.eval_loader is not None else train_metrics['loss']
-        row.update(lr=lr, seconds=round(time.time() - began, 1))
+        row['lr'] = sum(rates) / len(rates)  # as timm has it
+        if min(rates) < max(rates):
+            row.update(lr_min=min(rates), lr_max=max(rates))
+        row.update(seconds=round(time.time() - began, 1))
 
         if self.scheduler is not None:
             self.scheduler.step(epoch + 1, value)
