@@ -164,6 +164,19 @@ def test_weights_of_the_whole_net_need_no_static_net():
     assert [s.name for s in demo.stages] == ['warmup', 'policy', 'finetune']
 
 
+def test_frozen_glance_needs_weights(tmp_path, caplog):
+    """One that learns may start from random weights, with a warning."""
+    warmup, *_ = create_recipe(options().base, model=small()).stages  # 'test_focusnet' has no weights to be had
+    with pytest.raises(CheckpointError, match='The encoder of the glance is frozen, and has no weights.*--init-global'):
+        warmup.prepare(small(), options('--freeze-global').base, StageContext())
+    caplog.clear()
+    warmup.prepare(small(), options().base, StageContext())
+    assert 'The global encoder starts from random weights' in caplog.text
+    save_pretrained(timm.create_model('test_focusnet', num_classes=5), tmp_path)
+    args = options('--freeze-global', '--init-global', tmp_path).base
+    warmup.prepare(small(), args, StageContext())
+
+
 def test_encoder_from_a_file(tmp_path):
     backbone = timm.create_model('test_focusnet', num_classes=5)
     save_pretrained(backbone, tmp_path)
