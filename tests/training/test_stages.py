@@ -144,7 +144,8 @@ def test_more_epochs_of_a_compiled_stage(image_folder, tmp_path, caplog):
 def test_settings_that_cannot_work_are_found_before_the_first_stage(image_folder, tmp_path, capsys):
     for flags, message in (
             (['--policy-updates', '2', '--grad-accum-steps', '2'], 'does not go with --grad-accum-steps'),
-            (['--epochs', '0'], 'expected at least 1, got 0')):
+            *(([f'--{name}', '0'], f'--{name}: expected at least 1, got 0')
+              for name in ('epochs', 'batch-size', 'val-interval', 'log-interval'))):
         assert train_main([*_args(image_folder, tmp_path), *flags]) == 1
         assert message in capsys.readouterr().err
         assert not (tmp_path / 'run' / 'static').exists()

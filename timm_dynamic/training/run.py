@@ -106,8 +106,9 @@ class TrainOptions:
         if 'opt_kwargs' in own:  # adds to the recipe's, does not undo them
             own['opt_kwargs'] = {**recipe.get('opt_kwargs', {}), **own['opt_kwargs']}
         args = argparse.Namespace(**{**self.defaults, **recipe, **own})
-        if args.epochs < 1:
-            raise ValueError(f'--epochs: expected at least 1, got {args.epochs}.')
+        for name in ('epochs', 'batch_size', 'val_interval', 'log_interval'):
+            if getattr(args, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')}: expected at least 1, got {getattr(args, name)}.")
         for key, value in stage.options.items():
             setattr(args, key, value)
         if stage.model is not None:
