@@ -6,6 +6,7 @@ import pickle
 import pytest
 import timm
 import torch
+from timm.models import get_model_args
 from torch import nn
 
 from timm_dynamic.models.dynamic_net import (
@@ -281,6 +282,20 @@ def test_other_classes_drop_budgets_with_a_notice(model, caplog):
     assert 'dropped: they hold for 3 classes, the model has 5' in caplog.text
     assert other.exit_cfg == {'origin': {'flops': [1, 2, 3]}}
     assert other._model_args == {'exit_cfg': other.exit_cfg}
+
+
+@pytest.mark.parametrize('name', ['test_gfnet', 'test_anchornet_patch', 'test_clcnet'])
+def test_callers_exit_cfg_is_left_alone(name):
+    given = {'budgets': [{'gmacs': 1., 'policy': [0.5] * timm.create_model(name).num_steps}], 'num_classes': 10}
+    kept = copy.deepcopy(given)
+    models = [timm.create_model(name, num_classes=n, exit_cfg=given) for n in (3, 10)]
+    models[1].set_exit([0.5] * models[1].num_steps)
+    assert given == kept
+    assert [sorted(m.exit_cfg) for m in models] == [[], ['budgets', 'exit', 'num_classes']]
+    for model in models:  # what is exported is the model's own
+        assert get_model_args(model)['exit_cfg'] is model.exit_cfg
+    models[1].exit_cfg['budgets'][0]['gmacs'] = 2.
+    assert given == kept
 
 
 def test_copies_and_pickles(model):

@@ -89,9 +89,9 @@ def test_stage_2(name, monkeypatch):
     give(monkeypatch, 'randn', noise / 0.1)
     result = task(x, target)
     torch.testing.assert_close(task._memory['actions'], actions, rtol=0, atol=1e-6)
-    torch.testing.assert_close(task._memory['log_prob'], expected['logprobs'], rtol=0, atol=1e-3)
-    torch.testing.assert_close(result['patch_reward'], expected['rewards'].mean(dim=1), rtol=0, atol=1e-5)
-    assert result['loss'].item() == pytest.approx(record['loss'], abs=1e-3)
+    torch.testing.assert_close(task._memory['log_prob'], expected['logprobs'], rtol=0, atol=2e-4)
+    torch.testing.assert_close(result['patch_reward'], expected['rewards'].mean(dim=1), rtol=0, atol=2e-6)
+    assert result['loss'].item() == pytest.approx(record['loss'], abs=2e-5)
 
     policy, critic = model.policy, task.module.heads['critic']
     optimizer = torch.optim.Adam([*policy.parameters(), *critic.parameters()], lr=3e-4, betas=(0.9, 0.999))
@@ -101,8 +101,8 @@ def test_stage_2(name, monkeypatch):
     for key, norm in record['grad_l2'].items():
         ours = key.replace('actor.0.', 'actor.').removesuffix('_l0')
         parameter = critic.get_parameter(key[9:]) if key.startswith('critic') else policy.get_parameter(ours)
-        assert parameter.grad.double().norm().item() == pytest.approx(norm, rel=0.01), key
+        assert parameter.grad.double().norm().item() == pytest.approx(norm, rel=2e-4), key
         assert parameter.detach().double().norm().item() == pytest.approx(record['param_l2_after'][key], rel=1e-5), key
-    torch.testing.assert_close(policy.actor.bias.grad, expected['grad_actor_0_bias'], rtol=1e-2, atol=1e-3)
-    torch.testing.assert_close(policy.actor.weight.detach(), expected['after_actor_0_weight'], rtol=0, atol=2e-5)
-    torch.testing.assert_close(critic.weight.detach(), expected['after_critic_0_weight'], rtol=0, atol=2e-5)
+    torch.testing.assert_close(policy.actor.bias.grad, expected['grad_actor_0_bias'], rtol=0, atol=1e-4)
+    torch.testing.assert_close(policy.actor.weight.detach(), expected['after_actor_0_weight'], rtol=0, atol=4e-6)
+    torch.testing.assert_close(critic.weight.detach(), expected['after_critic_0_weight'], rtol=0, atol=4e-6)

@@ -125,10 +125,56 @@ def test_options_of_another_recipe():
         create_recipe(options('--focus-plain').base, model=small())
     with pytest.raises(ValueError, match='it is --init-local scratch that trains a net'):
         create_recipe(options('--init-global', 'scratch').base, model=small())
+    for option in ('--init-local', '--init-global'):
+        with pytest.raises(ValueError, match=f'{option} does not go with --init-from'):
+            create_recipe(options('--init-from', 'x', option, 'resnet18').base, model=small())
+    with pytest.raises(ValueError, match="--freeze-global belongs to the recipe 'gfnet', not to 'end-to-end'"):
+        create_recipe(options('--recipe', 'end-to-end', '--freeze-global').base, model=small())
     recipe = create_recipe(options().base, model=small())
     args = options('--policy-updates', 2, '--grad-accum-steps', 2).for_stage(recipe.stages[1])
     with pytest.raises(ValueError, match='does not go with --grad-accum-steps'):
         recipe.stages[1].create_task(small(), args, StageContext())
+
+
+@pytest.mark.parametrize('flags', [
+    ('--kd-model-name', 'resnet18'), ('--bce-loss',), ('--jsd-loss',), ('--bce-target-thresh', '0.2')])
+def test_losses_of_plain_classification_are_refused_elsewhere(flags):
+    for name, recipe in (('test_gfnet', 'gfnet'), ('test_gfnet', 'end-to-end'), ('test_anchornet_patch', 'anchornet'),
+                         ('test_clcnet', 'clcnet')):
+        with torch.device('meta'):
+            model = timm.create_model(name)
+        with pytest.raises(ValueError, match=f"{flags[0]} belongs to the recipe 'classification' and 'focusnet', not"):
+            create_recipe(options('--model', name, '--recipe', recipe, *flags).base, model=model)
+    with pytest.raises(ValueError, match=f'{flags[0]} has no effect: the focus net'):
+        create_recipe(options('--focus-baseline', 'resnet18', *flags).base)
+    create_recipe(options('--focus-baseline', 'resnet18', '--focus-plain', *flags).base)
+
+
+@pytest.mark.parametrize(('flags', 'demo'), [(('--init-local', 'scratch'), False), ((), True)])
+def test_backbone_that_cannot_be_trained_by_itself(flags, demo):
+    with torch.device('meta'):
+        model = timm.create_model('gfnet_mobilenetv3_large_125_128')
+    with pytest.raises(ValueError, match=r"'mobilenetv3_large_125' is no model of timm .* with --init-local"):
+        create_recipe(options(*flags).base, demo=demo, model=model)
+    assert len(create_recipe(options('--init-local', 'FILE').base, demo=demo, model=model).stages) == 3
+
+
+def test_weights_of_the_whole_net_need_no_static_net():
+    demo = create_recipe(options('--init-from', 'x').base, demo=True, model=small())
+    assert [s.name for s in demo.stages] == ['warmup', 'policy', 'finetune']
+
+
+def test_frozen_glance_needs_weights(tmp_path, caplog):
+    """One that learns may start from random weights, with a warning."""
+    warmup, *_ = create_recipe(options().base, model=small()).stages  # 'test_focusnet' has no weights to be had
+    with pytest.raises(CheckpointError, match=r'The encoder .* is frozen, and has no weights.*--init-global'):
+        warmup.prepare(small(), options('--freeze-global').base, StageContext())
+    caplog.clear()
+    warmup.prepare(small(), options().base, StageContext())
+    assert 'The global encoder starts from random weights' in caplog.text
+    save_pretrained(timm.create_model('test_focusnet', num_classes=5), tmp_path)
+    args = options('--freeze-global', '--init-global', tmp_path).base
+    warmup.prepare(small(), args, StageContext())
 
 
 def test_encoder_from_a_file(tmp_path):

@@ -46,7 +46,8 @@ def test_what_a_run_leaves(image_folder, tmp_path):
     run = tmp_path / 'run'
     assert result['folder'] == run
     assert {p.name for p in run.iterdir()} == {
-        'args.yaml', 'best', 'checkpoints', 'curve.png', 'last', 'results.csv', 'results.json', 'state', 'summary.csv'}
+        'args.yaml', 'best', 'checkpoints', 'curve.png', 'last', 'results.csv', 'results.json', 'stage.yaml', 'state',
+        'summary.csv'}
     rows = list(csv.DictReader((run / 'summary.csv').open()))
     assert [r['epoch'] for r in rows] == ['0', '1']
     assert {'train_loss', 'eval_top1', 'eval_ema_top1', 'lr'} <= rows[0].keys()
@@ -75,7 +76,7 @@ def test_focusnet_with_a_baseline_of_its_own(image_folder, tmp_path):
     rows = list(csv.DictReader((run / 'summary.csv').open()))
     assert {'train_classification', 'train_attention', 'train_negentropy'} <= rows[0].keys()
     # plain and focus net begin with the same weights and see the same data; the baseline does not
-    seeds = [yaml.safe_load((run / f / 'args.yaml').read_text())['seed'] for f in ('baseline', 'plain', '.')]
+    seeds = [yaml.safe_load((run / f / 'stage.yaml').read_text())['seed'] for f in ('baseline', 'plain', '.')]
     assert seeds == [43, 42, 42]
 
 

@@ -60,7 +60,12 @@ def test_all_stages(image_folder, tmp_path, caplog):
     for folder in (run / 'warmup', run / 'policy', run):
         assert steps <= _rows(folder)[0].keys()
         assert set(read_task_state(folder / 'best')) == {'global_aux', 'local_aux', 'critic'}
+    row, = _rows(run / 'warmup')  # the classifier's rate is ten times the encoders'
+    rates = {k: float(row[k]) for k in ('lr', 'lr_min', 'lr_max')}
+    assert rates['lr_max'] == pytest.approx(10 * rates['lr_min'])
+    assert rates['lr_min'] < rates['lr'] < rates['lr_max']
     row, = _rows(run / 'policy')
+    assert 'lr_max' not in row
     assert {'train_reward_patch1', 'train_reward_patch2', 'train_entropy', 'train_approx_kl', 'train_clipped',
             'train_spread'} <= row.keys()
     assert float(row['train_approx_kl']) > 0
@@ -140,7 +145,8 @@ def test_more_epochs_of_a_compiled_stage(image_folder, tmp_path, caplog):
 def test_settings_that_cannot_work_are_found_before_the_first_stage(image_folder, tmp_path, capsys):
     for flags, message in (
             (['--policy-updates', '2', '--grad-accum-steps', '2'], 'does not go with --grad-accum-steps'),
-            (['--epochs', '0'], 'expected at least 1, got 0')):
+            *(([f'--{name}', '0'], f'--{name}: expected at least 1, got 0')
+              for name in ('epochs', 'batch-size', 'val-interval', 'log-interval'))):
         assert train_main([*_args(image_folder, tmp_path), *flags]) == 1
         assert message in capsys.readouterr().err
         assert not (tmp_path / 'run' / 'static').exists()
@@ -447,8 +453,16 @@ def test_bad_input(image_folder, tmp_path, capsys, changes, message):
 
 def test_stage_options(image_folder, tmp_path):
     run_training(_args(image_folder, tmp_path, '--stage-args', 'warmup.lr=0.02', 'policy.policy_gamma=0.5'))
-    args = {s: yaml.safe_load((tmp_path / 'run' / f / 'args.yaml').read_text())
+    args = {s: yaml.safe_load((tmp_path / 'run' / f / 'stage.yaml').read_text())
             for s, f in zip(STAGES, ('static', 'warmup', 'policy', '.'))}
     assert (args['static']['model'], args['policy']['model']) == ('test_focusnet', 'test_gfnet')
     assert (args['warmup']['lr'], args['policy']['lr']) == (0.02, 3e-4)
     assert [args[s]['policy_gamma'] for s in STAGES[1:]] == [0.7, 0.5, 0.7]
+
+    # the run's args.yaml repeats it, every stage with its own values
+    run_training(['--config', str(tmp_path / 'run' / 'args.yaml'), '--experiment', 'again'])
+    for stage, folder in zip(STAGES, ('static', 'warmup', 'policy', '.')):
+        again = yaml.safe_load((tmp_path / 'again' / folder / 'stage.yaml').read_text())
+        assert {k: v for k, v in again.items() if args[stage][k] != v}.keys() == {'config', 'experiment'}
+        first, second = (_rows(tmp_path / run / folder)[0] for run in ('run', 'again'))
+        assert first['train_loss'] == second['train_loss']

@@ -73,13 +73,14 @@ class DynamicNet(nn.Module):
         num_classes: Number of classes.
         in_chans: Number of input channels.
         img_size: Side of the images that costs are counted for.
-        exit_cfg: What the model knows about stopping: plain JSON, see the attribute. It is kept, not copied.
+        exit_cfg: What the model knows about stopping: plain JSON, see the attribute.
 
     Attributes:
         exit_cfg: Record of what the setters below set: 'exit' (the policy in use), 'budgets' (policies solved for
             budgets), 'num_classes' (which both hold for), and 'origin' (numbers that came with an authors' checkpoint).
-            timm records constructor arguments and exports them. This dict is the recorded argument itself, so that
-            what is set later is exported, too. JSON has no infinity: of a policy it is kept as 'inf' or '-inf'.
+            timm records constructor arguments and exports them. This dict, a copy of the argument, is what is
+            recorded, so that what is set later is exported, too. JSON has no infinity: of a policy it is kept as 'inf'
+            or '-inf'.
     """
 
     def __init__(
@@ -98,9 +99,14 @@ class DynamicNet(nn.Module):
         self._step_macs: tuple[int, ...] | None = None
         self._stop_rule: StopRule | None = None
         self._compiled_steps: Sequence[Any] | None = None
-        self.exit_cfg: dict[str, Any] = {} if exit_cfg is None else _check_mapping(exit_cfg)
-        self._model_args = {'exit_cfg': self.exit_cfg}
+        self.exit_cfg: dict[str, Any] = {} if exit_cfg is None else copy.deepcopy(_check_mapping(exit_cfg))
+        self._model_args: dict[str, Any] = {}
         self._check_exit_cfg()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == '_model_args':  # timm records what the caller gave
+            value = {**value, 'exit_cfg': self.exit_cfg}
+        super().__setattr__(name, value)
 
     # The step protocol
 
@@ -387,7 +393,7 @@ class DynamicNet(nn.Module):
         """Take over what is known about stopping, e.g. from a checkpoint."""
         _check_mapping(exit_cfg)
         self.exit_cfg.clear()
-        self.exit_cfg.update(exit_cfg)
+        self.exit_cfg.update(copy.deepcopy(dict(exit_cfg)))
         self._check_exit_cfg()
 
     def make_stop_rule(self, policy: Any) -> StopRule:

@@ -60,7 +60,7 @@ def create_anchornet_recipe(args: argparse.Namespace, demo: bool, model: Any) ->
     task = partial(partial, create_anchornet_task)
     load = partial(partial, _load_downstream)
     return Recipe('anchornet', (
-        *([create_static_stage(model, defaults.get('static'))] if scratch else ()),
+        *([create_static_stage(model, defaults.get('static'), '--init-downstream')] if scratch else ()),
         Stage('localizer', task(part='localizer'), defaults['localizer'], shown=False),
         Stage('resized', task(part='resized'), defaults['resized'], starts_from='localizer',
               prepare=load(part='resized'), shown=False),

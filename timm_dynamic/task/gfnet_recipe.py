@@ -253,6 +253,10 @@ def _check(args: argparse.Namespace, model: Any, recipe: str) -> None:
     if not isinstance(model, GFNet):
         raise ValueError(
             f"The recipe '{recipe}' trains GFNet models, e.g. --model gfnet_resnet50_96; got '{args.model}'.")
+    for option in ('init_local', 'init_global'):
+        if args.init_from and getattr(args, option):
+            raise ValueError(
+                f"--{option.replace('_', '-')} does not go with --init-from, which gives the weights of all parts.")
 
 
 def _static_stages(
@@ -260,15 +264,30 @@ def _static_stages(
         model: GFNet,
         defaults: Mapping[str, Mapping[str, Any]],
 ) -> tuple[Stage, ...]:
+    if args.init_from:
+        return ()
     if (args.init_local or defaults['warmup'].get('init_local')) != 'scratch':
         if args.init_global == 'scratch':
             raise ValueError('--init-global scratch: it is --init-local scratch that trains a net to start from.')
         return ()
-    return (create_static_stage(model, defaults.get('static')),)
+    return (create_static_stage(model, defaults.get('static'), '--init-local'),)
 
 
-def create_static_stage(model: Any, defaults: Mapping[str, Any] | None = None) -> Stage:
-    """Train the backbone of a dynamic model on whole images, to start from and to compare with."""
+def create_static_stage(model: Any, defaults: Mapping[str, Any] | None, option: str) -> Stage:
+    """Train the backbone of a dynamic model on whole images, to start from and to compare with.
+
+    Args:
+        model: The dynamic model.
+        defaults: Options that differ from timm's (default: the paper's).
+        option: What names weights to start from instead.
+
+    Raises:
+        ValueError: The backbone is known to the dynamic model alone, not to timm.
+    """
+    if not is_model(model.backbone.split('.')[0]):
+        raise ValueError(
+            f"The backbone '{model.backbone}' is no model of timm and cannot be trained by itself first: give weights "
+            f'that it starts from with {option}.')
     if defaults is None:
         defaults = {**STATIC_PAPER, 'img_size': model.img_size}
     return Stage(

@@ -96,6 +96,11 @@ def _focusnet(args: argparse.Namespace, demo: bool, model: Any) -> Recipe:
             'baseline', create_classification_task, defaults, label='baseline (frozen)', seed_offset=1))
     if args.focus_plain:
         stages.append(Stage('plain', create_classification_task, defaults, label='plain cross-entropy'))
+    for option in _LOSS_OPTIONS:
+        if getattr(args, option) and not stages:
+            raise ValueError(
+                f"--{option.replace('_', '-')} has no effect: the focus net has a loss of its own. It is for "
+                '--focus-baseline scratch and --focus-plain.')
     stages.append(Stage('focus', create_focus_task, defaults, label='focus net'))
     return Recipe('focusnet', tuple(stages), {} if scratch else {'baseline (frozen)': args.focus_baseline})
 
@@ -113,12 +118,18 @@ RECIPES: dict[str, Callable[[argparse.Namespace, bool, Any], Recipe]] = {
     'end-to-end': create_end_to_end_recipe,
 }
 _FAMILIES: dict[type, str] = {GFNet: 'gfnet', AnchorNetPatch: 'anchornet', CLCNet: 'clcnet'}
-# Options that only some recipes know.
+# What only `create_classification_task` reads.
+_LOSS_OPTIONS = (
+    'kd_model_name', 'distill_loss_weight', 'task_loss_weight', 'kd_student_feature_dim', 'kd_teacher_feature_dim',
+    'jsd_loss', 'bce_loss', 'bce_sum', 'bce_target_thresh', 'bce_pos_weight')
+# Options that only some recipes know. Their defaults are false.
 _OWN_OPTIONS = {
     'focus_baseline': ('focusnet',), 'focus_plain': ('focusnet',),
     **dict.fromkeys(('init_global', 'init_local', 'init_from'), ('gfnet', 'end-to-end')),
+    'freeze_global': ('gfnet',),
     'init_downstream': ('anchornet',),
     **dict.fromkeys(('init_members', 'feature_split', 'features', 'confidence'), ('clcnet',)),
+    **dict.fromkeys(_LOSS_OPTIONS, ('classification', 'focusnet')),
 }
 
 

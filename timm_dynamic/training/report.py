@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from ..utils import atomic_write, write_json
 
 
@@ -55,6 +57,12 @@ def write_rows(path: str | Path, rows: Sequence[Mapping[str, Any]], fmt: str | N
         writer = csv.DictWriter(f, columns)
         writer.writeheader()
         writer.writerows({k: _words(v) for k, v in row.items()} for row in rows)
+
+
+def write_yaml(path: Path, values: Mapping[str, Any]) -> None:
+    """Write options as YAML, atomically."""
+    with atomic_write(path) as tmp:
+        tmp.write_text(yaml.safe_dump(dict(values), default_flow_style=False), encoding='utf-8')
 
 
 def _words(value: Any) -> Any:

@@ -23,7 +23,7 @@ from .. import hub
 from ..exits import ExitTable
 from ..models.dynamic_net import DynamicNet
 from ..task import Recipe, Stage, StageContext, create_baseline, create_recipe
-from ..utils import CheckpointError, atomic_write, clean_partial_files, save_exit_cfg
+from ..utils import CheckpointError, clean_partial_files, save_exit_cfg
 from .accelerator import create_accelerator
 from .anytime import (
     budget_curve,
@@ -48,7 +48,7 @@ from .build import (
 from .cascade import CALIBRATION, RUNNERS, features_split
 from .evaluate import evaluate
 from .options import create_train_parser, given_options, read_config, typed_value
-from .report import format_table, plot_accuracy_over_macs, write_rows
+from .report import format_table, plot_accuracy_over_macs, write_rows, write_yaml
 from .signals import Stopped, StopRequest
 from .state import StateError, StateStore
 from .trainer import NonFiniteLoss, Trainer, check_identity
@@ -91,6 +91,13 @@ class TrainOptions:
             self.parser.error(f"--stage-args: expected STAGE.OPTION=VALUE with an option of this script, got '{text}'.")
         self.for_one_stage.setdefault(stage, {})[option] = typed_value(self.parser, option, yaml.safe_load(value))
 
+    def as_config(self) -> dict[str, Any]:
+        """What --config takes to run the same again: what was given, not what a recipe made of it for one stage."""
+        given = {k: v for k, v in {**self.config, **self.given}.items() if k != 'config'}
+        if not Path(self.base.resume).is_file():  # a state to continue is the run itself
+            given.pop('resume', None)
+        return given
+
     def for_stage(self, stage: Stage, num_processes: int = 1) -> argparse.Namespace:
         """Resolve a stage's options: timm's defaults, the recipe's, --config, the command line, --stage-args."""
         recipe = dict(stage.defaults)
@@ -99,8 +106,9 @@ class TrainOptions:
         if 'opt_kwargs' in own:  # adds to the recipe's, does not undo them
             own['opt_kwargs'] = {**recipe.get('opt_kwargs', {}), **own['opt_kwargs']}
         args = argparse.Namespace(**{**self.defaults, **recipe, **own})
-        if args.epochs < 1:
-            raise ValueError(f'--epochs: expected at least 1, got {args.epochs}.')
+        for name in ('epochs', 'batch_size', 'val_interval', 'log_interval'):
+            if getattr(args, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')}: expected at least 1, got {getattr(args, name)}.")
         for key, value in stage.options.items():
             setattr(args, key, value)
         if stage.model is not None:
@@ -248,6 +256,8 @@ def run_training(argv: Sequence[str] | None = None) -> dict[str, Any]:
                     _logger.info(f'Stage {stage.name} is finished.')
                     continue
                 del results[stage.name]
+            if main:
+                write_yaml(folder / 'args.yaml', options.as_config())
             if stage.runs:
                 _run_stage(stage, args, accelerator, folder, recipe, store, identity, run_state, weights, stop)
                 state = None
@@ -302,8 +312,7 @@ def _run_stage(
     result = RUNNERS[stage.runs](stage, args, accelerator, own, weights, stop)
     run_state['results'][stage.name] = result
     if accelerator.is_main_process:
-        with atomic_write(own / 'args.yaml') as tmp:
-            tmp.write_text(yaml.safe_dump(vars(args), default_flow_style=False), encoding='utf-8')
+        write_yaml(own / 'stage.yaml', vars(args))
         store.save({
             'identity': {**identity, 'stage': stage.name}, 'run': run_state,
             'progress': {'epoch': args.epochs, 'batch': 0, 'updates': 0}}, stage.name)

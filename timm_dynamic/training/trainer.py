@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from accelerate import Accelerator
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.task import TrainingTask, evaluation_sample_limit
@@ -24,7 +23,6 @@ from ..models.dynamic_net import DynamicNet
 from ..task import Stage, StageContext
 from ..utils import (
     CheckpointError,
-    atomic_write,
     copy_pretrained,
     load_weights,
     read_checkpoint,
@@ -46,7 +44,7 @@ from .build import (
 )
 from .evaluate import StepRecorder, evaluate, progress_bar
 from .patches import draw_patches
-from .report import plot_curve, read_rows, write_rows
+from .report import plot_curve, read_rows, write_rows, write_yaml
 from .signals import Stopped, StopRequest
 from .state import StateStore
 
@@ -89,7 +87,7 @@ class Trainer:
         stage: The stage.
         args: Its options, resolved. `batch_size` is per process.
         accelerator: Processes, device, precision.
-        folder: Where results go: last/, best/, checkpoints/, summary.csv, args.yaml, curve.png.
+        folder: Where results go: last/, best/, checkpoints/, summary.csv, stage.yaml, curve.png.
         store: Where the state of the run goes.
         identity: What a state must agree with to be continued: recipe, stage, model.
         context: For the task: weights of earlier stages.
@@ -294,8 +292,7 @@ class Trainer:
         """
         if self.main:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with atomic_write(self.folder / 'args.yaml') as tmp:
-                tmp.write_text(yaml.safe_dump(vars(self.args), default_flow_style=False), encoding='utf-8')
+            write_yaml(self.folder / 'stage.yaml', vars(self.args))
         if self.epoch == self.batch == 0 and self.args.start_epoch is not None:
             self._override_start_epoch()
         row: dict[str, Any] = {}
@@ -313,7 +310,7 @@ class Trainer:
             distribute_bn(self.model, self.world_size, self.args.dist_bn == 'reduce')
             if self.task.has_ema() and not self.args.model_ema_force_cpu:
                 distribute_bn(self.task.get_trainable_module(ema=True), self.world_size, self.args.dist_bn == 'reduce')
-        lr = sum(g['lr'] for g in self.raw_optimizer.param_groups) / len(self.raw_optimizer.param_groups)
+        rates = [g['lr'] for g in self.raw_optimizer.param_groups]
         row: dict[str, Any] = {'epoch': epoch, **{f'train_{k}': v for k, v in train_metrics.items()}}
 
         validated = self.eval_loader is not None and (
@@ -329,7 +326,10 @@ class Trainer:
         if validated and self.metric not in metrics:
             raise ValueError(f"--eval-metric {self.metric}: there is no such metric. Choose from {', '.join(metrics)}.")
         value = metrics.get(self.metric) if self.eval_loader is not None else train_metrics['loss']
-        row.update(lr=lr, seconds=round(time.time() - began, 1))
+        row['lr'] = sum(rates) / len(rates)  # as timm has it
+        if min(rates) < max(rates):
+            row.update(lr_min=min(rates), lr_max=max(rates))
+        row.update(seconds=round(time.time() - began, 1))
 
         if self.scheduler is not None:
             self.scheduler.step(epoch + 1, value)
