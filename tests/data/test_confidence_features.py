@@ -48,11 +48,19 @@ def test_csv_of_the_authors(tmp_path):
     ('a,0.7,x,1\n', 'line 1: not all of it are numbers'),
     ('a\n', 'line 1: expected probabilities'),
     ('a,0.7,0.1,1\n', r"the probabilities of 'a' \(image 1\) sum to 0.8"),
+    ('a,nan,0.5,1\n', r"the probabilities of 'a' \(image 1\) sum to nan"),
     ('', 'is empty'),
+    (' \n', 'is empty'),
 ])
 def test_bad_csv(tmp_path, text, message):
     (tmp_path / 'a.csv').write_text(text)
     with pytest.raises(ValueError, match=message):
+        ConfidenceFeatures.load(tmp_path / 'a.csv')
+
+
+def test_a_csv_that_is_not_utf8(tmp_path):
+    (tmp_path / 'a.csv').write_bytes(b'a,0.7,0.3,1\n\xe4,0.7,0.3,1\n')
+    with pytest.raises(ValueError, match=r"a.csv', line 2: this is not UTF-8"):
         ConfidenceFeatures.load(tmp_path / 'a.csv')
 
 
@@ -73,3 +81,24 @@ def test_merging(features):
     other = ConfidenceFeatures(torch.ones(1, 1), torch.ones(1, dtype=torch.bool), ['x'])
     with pytest.raises(ValueError, match=r'different numbers of classes cannot be merged: \[4, 1\]'):
         ConfidenceFeatures.merge([features, other])
+
+
+def test_names_may_be_long(features, tmp_path):
+    """A header of safetensors has an end (100 MB); names do not lie there."""
+    features.names = ['x' * 2_000_000, *features.names[1:]]
+    features.save(tmp_path / 'f.safetensors')
+    with open(tmp_path / 'f.safetensors', 'rb') as f:
+        assert int.from_bytes(f.read(8), 'little') < 1000
+    assert ConfidenceFeatures.load(tmp_path / 'f.safetensors').names == features.names
+
+
+@pytest.mark.parametrize(('change', 'message'), [
+    (lambda f: setattr(f, 'hits', f.hits.long()), 'hits are torch.int64, not bool'),
+    (lambda f: f.probabilities.copy_(f.probabilities.flip(1)), 'sorted falling'),
+    (lambda f: f.probabilities.mul_(2), 'summing to 1'),
+])
+def test_files_of_something_else(features, tmp_path, change, message):
+    change(features)
+    features.save(tmp_path / 'f.safetensors')
+    with pytest.raises(ValueError, match=rf"f.safetensors' cannot be read .*{message}"):
+        ConfidenceFeatures.load(tmp_path / 'f.safetensors')

@@ -12,11 +12,14 @@ import logging
 import os
 import pickle
 import re
+import resource
 import runpy
 import shutil
+import signal
 import sys
 import time
 import traceback
+import warnings
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -39,11 +42,12 @@ import timm
 import torch
 import yaml
 from huggingface_hub import HfApi, constants
+from safetensors.torch import load_file
 
 import timm_dynamic
 from timm_dynamic.hub import Entry, PublishError, describe, fixed_logits, publish
 from timm_dynamic.training import train_main
-from timm_dynamic.utils import CheckpointError, save_pretrained
+from timm_dynamic.utils import CheckpointError, fetch_weights, save_pretrained
 
 ENTRY = Entry('test_gfnet.mine', description='A net.', recipe='None.', licence='mit', limits='All.')
 REPO = 'org/test_gfnet.mine'
@@ -250,6 +254,20 @@ def a_public_repository_is_no_place_for_what_is_to_be_private():
 
 
 @scenario
+def what_does_not_load_is_not_published():
+    folder, repo = fresh()
+    bad = FOLDER / 'unloadable'
+    shutil.copytree(folder, bad)
+    config = json.loads((folder / 'config.json').read_text())
+    for name, message in ('test_focusnet', 'it does not load: .* does not fit test_focusnet'), ('no', 'Unknown model'):
+        (bad / 'config.json').write_text(json.dumps({**config, 'architecture': name, 'model_args': {}}))
+        for verify in (True, False):
+            with pytest.raises(PublishError, match=message):
+                publish(bad, repo, verify=verify)
+    assert not SERVER.repos
+
+
+@scenario
 def pickles_are_not_published():
     folder, repo = fresh()
     bad = FOLDER / 'bad'
@@ -266,6 +284,11 @@ def pickles_are_not_published():
     shutil.copy(make_folder('other', 3) / 'model.safetensors', bad)
     with pytest.raises(PublishError, match=r'is not the file that config\.json is of'):
         publish(bad, repo)
+    config = (folder / 'config.json').read_text()
+    for text in ('{', '[1]', config.replace('{', '{"note": NaN,', 1)):
+        (bad / 'config.json').write_text(text)
+        with pytest.raises(PublishError, match=r'config\.json. is not JSON that everybody reads'):
+            publish(bad, repo)
     (bad / 'README.md').unlink()
     with pytest.raises(PublishError, match=r'lacks README\.md'):
         publish(bad, repo)
@@ -354,7 +377,6 @@ def a_spoiled_cache_is_mended():
 def half_a_config_is_mended():
     folder, _ = fresh()
     put(folder, repo='org/gfnet_resnet50_96.paper_in1k')
-    from timm_dynamic.utils import fetch_weights
     path = fetch_weights('org/gfnet_resnet50_96.paper_in1k', cache_dir=FOLDER / 'cache')
     config = path.with_name('config.json').resolve()
     config.write_bytes(config.read_bytes()[:100])
@@ -386,6 +408,85 @@ def what_is_not_there_is_named():
     SERVER.repos['org/focusnet_resnet18.paper_in1k'].private = True
     with pytest.raises(CheckpointError, match=r'or it is private and you are not logged in \(`hf auth login`\)'):
         load('focusnet_resnet18')
+
+
+@scenario
+def what_the_hub_refuses_is_said():
+    folder, _ = fresh()
+    repo = 'org/gfnet_resnet50_96.paper_in1k'
+    sha = put(folder, repo=repo)
+    with pytest.raises(CheckpointError, match=rf"'{repo}' on the Hugging Face Hub has no revision 'v3'"):
+        fetch_weights(f'{repo}@v3', cache_dir=FOLDER / 'cache')
+    for status, code, message in (
+            (403, 'GatedRepo', 'open only to those whom its owners let in'), (403, '', r'Hub answers: .*403'),
+            (451, '', r'Hub answers: .*451')):
+        SERVER.fail('HEAD', times=99, status=status, headers={'X-Error-Code': code})
+        with pytest.raises(CheckpointError, match=f'{repo}.*{message}'):
+            fetch_weights(repo, cache_dir=FOLDER / 'cache')
+        SERVER.faults.clear()
+    for config in (b'[1]', b'5', b'[' * 100_000, b'\xff'):
+        put(folder, repo=repo, config__json=config)
+        with pytest.raises(CheckpointError, match=rf"config\.json of '{repo}' is no JSON object"):
+            fetch_weights(repo, cache_dir=FOLDER / 'cache')
+    assert fetch_weights(f'{repo}@{sha}', cache_dir=FOLDER / 'cache').is_file()
+    # a moved repository answers with the way to the new one
+    SERVER.repos['org/new'] = SERVER.repos.pop(repo)
+    for name in ('config.json', 'model.safetensors'):
+        where = {'Location': f'/org/new/resolve/{sha}/{name}'}
+        SERVER.fail(f'(HEAD|GET) /{repo}/resolve/.*/{name}', times=99, status=307, headers=where)
+    shutil.rmtree(FOLDER / 'cache')
+    assert fetch_weights(repo, cache_dir=FOLDER / 'cache').read_bytes() == (folder / 'model.safetensors').read_bytes()
+
+
+@scenario
+def a_full_disk_is_said_and_leaves_nothing():
+    folder, _ = fresh()
+    put(folder)
+    limits, ignored = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, limits[1]))
+    try:
+        with pytest.raises(CheckpointError, match=r'could not be fetched from the Hugging Face Hub: .*File too large'):
+            load()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert not cached('.safetensors')
+    assert same(load(), folder)
+
+
+@scenario
+def features_come_from_the_checked_file():
+    fresh()
+    folder = FOLDER / 'focus'
+    torch.manual_seed(0)
+    save_pretrained(timm.create_model('test_focusnet'), folder)
+    describe(folder, ENTRY)
+    put(folder)
+    features = load(features_only=True, out_indices=(2,))
+    assert [m.shape for m in features(torch.randn(1, 3, 64, 64))] == [(1, 32, 8, 8)]
+    weights = load_file(folder / 'model.safetensors')
+    assert torch.equal(features.conv1[0].weight, weights['conv1.0.weight'])
+    assert load(num_classes=0)(torch.randn(1, 3, 64, 64)).shape == (1, 96)
+    blob = cached('.safetensors')[0].resolve()
+    blob.write_bytes(blob.read_bytes()[:-1] + b'x')
+    assert torch.equal(load(features_only=True).conv1[0].weight, weights['conv1.0.weight'])
+    assert SERVER.count('GET /lfs/') == 2
+
+
+@scenario
+def timm_pushes_our_models_and_loads_them():
+    fresh()
+    model = timm.create_model('test_gfnet', pretrained=True).eval()
+    model.set_exit([float('inf'), 0.5, 0.])
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # timm passes the card in a way that the client is about to drop
+        timm.models.push_to_hf_hub(model, REPO)
+    config = json.loads(files_on_the_hub()['config.json'], parse_constant=pytest.fail)
+    assert config['model_args']['exit_cfg']['exit'] == ['inf', 0.5, 0.]
+    again = load()
+    x = torch.randn(4, 3, 96, 96)
+    assert torch.equal(again(x), model(x))
+    assert again.exit_cfg == model.exit_cfg
 
 
 @scenario

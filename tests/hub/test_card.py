@@ -8,6 +8,7 @@ from helpers import ROOT
 from huggingface_hub import ModelCard
 
 from timm_dynamic.hub import Entry, read_catalog, render_card
+from timm_dynamic.hub.runs import _shown
 from timm_dynamic.models._builder import BUNDLED
 
 CATALOG = read_catalog(ROOT / 'hfhub/catalog.json')
@@ -90,3 +91,9 @@ def test_cards_of_the_demo_weights_are_up_to_date(tmp_path):
     written = {p.parent.name: p.read_text(encoding='utf-8') for p in tmp_path.rglob('README.md')}
     assert written == {p.parent.name: p.read_text(encoding='utf-8') for p in CARDS.rglob('README.md')}
     assert written.keys() == {p.name for p in BUNDLED.iterdir()}
+
+
+def test_no_folder_of_the_machine_is_on_a_card(tmp_path):
+    value = {'models': [f'local-dir:{tmp_path}/small', 'resnet50'], 'lr': 0.1, 'file': tmp_path / 'a.pth'}
+    assert _shown(value) == 'models=local-dir:small resnet50 lr=0.1 file=a.pth'
+    assert _shown('hf-hub:org/name') == 'hf-hub:org/name'

@@ -3,6 +3,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import runpy
 import zipfile
 from dataclasses import replace
@@ -65,6 +66,77 @@ def test_gfnet(name, tmp_path):
     assert again.exit_cfg == source.exit_cfg
     assert sorted(p.name for p in tmp_path.iterdir()) == ['authors.pth.tar', 'out']
     assert sorted(p.name for p in folder.iterdir()) == ['README.md', 'config.json', 'curve.png', 'model.safetensors']
+
+
+def build_by_specification(name, device=None):
+    """A checkpoint with the authors' keys and shapes, where no reference run has recorded them; and the model."""
+    torch.manual_seed(0)
+    model = timm.create_model(name, device=device)
+    state = model.state_dict()
+    family = re.match('[a-z]+', model.backbone)[0]
+
+    def part(prefix):
+        return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+
+    def tensors(module, *shape):
+        return {f'{module}.weight': torch.empty(shape, device=device).normal_(),
+                f'{module}.bias': torch.empty(shape[0], device=device).normal_()}
+
+    def pycls(key):  # the authors' RegNets
+        key = re.sub(r'\.se\.fc([12])\.', lambda m: f'.f.se.f_ex.{2 * int(m[1]) - 2}.', key)
+        key = re.sub(r'\.conv([123])\.conv\.', lambda m: f'.f.{"abc"[int(m[1]) - 1]}.', key)
+        key = re.sub(r'\.conv([123])\.bn\.', lambda m: f'.f.{"abc"[int(m[1]) - 1]}_bn.', key)
+        return key.replace('.downsample.conv.', '.proj.').replace('.downsample.bn.', '.bn.')
+
+    width = model.global_encoder.head_hidden_size
+    classifier = 'fc' if family in ('resnet', 'regnety') else 'classifier'
+    out = {'model_name': model.backbone, 'patch_size': model.patch_size}
+    for key, encoder in (('model_prime_state_dict', 'global_encoder.'), ('model_state_dict', 'local_encoder.')):
+        own = part('classifier.heads.first.') or part('classifier.heads.1.')
+        heads = {f'{classifier}.{k}': v for k, v in own.items()} if own and encoder[0] == 'g' else \
+            tensors(classifier, 1000, width)
+        keys = pycls if family == 'regnety' else str
+        out[key] = {f'module.{keys(k)}': v for k, v in {**part(encoder), **heads}.items()}
+    if hasattr(model.classifier, 'rnn'):
+        out['fc'] = {**{f'rnn.{k}_l0': v for k, v in part('classifier.rnn.').items()},
+                     **{f'fc.{k}': v for k, v in part('classifier.heads.rnn.').items()}}
+    else:
+        out['fc'] = {}
+        for t in range(2, 6):  # also for steps that the model does not take
+            own = {f'fc_{t}.{k}': v for k, v in part(f'classifier.heads.{t}.').items()}
+            out['fc'].update(own or tensors(f'fc_{t}', 1000, t * width))
+    hidden = state['policy.actor.weight'].shape[1]
+    out['policy'] = {**{re.sub(r'^(gru\..*)$', r'\1_l0', k.replace('actor.', 'actor.0.')): v
+                        for k, v in part('policy.').items()}, **tensors('critic.0', 1, hidden)}
+    return out, model
+
+
+@pytest.mark.parametrize('name', RECIPES)
+def test_the_specification_agrees_with_the_reference_runs(name):
+    built, shapes = build_by_specification(name, device='meta')[0], {}
+    for part, spec in RECIPES[name]['components'].items():
+        shapes = spec.get('shapes') or shapes
+        if shapes:  # those of the first encoder hold for both
+            assert {k: list(v.shape) for k, v in built[part].items()} == shapes
+
+
+UNRECORDED = [f'gfnet_{n}' for n in (
+    'mobilenetv3_large_125_128', 'densenet121_96', 'densenet201_96', 'regnety_016_96', 'efficientnet_b3_144')]
+
+
+@pytest.mark.parametrize('name', UNRECORDED if FULL else UNRECORDED[:1])
+def test_gfnet_without_a_reference_run(name, tmp_path):
+    authors, model = build_by_specification(name)
+    torch.save(authors, tmp_path / 'a.pth.tar')
+    report = convert(tmp_path / 'a.pth.tar', CATALOG[f'{name}.paper_in1k'], tmp_path / 'out', verify=False)
+    weights, state = load_file(tmp_path / 'out/model.safetensors'), model.state_dict()
+    assert weights.keys() == state.keys()
+    assert all(torch.equal(weights[k], v) for k, v in state.items())
+    assert (report['kept'], report['elsewhere']) == (len(state), 0)
+    torch.save({**authors, 'patch_size': 80}, tmp_path / 'a.pth.tar')
+    with pytest.raises(CheckpointError, match=r'a\.pth\.tar.*made for patches of 80 pixels, the model for'):
+        convert(tmp_path / 'a.pth.tar', CATALOG[f'{name}.paper_in1k'], tmp_path / 'no', verify=False)
+    assert not (tmp_path / 'no').exists()
 
 
 def test_the_script(tmp_path, monkeypatch, capsys):

@@ -1,5 +1,7 @@
 import copy
+import io
 import pickle
+import random
 import zipfile
 
 import pytest
@@ -251,3 +253,21 @@ class TestTraining:
         assert all(p.grad is not None for p in masks.parameters())
         with pytest.raises(ValueError, match='attention_dim of at least 1'):
             SparseMasks(ConfidenceNet(attention_dim=0))
+
+
+def test_damaged_archives_end_in_one_kind_of_error(tmp_path):
+    buffer = io.BytesIO()
+    torch.save({'query.weight': torch.ones(2, 1)}, buffer)
+    with zipfile.ZipFile(tmp_path / 'net.zip', 'w') as archive:
+        archive.writestr('network.pt', buffer.getvalue())
+    (tmp_path / 'net.pth').write_bytes(buffer.getvalue())
+    rng = random.Random(0)
+    for file in (tmp_path / 'net.zip', tmp_path / 'net.pth'):
+        content = file.read_bytes()
+        for _ in range(150):
+            damaged = bytearray(content)
+            for _ in range(10):  # most in the directory, which is at the end
+                damaged[-rng.randrange(1, 200)] = rng.randrange(256)
+            file.write_bytes(damaged)
+            with pytest.raises(CheckpointError):
+                ConfidenceNet.from_pretrained(file)

@@ -613,3 +613,91 @@ class TestWeights:
         assert again.exit_cfg == model.exit_cfg
         again.clear_exit()
         assert not torch.equal(again(x), model(x))
+
+
+def test_budgets_hold_for_what_they_were_fitted_with(tmp_path, caplog):
+    save_pretrained(timm.create_model('test_clcnet', pretrained=True), tmp_path)
+    mine = {'exit': [0.5, 0.], 'num_classes': 10}
+    for name in ('test_clcnet', f'local-dir:{tmp_path}'):
+        assert timm.create_model(name, pretrained=True, confidence='clcnet').exit_cfg['budgets']
+        for other in ({'confidence': 'max_prob'}, {'final_rule': 'last'}):
+            caplog.clear()
+            model = timm.create_model(name, pretrained=True, **other)
+            assert model.exit_cfg == {}
+            assert caplog.text.count(f'dropped: they hold for another {next(iter(other))}') == 1
+            assert timm.create_model(name, pretrained=True, exit_cfg=dict(mine), **other).exit_cfg == mine
+    whole = timm.create_model('test_clcnet', pretrained=True)
+    assert torch.equal(model.members[0].fc.weight, whole.members[0].fc.weight)
+
+
+def test_members_of_one_architecture(tmp_path):
+    """They are one network only if they are named alike."""
+    nets = [timm.create_model('test_resnet', num_classes=5) for _ in range(2)]
+    for i, net in enumerate(nets):
+        save_pretrained(net, tmp_path / str(i))
+    folders = [f'local-dir:{tmp_path}/{i}' for i in (0, 1)]
+    x = torch.randn(2, 3, 160, 160)
+    expected = [net.eval()(x) for net in nets]
+    for models, networks in ((folders, None), (nets, None), (folders, (0, 1))):
+        model = timm.create_model(
+            'clcnet', models=models, networks=networks, confidence='max_prob', num_classes=5, pretrained=True).eval()
+        assert model.member_of_step == (0, 1)
+        save_pretrained(model, tmp_path / 'out')
+        for cascade in (model, timm.create_model(f'local-dir:{tmp_path}/out', pretrained=True).eval()):
+            for logits, right in zip(cascade.forward_all((x, x))['member_logits'], expected):
+                torch.testing.assert_close(logits, right)
+    names = ['test_resnet@64', 'test_resnet@96', 'test_resnet@160']
+    create = partial(timm.create_model, 'clcnet', models=names, confidence='max_prob', num_classes=5)
+    assert create().member_of_step == (0, 0, 0)
+    assert create(networks=[0, 1, 0]).member_of_step == (0, 1, 0)
+    assert len(create(networks=[0, 1, 0]).members) == 2
+    # two sizes of one folder, and another one
+    models = [f'{folders[0]}@64', folders[0], folders[1]]
+    assert timm.create_model('clcnet', models=models, confidence='max_prob').member_of_step == (0, 0, 1)
+
+
+@pytest.mark.parametrize(('networks', 'message'), [
+    ([0], 'Expected networks for 2 members, got 1'),
+    ([1, 0], r'expected numbers from 0 in the order in which they appear, got \[1, 0\]'),
+    ([0, 0], "'test_resnet', 'test_efficientnet' cannot be one network"),
+])
+def test_networks_that_cannot_be(networks, message):
+    with pytest.raises(ValueError, match=message):
+        timm.create_model('clcnet', models=['test_resnet', 'test_efficientnet'], networks=networks)
+
+
+def test_only_a_confidence_net_costs_anything(tiny):
+    free = timm.create_model('test_clcnet', confidence='max_prob')
+    assert tiny.step_macs_of('max_prob') == tiny.step_macs_of('entropy') == free.step_macs
+    assert free.step_macs_of('clcnet') == tiny.step_macs_of('clcnet') == tiny.step_macs != free.step_macs
+    assert (free.confidence_kind, hasattr(free, 'confidence_net')) == ('max_prob', False)
+
+
+def test_views_of_grey_images():
+    for view in timm.create_model('test_clcnet', in_chans=1).view_configs:
+        assert [len(view[k]) for k in ('input_size', 'mean', 'std')] == [3, 1, 1]
+
+
+@pytest.mark.parametrize(('view', 'message'), [
+    (dict(size=0), 'whole number of pixels, got 0'),
+    (dict(size='48'), "whole number of pixels, got '48'"),
+    (dict(crop_pct=0), 'share above 0, got 0'),
+    (dict(crop_pct=float('nan')), 'share above 0, got nan'),
+    (dict(mean=0.5), 'number for each channel, got 0.5'),
+    (dict(std=[1, 0, 1]), 'number above 0 for each channel'),
+    (dict(interpolation='foo'), "got 'foo'"),
+    (dict(crop_mode='foo'), "center, squash or border, got 'foo'"),
+])
+def test_views_that_cannot_be(view, message):
+    with pytest.raises(ValueError, match=message):
+        timm.create_model('test_clcnet', views=[view, None])
+
+
+def test_a_module_that_does_not_say_its_classes():
+    with pytest.raises(ValueError, match='needs a num_classes: Linear has none'):
+        timm.create_model('clcnet', models=['test_resnet', nn.Linear(2, 2)])
+
+
+def test_agreement_is_of_several_members(tiny):
+    with pytest.raises(ValueError, match="one member's probabilities do not tell"):
+        tiny.measure(torch.full((2, 10), 0.1), 'agreement')

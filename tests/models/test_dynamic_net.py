@@ -1,5 +1,6 @@
 import copy
 import json
+import math
 import pickle
 
 import pytest
@@ -305,3 +306,61 @@ def test_copies_and_pickles(model):
         twin.clear_exit()
         assert twin._model_args['exit_cfg'] == {'num_classes': 3}
     assert 'exit' in model.exit_cfg
+
+
+def test_infinity_is_kept_as_json_of_all_languages(model):
+    thresholds = [math.inf, -math.inf, math.nan]
+    model.set_exit(thresholds)
+    model.store_budgets([{'gmacs': 40e-9, 'policy': NotWorse(math.inf)}, {'gmacs': 20e-9, 'policy': thresholds}])
+    kept = json.loads(json.dumps(model.exit_cfg, allow_nan=False))
+    old = {'exit': thresholds, 'num_classes': 3, 'origin': {'flops': [math.inf]}}  # as files before had it
+    x = torch.randn(8, 4, 1, 1)
+    for exit_cfg in (kept, old):
+        again = Refiner(exit_cfg=exit_cfg).eval()
+        json.dumps(again.exit_cfg, allow_nan=False)
+        assert str(list(again._stop_rule.values)) == str(thresholds)  # nan is not equal to itself
+        again.load_state_dict(model.state_dict())
+        assert torch.equal(again(x), model(x))
+    assert again.exit_cfg['origin'] == {'flops': ['inf']}
+    again.load_exit_cfg(kept)
+    again.set_budget(gmacs=40e-9)
+    assert again._stop_rule.bound == math.inf
+    again.set_exit(kept['exit'])
+    assert again._stop_rule.values[:2] == (math.inf, -math.inf)
+
+
+@pytest.mark.parametrize('exit_cfg', [
+    {'exit': None}, {'exit': {'type': [1]}}, {'exit': [10 ** 400, 0, 0]}, {'budgets': 5}, {'budgets': [5]},
+    {'budgets': [{'gmacs': 20e-9}]}, {'budgets': [{'policy': [0, 0, 0]}]},
+    {'budgets': [{'gmacs': 'a', 'policy': [0, 0, 0]}]}, {'budgets': [{'gmacs': math.nan, 'policy': [0, 0, 0]}]},
+])
+def test_a_damaged_exit_cfg_is_dropped_with_a_notice(exit_cfg, caplog):
+    model = Refiner(exit_cfg={**exit_cfg, 'num_classes': 3, 'origin': {'flops': [1]}})
+    assert 'The exit policy and budgets kept with the model are dropped: ' in caplog.text
+    assert model.exit_cfg == {'origin': {'flops': [1]}}
+
+
+def test_what_cannot_be_kept_as_a_budget(model):
+    for cfg in ([1], 'abc'):
+        with pytest.raises(ValueError, match='exit_cfg is a dict'):
+            Refiner(exit_cfg=cfg)
+        with pytest.raises(ValueError, match='exit_cfg is a dict'):
+            model.load_exit_cfg(cfg)
+    for gmacs in (math.nan, math.inf, 0, -1):
+        with pytest.raises(ValueError, match='costs a positive number of GMACs'):
+            model.store_budgets([{'gmacs': gmacs, 'policy': [0., 0., 0.]}])
+    for top1 in (math.nan, torch.ones(1)):
+        with pytest.raises(ValueError, match='must be plain JSON'):
+            model.store_budgets([{'gmacs': 1., 'policy': [0., 0., 0.], 'top1': top1}])
+    assert 'budgets' not in model.exit_cfg
+
+
+def test_budgets_of_confidences_that_are_not_from_0_to_1():
+    """Thresholds between two kept ones lie between these; only what is beyond all confidences is cut off."""
+    model = timm.create_model('test_gfnet')
+    low, _, high = (macs / 1e9 for macs in model.step_macs)
+    kept = [{'gmacs': low, 'policy': [-1e9, 3., 0.], 'confidence_range': [-2., 8.]},
+            {'gmacs': high, 'policy': [6., 5., 0.], 'confidence_range': [-2., 8.]}]
+    model.store_budgets(kept)
+    model.set_budget((low + high) / 2)
+    assert model.exit_cfg['exit'][:2] == pytest.approx([2., 4.])

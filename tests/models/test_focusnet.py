@@ -81,6 +81,22 @@ def test_features_only_with_weights():
     torch.testing.assert_close(model['layer1'][0].conv1.weight, source.layer1[0].conv1.weight)
 
 
+@pytest.mark.parametrize('name', ['test_focusnet', 'focusnet_mobilenetv2_100'])
+def test_features_of_an_exported_model(name, tmp_path):
+    model = timm.create_model(name).eval()
+    save_pretrained(model, tmp_path / 'm')
+    x = torch.randn(1, 3, 64, 64)
+    for source in (dict(model_name=f'local-dir:{tmp_path / "m"}'),
+                   dict(model_name=name, pretrained_cfg_overlay=dict(file=tmp_path / 'm'))):
+        features = timm.create_model(**source, pretrained=True, num_classes=0).eval()
+        torch.testing.assert_close(features(x), model.forward_head(model.forward_features(x), pre_logits=True))
+        maps = timm.create_model(**source, pretrained=True, features_only=True, out_indices=(1, 3)).eval()(x)
+        assert [m.shape[2] for m in maps] == [16, 4]
+        again = timm.create_model(name, features_only=True, out_indices=(1, 3)).eval()
+        assert not any(torch.equal(a, b) for a, b in zip(maps, again(x)))
+        torch.testing.assert_close(maps[1], model.forward_intermediates(x, indices=[3], intermediates_only=True)[0])
+
+
 def test_foreign_checkpoint_names_first_keys():
     foreign = timm.create_model('test_efficientnet').state_dict()
     message = r"missing \(first: 'conv1.weight'\).*unexpected \(first: 'conv_stem.weight'\)"

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from timm_dynamic import ConfidenceNet
-from timm_dynamic.task import ConfidenceTask, fit_confidence_net, fit_folds, make_folds, score_folds
+from timm_dynamic.task import ConfidenceTask, fit_confidence_net, fit_folds, make_folds, match_scores, score_folds
 from timm_dynamic.task.confidence import draw_batches
 
 
@@ -105,3 +105,13 @@ def test_bad_input():
         fit_folds(probabilities, hits, torch.ones(20, dtype=torch.int64))
     with pytest.raises(ValueError, match='2 nets, but a sample of fold 2'):
         score_folds([ConfidenceNet()] * 2, probabilities, torch.full((20,), 2))
+
+
+def test_match_scores():
+    """Nets of other scales are brought to one; the order within a fold stays, equal scores are taken in turn."""
+    folds = torch.tensor([0, 1, 0, 1, 0, 1])
+    scores = torch.tensor([5., -3., 9., -1., 7., -1.])
+    reference = torch.tensor([0.9, 0.6, 0.1, 0.5, 0.3, 0.4])
+    matched = match_scores(scores, reference, folds)
+    torch.testing.assert_close(matched, torch.tensor([0.1, 0.4, 0.9, 0.5, 0.3, 0.6]))
+    torch.testing.assert_close(match_scores(reference, reference, folds), reference)

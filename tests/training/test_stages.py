@@ -1,6 +1,7 @@
 """All stages of the recipes of dynamic models: run, killed, resumed, in two processes."""
 import csv
 import json
+import shutil
 import signal
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from timm.data import create_transform
 from timm_dynamic import ConfidenceNet
 from timm_dynamic.data import ConfidenceFeatures, FoldMap, create_dataset
 from timm_dynamic.exits import ExitTable
-from timm_dynamic.task import make_folds
+from timm_dynamic.task import make_folds, match_scores
 from timm_dynamic.training import run_training, run_validation, train_main
 from timm_dynamic.training.state import StateStore
 from timm_dynamic.utils import read_task_state, save_pretrained
@@ -207,10 +208,12 @@ def test_clcnet(image_folder, tmp_path, caplog):
     assert len(table) == 33
     nets = [ConfidenceNet.from_pretrained(run / f'folds/fold{k}.safetensors') for k in (1, 2)]
     folds = make_folds(33, 2, seed=42)
-    first = ConfidenceFeatures.load(run / 'features/member1.safetensors').probabilities
     with torch.inference_mode():
-        scores = torch.stack([net(first) for net in nets])
-    torch.testing.assert_close(table.confidence[:, 0], scores[folds, torch.arange(33)])
+        both = torch.cat([
+            ConfidenceFeatures.load(run / f'features/member{t}.safetensors').probabilities for t in (1, 2)])
+        scores = torch.stack([net(both) for net in nets])[folds.repeat(2), torch.arange(66)]
+        own = model.confidence_net(both)
+    torch.testing.assert_close(table.confidence[:, 0], match_scores(scores, own, folds.repeat(2))[:33])
     assert model.exit_cfg['budgets'][0]['judged']['fitted_on'] == 'val, out of fold'
     assert {'train_loss', 'val_error'} <= _rows(run)[0].keys()
 
@@ -227,12 +230,39 @@ def test_clcnet(image_folder, tmp_path, caplog):
     assert not torch.equal(again.confidence_net.head.weight, model.confidence_net.head.weight)
 
 
+def test_features_are_judged_as_what_they_are(image_folder, tmp_path, caplog):
+    """Whatever the options say when the confidence net is trained."""
+    args = _args(image_folder, tmp_path, *_save_members(tmp_path / 'w'), '--test-split', 'val', family='clcnet')
+    run_training([*args, '--stage', 'features', '--feature-split', 'train'])
+    with caplog.at_level('INFO'):
+        run_training([*args, '--stage', 'confidence', '--resume', 'auto'])
+    assert "exits fitted on 'train, out of fold', judged on 'val'" in caplog.text
+
+
+def test_clcnet_whose_members_are_given_whole(image_folder, tmp_path, monkeypatch):
+    """On the demo set, too: weights that are given are not trained anew."""
+    torch.manual_seed(5)
+    model = timm.create_model('test_clcnet', num_classes=3, img_size=48)
+    save_pretrained(model, tmp_path / 'whole')
+    args = _args(image_folder, tmp_path, '--initial-checkpoint', tmp_path / 'whole/model.safetensors', family='clcnet')
+    at = args.index('--init-members')
+    del args[at:at + 2]
+    result = run_training(args)
+    assert list(result['results']) == ['features', 'confidence']
+    again = timm.create_model(f'local-dir:{tmp_path / "run/best"}', pretrained=True)
+    assert all(torch.equal(v, again.members.state_dict()[k]) for k, v in model.members.state_dict().items())
+
+
 def test_clcnet_judged_on_its_own_features_is_judged_out_of_fold(image_folder, tmp_path, caplog):
     args = _args(image_folder, tmp_path, '--val-split', 'val', '--confidence', 'all', family='clcnet')
     with caplog.at_level('INFO'):
         run_training(args)
     halves = 'a random half of val, out of fold', 'the other half of val, out of fold'
     assert "fitted on '{}', judged on '{}'".format(*halves) in caplog.text
+    table = ExitTable.load(tmp_path / 'run/calibration.safetensors')
+    results = list(csv.DictReader((tmp_path / 'run/results.csv').open()))
+    assert [r['split'] for r in results] == ['val', 'val', 'val, out of fold']  # the net that is exported has seen val
+    assert float(results[-1]['top1']) == pytest.approx(table.anytime()[-1].top1, abs=1e-3)
     rows = list(csv.DictReader((tmp_path / 'run/confidences.csv').open()))
     best = max(rows, key=lambda row: float(row['area']))
     model = timm.create_model(f'local-dir:{tmp_path / "run/best"}', pretrained=True)
@@ -282,8 +312,12 @@ def test_given_folds_and_what_validate_makes_of_them(image_folder, tmp_path):
         '--model', f'local-dir:{run / "best"}', '--data-dir', str(image_folder), '--split', 'val', '--device', 'cpu',
         '-b', '8', '-j', '0', '--fold-nets', str(run / 'folds'), '--save-exit-table', str(table)])
     expected, judged = ExitTable.load(run / 'calibration.safetensors'), ExitTable.load(table)
-    torch.testing.assert_close(judged.confidence, expected.confidence, atol=1e-5, rtol=0)
     assert torch.equal(judged.correct, expected.correct)
+    names = create_dataset('', root=image_folder, split='val').filenames()
+    folds = FoldMap.read(run / 'folds/folds.csv').folds_of(names)
+    for k in range(3):  # exits are fitted on the scale of the net that is exported: the order is the same
+        orders = [t.confidence[folds == k].flatten().argsort() for t in (judged, expected)]
+        assert torch.equal(*orders)
 
 
 def test_clcnet_killed_among_its_features_ends_the_same(image_folder, tmp_path):
@@ -292,6 +326,12 @@ def test_clcnet_killed_among_its_features_ends_the_same(image_folder, tmp_path):
     args += ['--experiment', 'killed']
     assert run_python(HERE / 'kill_driver.py', 'part:4', *args, check=False).returncode == -signal.SIGKILL
     assert len(list((tmp_path / 'killed/features').glob('part-*'))) == 3
+    assert list((tmp_path / 'killed/state').iterdir())  # --resume auto finds the run without its name, too
+    shutil.copytree(tmp_path / 'killed', tmp_path / 'other')
+    run_training([*args, '--experiment', 'other', '--mean', '0.9', '0.9', '0.9', '--stage', 'features'])
+    one, other = (ConfidenceFeatures.load(tmp_path / name / 'features/member1.safetensors').probabilities
+                  for name in ('reference', 'other'))
+    assert not torch.isclose(one, other).all(dim=1).any()  # parts of another preparation are not taken over
     run_training(args)
     for file in ('best/model.safetensors', 'calibration.safetensors', 'features/member2.safetensors'):
         reference, killed = (load_file(tmp_path / name / file) for name in ('reference', 'killed'))
@@ -301,9 +341,13 @@ def test_clcnet_killed_among_its_features_ends_the_same(image_folder, tmp_path):
 
 @pytest.mark.parametrize(('changes', 'message'), [
     (['--init-members', 'scratch', 'scratch', 'scratch'], 'expected one source, or one for each of 2 members, got 3'),
-    (['--init-members', 'pretrained'], 'There are no weights of test_focusnet'),
+    (['--init-members', 'pretrained'], 'has weights for 10 classes, the cascade is for 3: name weights'),
     (['--init-members', 'missing', '--stage', 'features'], "No checkpoint at 'missing'"),
     (['--fold-dir', 'x'], 'leave out --folds'),
+    (['--feature-split', 'nosuch', '--stage', 'features', '--init-members', '{w}/0', '{w}/1'],
+     "105 images of 'nosuch' include those of 'train'"),
+    (['--features', 'typo.csv'], "no file 'typo.csv'"),
+    (['--model-kwargs', 'confidence=agreement'], "confidence is 'agreement', which cannot be told"),
     (['--folds', '1'], 'expected at least 2, or 0 for none, got 1'),
     (['--folds', '99', '--stage', 'features', 'confidence'], 'Expected 2 to 33 folds, as many as there are'),
     (['--stage', 'confidence'], "no features at '"),
@@ -312,10 +356,11 @@ def test_clcnet_killed_among_its_features_ends_the_same(image_folder, tmp_path):
 ])
 def test_bad_input_for_cascades(image_folder, tmp_path, capsys, changes, message):
     (tmp_path / 'a.csv').write_text('x,0.4,0.3,0.2,0.1,1\ny,0.4,0.3,0.2,0.1,0\n')
-    paths = {'{csv}': tmp_path / 'a.csv'}
     args = _args(image_folder, tmp_path, family='clcnet')
+    members = _save_members(tmp_path / 'w')
     if 'confidence' in changes:
-        changes = [*changes, *_save_members(tmp_path / 'w')]
+        changes = [*changes, *members]
+    paths = {'{csv}': tmp_path / 'a.csv', '{w}/0': members[1], '{w}/1': members[2]}
     assert train_main([*args, *(str(paths.get(c, c)) for c in changes)]) == 1
     assert message in capsys.readouterr().err
 

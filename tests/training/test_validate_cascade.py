@@ -14,7 +14,7 @@ from timm_dynamic import ConfidenceNet
 from timm_dynamic.data import create_dataset
 from timm_dynamic.exits import ExitTable, early_exit
 from timm_dynamic.training import run_validation
-from timm_dynamic.utils import save_pretrained
+from timm_dynamic.utils import CheckpointError, save_pretrained
 
 COUNTS = {'train': 30, 'val': 25}
 
@@ -91,6 +91,8 @@ def test_the_best_confidence_is_taken(folder, run, tmp_path):
     model = timm.create_model(f'local-dir:{tmp_path / "out"}', pretrained=True)
     assert (model.confidence_kind, model.final_rule) == (best['confidence'], best['final_rule'])
     assert model.exit_cfg['budgets']
+    for budget in model.exit_cfg['budgets']:
+        model.set_budget(budget['gmacs'])  # none of them costs what the model cannot
     members = [r for r in rows if 'member' in r]
     cascade, x, target, _ = views(folder, 'val')
     with torch.inference_mode():
@@ -199,6 +201,7 @@ def test_two_processes(folder, run, tmp_path):
     (['--fold-nets', '{net}', '{net}', '--valid-labels', 'x'], '--fold-nets judges .* does not go with'),
     (['--fold-nets', '{net}', '{net}', '--calibrate-samples', '5', '--budget', '1'], 'folds of random images'),
     (['--fold-nets', '{net}', '{net}', '--model', 'test_gfnet'], 'are for cascades'),
+    (['--fold-nets', '{net}', '{net}', '--save-budgets', 'x'], 'does not go with --save-budgets'),
     (['--confidence', 'all', '--model', 'test_gfnet'], 'are for cascades'),
 ])
 def test_bad_input(folder, run, fold_nets, tmp_path, options, message):
@@ -209,6 +212,36 @@ def test_bad_input(folder, run, fold_nets, tmp_path, options, message):
     options = [o.format(**paths) for o in options]
     with pytest.raises(ValueError, match=message):
         run(*options)
+
+
+def test_members_that_are_named_need_no_other_weights(folder, run):
+    """Neither the net of another confidence, nor folders of one architecture."""
+    for i, net in enumerate(timm.create_model(f'local-dir:{folder / "net"}', pretrained=True).members):
+        save_pretrained(net, folder / f'members/{i}')
+    models = [f'local-dir:{folder}/members/0@16', f'local-dir:{folder}/members/1@32']
+    row = run('--model', 'clcnet', '--model-kwargs', f'models={models}', '--num-classes', 3, '--confidence', 'max_prob')
+    same = run('--confidence', 'max_prob')
+    assert (row[0]['top1'], row[0]['gmacs']) == (same[0]['top1'], same[0]['gmacs'])
+
+
+def test_a_confidence_net_is_no_checkpoint_of_members(folder, run, fold_nets):
+    with pytest.raises(CheckpointError, match='no weights of test_focusnet'):
+        run('--model', 'test_clcnet', '--num-classes', '3', '--checkpoint', folder / 'net1.safetensors')
+
+
+def test_images_without_colour(folder, run):
+    model = timm.create_model('test_clcnet', num_classes=3, img_size=32, in_chans=1)
+    model.set_confidence('max_prob')
+    save_pretrained(model, folder / 'grey')
+    assert run('--model', f'local-dir:{folder / "grey"}')[0]['images'] == 75
+
+
+def test_a_confidence_is_that_of_the_model_not_of_those_beside(folder, run):
+    model = timm.create_model(f'local-dir:{folder / "net"}', pretrained=True)
+    model.set_confidence('max_prob')
+    save_pretrained(model, folder / 'other')
+    rows = run('--confidence', 'clcnet', '--compare', f'local-dir:{folder / "other"}')
+    assert [r['images'] for r in rows[:2]] == [75, 75]
 
 
 def test_folds_without_nets(run, capsys):

@@ -1,5 +1,7 @@
 import argparse
 import pickle
+import random
+import warnings
 
 import numpy as np
 import pytest
@@ -123,3 +125,57 @@ def test_own_head_is_kept_or_reset(model):
     assert torch.equal(model.fc.weight, head)
     load_weights(model, source.state_dict(), adapt=True)
     assert torch.equal(model.fc.weight, source.fc.weight)
+
+
+@pytest.mark.parametrize('zipped', [False, True])
+def test_flipped_bytes_end_in_one_kind_of_error(tmp_path, zipped):
+    file = tmp_path / 'a.pth'
+    torch.save({'w': torch.ones(3), 'n': {'v': torch.ones(2, 2)}}, file, _use_new_zipfile_serialization=zipped)
+    content, rng = file.read_bytes(), random.Random(0)
+    refused = 0
+    for _ in range(300):
+        damaged = bytearray(content)
+        for _ in range(rng.choice([1, 3, 10])):
+            damaged[rng.randrange(len(content))] = rng.randrange(256)
+        file.write_bytes(damaged)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter('ignore')
+                read_checkpoint(file)
+        except CheckpointError:
+            refused += 1
+    assert refused > 30
+
+
+def test_keys_that_are_no_names(tmp_path):
+    for state in ({0: torch.ones(1)}, {'w': torch.ones(1), 5: torch.ones(1)}):
+        torch.save(state, tmp_path / 'a.pth')
+        with pytest.raises(CheckpointError, match='expected tensors by name, found'):
+            read_state_dict(tmp_path / 'a.pth')
+
+
+@pytest.mark.parametrize(('change', 'found'), [
+    (lambda v: v.to(torch.int8), 'cpu strided int8'), (lambda v: v.to(torch.complex64), 'cpu strided complex64'),
+    (lambda v: v.to('meta'), 'meta strided float32'), (lambda v: v.to_sparse(), 'cpu sparse_coo float32'),
+    (lambda v: v.numpy(), 'ndarray'),
+])
+def test_numbers_of_another_kind_are_refused(model, change, found):
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    before = {k: v.clone() for k, v in state.items()}
+    state['fc.weight'] = change(state['fc.weight'])
+    with pytest.raises(CheckpointError, match=f"'fc.weight' is {found}, expected a dense tensor of floating point"):
+        load_weights(model, {k: v + 1 if k.startswith('conv') else v for k, v in state.items()})
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+
+
+def test_half_precision_is_taken(model):
+    load_weights(model, {k: v.half() if v.is_floating_point() else v for k, v in model.state_dict().items()})
+    assert model.fc.weight.dtype == torch.float32
+
+
+def test_without_classes_the_classifier_is_left_out(model):
+    features = timm.create_model('test_resnet', num_classes=0)
+    with pytest.raises(CheckpointError, match=r"2 are unexpected \(first: 'fc.weight'\)"):
+        load_weights(features, model.state_dict())
+    load_weights(features, model.state_dict(), adapt=True)
+    assert torch.equal(features.layer1[0].conv1.weight, model.layer1[0].conv1.weight)

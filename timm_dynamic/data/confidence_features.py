@@ -14,9 +14,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from ..layers.confidence_net import check_probabilities
 from ..utils import atomic_write
 
-_FORMAT = 'timm_dynamic.confidence_features.1'
+_FORMAT = 'timm_dynamic.confidence_features.2'
 
 
 @dataclass
@@ -63,11 +64,12 @@ class ConfidenceFeatures:
             [name for f in features for name in f.names])
 
     def save(self, path: str | Path) -> None:
-        """Write safetensors, whole or not at all; the names are in its header."""
+        """Write safetensors, whole or not at all. The names are JSON in a tensor of bytes: a header has an end."""
+        names = torch.frombuffer(bytearray(json.dumps(self.names).encode()), dtype=torch.uint8)
         with atomic_write(path) as tmp:
-            save_file(
-                {'probabilities': self.probabilities.contiguous(), 'hits': self.hits.contiguous()}, tmp,
-                metadata={'format': _FORMAT, 'names': json.dumps(self.names)})
+            save_file({
+                'probabilities': self.probabilities.contiguous(), 'hits': self.hits.contiguous(), 'names': names,
+            }, tmp, metadata={'format': _FORMAT})
 
     @classmethod
     def load(cls, path: str | Path) -> 'ConfidenceFeatures':
@@ -83,9 +85,14 @@ class ConfidenceFeatures:
                 metadata = f.metadata() or {}
                 if metadata.get('format') != _FORMAT:
                     raise ValueError(f'its format is not {_FORMAT}')
-                return cls(f.get_tensor('probabilities'), f.get_tensor('hits'), json.loads(metadata['names']))
+                names = json.loads(bytes(f.get_tensor('names').numpy()))
+                features = cls(f.get_tensor('probabilities'), f.get_tensor('hits'), names)
+            if features.hits.dtype != torch.bool:
+                raise ValueError(f'its hits are {features.hits.dtype}, not bool')
+            check_probabilities(features.probabilities, is_sorted=True)
         except (SafetensorError, OSError, KeyError, ValueError) as e:
             raise ValueError(f"'{path}' cannot be read as confidence features: {e}") from e
+        return features
 
     def save_csv(self, path: str | Path) -> None:
         """Write a CSV as the authors' scripts do: no header, UTF-8 with BOM; base name, n probabilities, 0 or 1."""
@@ -103,7 +110,7 @@ class ConfidenceFeatures:
         """
         names: list[Any] = []
         rows: list[Any] = []
-        with open(path, encoding='utf-8-sig', newline='') as f:
+        with open(path, encoding='utf-8-sig', errors='surrogateescape', newline='') as f:
             for line, name, values in _parse(f, path):
                 if rows and len(values) != len(rows[0]):
                     raise ValueError(
@@ -117,7 +124,7 @@ class ConfidenceFeatures:
             raise ValueError(f"'{path}' is empty.")
         table = torch.from_numpy(np.stack(rows))
         probabilities = table[:, :-1].sort(dim=1, descending=True).values
-        bad = ((probabilities.sum(dim=1) - 1).abs() > 0.01) | (probabilities[:, -1] < 0)
+        bad = ~(((probabilities.sum(dim=1) - 1).abs() <= 0.01) & (probabilities[:, -1] >= 0))  # also what is no number
         if bad.any():
             row = int(bad.int().argmax())
             raise ValueError(
@@ -130,8 +137,10 @@ def _parse(f: io.TextIOBase, path: str | Path) -> Iterator[tuple[int, str, np.nd
     """Line number, name and numbers of each row. numpy reads a row some ten times faster than the csv module."""
     for number, line in enumerate(f, 1):
         line = line.rstrip('\r\n')
-        if not line:
+        if not line.strip():
             continue
+        if any('\udc80' <= c <= '\udcff' for c in line):
+            raise ValueError(f"'{path}', line {number}: this is not UTF-8.")
         if line.startswith('"'):
             name, *fields = next(csv.reader([line]))
             rest = ','.join(fields)

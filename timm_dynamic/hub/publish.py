@@ -14,7 +14,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 
-from ..utils import CheckpointError, fetch_weights, is_transient, sha256_of
+from ..utils import CheckpointError, fetch_weights, is_transient, read_json, sha256_of
 from ..utils.download import download_file
 from ..utils.export import CONFIG, WEIGHTS
 from .card import CARD, PICTURE
@@ -44,7 +44,7 @@ def files_to_publish(folder: str | Path) -> dict[str, Path]:
         Paths by name: model.safetensors, config.json, README.md and, if there is one, the picture of the curve.
 
     Raises:
-        PublishError: A file is missing, is a pickle, or the weights are not those that config.json is of.
+        PublishError: A file is missing, is a pickle or no JSON, or the weights are not those that config.json is of.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -64,7 +64,11 @@ def files_to_publish(folder: str | Path) -> dict[str, Path]:
             f.keys()
     except (SafetensorError, OSError) as e:
         raise PublishError(f"'{files[WEIGHTS]}' is no safetensors file ({e}).") from e
-    config = json.loads(files[CONFIG].read_text(encoding='utf-8'))
+    try:
+        config = read_json(files[CONFIG])
+        json.dumps(config, allow_nan=False)
+    except ValueError as e:
+        raise PublishError(f"'{files[CONFIG]}' is not JSON that everybody reads: {e}") from e
     if config.get('weights_sha256') != sha256_of(files[WEIGHTS]):
         raise PublishError(
             f"'{files[WEIGHTS]}' is not the file that config.json is of (SHA-256 {config.get('weights_sha256')}).")
@@ -130,6 +134,10 @@ def publish(
         PublishError: The folder is not fit, the Hub refuses or cannot be reached, or something else arrived.
     """
     files = files_to_publish(folder)
+    try:
+        timm.create_model(f'local-dir:{folder}', pretrained=True)
+    except Exception as e:  # timm's, for what a config.json may hold
+        raise PublishError(f"'{folder}' is not published, for it does not load: {_explain(e)}") from e
     check_login(repo_id)
     api = HfApi()
     _call(f'create {repo_id}', lambda: api.create_repo(repo_id, private=private, exist_ok=True))

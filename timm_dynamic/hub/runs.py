@@ -80,6 +80,8 @@ def _shown(value: Any) -> str:
     """Paths without their folders: they are of one machine."""
     if isinstance(value, (list, tuple)):
         return ' '.join(map(_shown, value))
+    if isinstance(value, Mapping):
+        return ' '.join(f'{k}={_shown(v)}' for k, v in value.items())
     text = str(value)
     prefix = 'local-dir:' if text.startswith('local-dir:') else ''
     path = Path(text.removeprefix(prefix))

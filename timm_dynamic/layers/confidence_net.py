@@ -462,21 +462,22 @@ def read_confidence_net(path: str | Path) -> dict[str, torch.Tensor]:
         CheckpointError: See `read_checkpoint`.
     """
     path = Path(path)
-    if path.is_file() and zipfile.is_zipfile(path):  # files of torch.save are zips, too
-        with zipfile.ZipFile(path) as archive:
-            inner = [name for name in archive.namelist() if name.rpartition('/')[2] == 'network.pt']
-            if inner:
-                try:
-                    state_dict = torch.load(io.BytesIO(archive.read(inner[0])), map_location='cpu', weights_only=True)
-                except Exception as e:
-                    raise CheckpointError(f"Cannot read {inner[0]} in '{path}': {e}") from e
-                return dict(state_dict)
+    name = ''
+    try:
+        if path.is_file() and zipfile.is_zipfile(path):  # files of torch.save are zips, too
+            with zipfile.ZipFile(path) as archive:
+                name = next((name for name in archive.namelist() if name.rpartition('/')[2] == 'network.pt'), '')
+                if name:
+                    return dict(torch.load(io.BytesIO(archive.read(name)), map_location='cpu', weights_only=True))
+    except Exception as e:  # of damaged archives, whatever comes first
+        if name:
+            raise CheckpointError(f"Cannot read {name} in '{path}': {e}") from e
     return read_state_dict(path)
 
 
 def _locate(source: str | Path, cache_dir: str | Path | None) -> Path:
     path = Path(source)
-    if path.exists() or not re.fullmatch(r'[\w.-]+/[\w.-]+(@[\w.-]+)?', str(source)) or path.suffix in (
+    if path.exists() or not re.fullmatch(r'[\w.-]+/[\w.-]+(@[\w./-]+)?', str(source)) or path.suffix in (
             '.safetensors', '.pt', '.pth', '.zip', '.bin'):
         return path
     try:

@@ -12,7 +12,7 @@ import torch
 from timm.models import PretrainedCfg, get_model_traits, model_entrypoint, resolve_pretrained_cfg
 from torch import nn
 
-from ..utils import CheckpointError, fetch_weights, load_weights, read_state_dict
+from ..utils import CheckpointError, fetch_weights, load_weights, read_json, read_state_dict
 from .dynamic_net import DynamicNet
 
 _logger = logging.getLogger(__name__)
@@ -21,6 +21,9 @@ FilterFn = Callable[[dict[str, torch.Tensor], nn.Module], dict[str, torch.Tensor
 
 # Weights that come with the package, as exported folders MODEL.TAG: those of the tiny models for the demo set.
 BUNDLED = Path(__file__).parent / 'weights'
+
+# Arguments that timm takes with features_only=True alone.
+_FEATURE_ARGS = ('out_indices', 'feature_cls', 'feature_cfg')
 
 # Organisation on the Hugging Face Hub. Mirrors set the environment variable, before this package is imported.
 DEFAULT_HUB_ORG = 'timm-dynamic'
@@ -73,21 +76,30 @@ def build_dynamic_model(
     state_dict, file = cfg.state_dict, cfg.file
     # Where the weights came from is no part of what the model is: neither tensors nor local paths stay behind.
     cfg = replace(cfg, architecture=cfg.architecture or variant, state_dict=None, file=None)
-    features_only = kwargs.pop('features_only', False) if pretrained else False
+    features: dict[str, Any] = {}
+    if pretrained and kwargs.get('features_only'):
+        features = {k: kwargs.pop(k) for k in ('features_only', *_FEATURE_ARGS) if k in kwargs}
+    given = bool(kwargs.get('exit_cfg'))  # it comes before that of a file
     model = create_fn(pretrained=False, pretrained_cfg=cfg.to_dict(), **kwargs)
+    if isinstance(model, DynamicNet) and model.exit_cfg:
+        exported: Any = getattr(model, 'pretrained_model_args', {})
+        if model.exit_cfg is exported.get('exit_cfg'):  # and none that the caller gave
+            _check_exits_hold(model, exported)
     if pretrained:
         folder = None
         if state_dict is None:
             state_dict, folder = _fetch(cfg, variant, file, cache_dir, read_fn)
         load_weights(model, state_dict, filter_fn, adapt=True, label=f"'{file}'" if file else None)
-        if isinstance(model, DynamicNet) and not model.exit_cfg:  # an argument comes first
+        if isinstance(model, DynamicNet) and not given:
             model.load_exit_cfg(exit_cfg_fn(state_dict) if exit_cfg_fn else {})
             if folder is not None and not model.exit_cfg:
-                model.load_exit_cfg(_exported_exit_cfg(folder, variant))
-    if features_only:  # timm takes the classifier off while it loads, so it gets the whole model's weights
+                exported = _exported_args(folder, variant)
+                model.load_exit_cfg(exported.get('exit_cfg') or {})
+                _check_exits_hold(model, exported)
+    if features:  # timm takes the classifier off while it loads, so it gets the whole model's weights
         input_size = (get_model_traits(model)['in_chans'], *cfg.input_size[1:])
-        cfg = replace(cfg, state_dict=model.state_dict(), input_size=input_size)
-        model = create_fn(pretrained=True, pretrained_cfg=cfg.to_dict(), features_only=True, **kwargs)
+        cfg = replace(cfg, state_dict=model.state_dict(), input_size=input_size, source=None)
+        model = create_fn(pretrained=True, pretrained_cfg=cfg.to_dict(), **features, **kwargs)
         model.pretrained_cfg.pop('state_dict', None)
     return model
 
@@ -115,13 +127,28 @@ def _fetch(
     return read_fn(path), path.parent
 
 
-def _exported_exit_cfg(folder: Path, variant: str) -> dict[str, Any]:
+def _exported_args(folder: Path, variant: str) -> dict[str, Any]:
     """timm gives a model the arguments in config.json only where it is named by a folder or repository."""
     try:
-        config = json.loads((folder / 'config.json').read_text())
+        config = read_json(folder / 'config.json')
     except OSError:
         return {}
-    return config.get('model_args', {}).get('exit_cfg', {}) if config.get('architecture') == variant else {}
+    except ValueError as e:
+        raise CheckpointError(str(e)) from e
+    args = config.get('model_args') if config.get('architecture') == variant else None
+    return args if isinstance(args, dict) else {}
+
+
+def _check_exits_hold(model: DynamicNet, exported: Mapping[str, Any]) -> None:
+    """Drop exits that were fitted with other values of what the family itself records: the confidence, the members."""
+    own = model._model_args
+    other = [k for k, v in exported.items() if k != 'exit_cfg' and k in own and _as_json(v) != _as_json(own[k])]
+    if other:
+        model._drop_exits(f"they hold for another {' and '.join(other)}.")
+
+
+def _as_json(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, default=repr)
 
 
 def _fetch_from_hub(

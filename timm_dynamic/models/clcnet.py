@@ -42,8 +42,8 @@ from torch import nn
 
 from ..layers.confidence_net import ConfidenceNet, confidence_net_filter_fn, read_confidence_net
 from ..utils import CheckpointError
-from ._builder import build_dynamic_model, checkpoint_filter_of, hub_id
-from .dynamic_net import DynamicNet, State
+from ._builder import BUNDLED, build_dynamic_model, checkpoint_filter_of, hub_id
+from .dynamic_net import DynamicNet, State, on_meta
 
 __all__ = ['CLCNet']
 
@@ -122,7 +122,10 @@ def _resolve(model: str | nn.Module, args: Mapping[str, Any] | None, view: Mappi
         if not isinstance(model, nn.Module):
             recorded = {k: v for k, v in net._model_args.items() if k not in ('num_classes', 'in_chans', 'img_size')}
             model, args = cfg['architecture'], {**recorded, **args}
-        num_classes = getattr(net, 'num_classes', 1000)
+        if not isinstance(getattr(net, 'num_classes', None), int):
+            raise ValueError(
+                f'A member given as a module needs a num_classes: {type(net).__name__} has none.')
+        num_classes = net.num_classes
         size, fixed = config.get('input_size', (3, 224, 224))[1:], bool(config.get('fixed_input_size'))
     else:
         cfg = _registered_cfg(model)
@@ -131,14 +134,39 @@ def _resolve(model: str | nn.Module, args: Mapping[str, Any] | None, view: Mappi
     height, width = (size, size) if isinstance(size, int) else tuple(size)
     if height != width and 'size' not in view:
         raise ValueError(f'Members take square images, {source or type(model).__name__} takes {height}x{width}.')
-    unknown = view.keys() - _VIEW.keys()
-    if unknown:
-        raise ValueError(f"A view has {', '.join(_VIEW)}; got {', '.join(sorted(unknown))}.")
+    _check_view(view)
     own = {k: cfg[k] for k in _VIEW if cfg.get(k) is not None}
     labels = cfg.get('label_names')
     return _Member(
         model, source, args, {**_VIEW, **own, 'size': height, **view}, num_classes, height, fixed,
         tuple(labels) if labels else None)
+
+
+def _check_view(view: Mapping[str, Any]) -> None:
+    """Raise a ValueError if an image cannot be prepared so."""
+    unknown = view.keys() - _VIEW.keys()
+    if unknown:
+        raise ValueError(f"A view has {', '.join(_VIEW)}; got {', '.join(sorted(unknown))}.")
+
+    def is_number(value: Any) -> bool:
+        return isinstance(value, (int, float)) and math.isfinite(value)
+
+    def are_numbers(values: Any) -> bool:
+        return isinstance(values, (list, tuple)) and len(values) > 0 and all(map(is_number, values))
+
+    checks = {
+        'size': ('a whole number of pixels', lambda v: isinstance(v, int) and v > 0),
+        'crop_pct': ('a share above 0', lambda v: is_number(v) and v > 0),
+        'mean': ('a number for each channel', are_numbers),
+        'std': ('a number above 0 for each channel', lambda v: are_numbers(v) and min(v) > 0),
+        'crop_mode': ('center, squash or border', lambda v: v in ('center', 'squash', 'border')),
+        'interpolation': ('bilinear, bicubic, nearest, box, hamming or lanczos', lambda v: v in (
+            'bilinear', 'bicubic', 'nearest', 'box', 'hamming', 'lanczos', 'random')),
+    }
+    for name, value in view.items():
+        expected, fits = checks[name]
+        if not fits(value):
+            raise ValueError(f'{name} of a view: expected {expected}, got {value!r}.')
 
 
 def _registered_cfg(name: str) -> dict[str, Any]:
@@ -182,11 +210,14 @@ class CLCNet(DynamicNet):
     """Cascade of classifiers.
 
     Args:
-        models: Members, cheapest first: timm names, 'name@size' (to be run at another resolution; members of one name
-            and with equal arguments are one network), 'local-dir:FOLDER', 'hf-hub:ORG/NAME', or modules.
+        models: Members, cheapest first: timm names, 'name@size' (to be run at another resolution), 'local-dir:FOLDER',
+            'hf-hub:ORG/NAME', or modules.
         member_args: Further arguments for each member that is given by name; None for a member without any.
         views: For each member how it sees the image, as far as it differs from its pretrained_cfg: 'size',
             'interpolation', 'crop_pct', 'crop_mode', 'mean', 'std'.
+        networks: For each member the number of the network that it is run on, from 0 in the order in which they appear,
+            e.g. (0, 0, 1). By default members that are named alike, the size aside, and have equal arguments are one
+            network, as is a module that is given twice.
         confidence: What decides whether the next member runs: 'clcnet' (the confidence net), 'max_prob' (largest
             probability), 'margin' (its distance to the second), 'entropy' (1 - entropy / log(num_classes)), or
             'agreement' (mean probability that the members so far give to the class that the last of them predicts).
@@ -212,6 +243,7 @@ class CLCNet(DynamicNet):
             models: Sequence[str | nn.Module] = ('mobilenetv3_small_100', 'resnet50'),
             member_args: Sequence[Mapping[str, Any] | None] | None = None,
             views: Sequence[Mapping[str, Any] | None] | None = None,
+            networks: Sequence[int] | None = None,
             confidence: str = 'clcnet',
             final_rule: str = 'most_confident',
             num_classes: int = 1000,
@@ -236,23 +268,18 @@ class CLCNet(DynamicNet):
         self.confidence_kind = confidence
         self.final_rule = final_rule
         self.specs = members
-        self._recorded: dict[str, Any] = {
-            **self._recorded, **_record(members), 'confidence': confidence, 'final_rule': final_rule}
 
         kwargs: dict[str, Any] = {k: v for k, v in dict(
             drop_rate=drop_rate, drop_path_rate=drop_path_rate, device=device, dtype=dtype).items() if v}
-        nets: dict[Any, Any] = {}
-        keys = []
-        for i, member in enumerate(members):
-            size = self.view_sizes[i]
-            named = isinstance(member.model, str)
-            same = (member.model, json.dumps(member.args, sort_keys=True, default=repr), member.fixed_size and size)
-            key = same if named else id(member.model)
-            if key not in nets:
-                nets[key] = member.create(size, num_classes, in_chans, **(kwargs if named else {}))
-            keys.append(key)
-        self.members: Any = nn.ModuleList(nets.values())
-        self.member_of_step = tuple(list(nets).index(key) for key in keys)
+        self.member_of_step = _number_networks(members, self.view_sizes, networks)
+        nets = []
+        for i in range(max(self.member_of_step) + 1):
+            member, size = next(pair for pair, k in zip(zip(members, self.view_sizes), self.member_of_step) if k == i)
+            nets.append(member.create(size, num_classes, in_chans, **(kwargs if member.source else {})))
+        self.members: Any = nn.ModuleList(nets)
+        self._recorded: dict[str, Any] = {
+            **self._recorded, **_record(members), 'networks': list(self.member_of_step), 'confidence': confidence,
+            'final_rule': final_rule}
         if confidence == 'clcnet':
             self.confidence_net = ConfidenceNet(device=device, dtype=dtype)
 
@@ -293,9 +320,20 @@ class CLCNet(DynamicNet):
     @property
     def view_configs(self) -> tuple[dict[str, Any], ...]:
         """For each member how it wants its images prepared, as timm's `create_transform` takes it."""
-        return tuple(
-            {**{k: v for k, v in m.view.items() if k != 'size'}, 'input_size': (self.in_chans, size, size)}
-            for m, size in zip(self.specs, self.view_sizes))
+        return tuple({
+            **{k: v for k, v in m.view.items() if k != 'size'}, 'input_size': (self.in_chans, size, size),
+            **{k: tuple(_of_channels(m.view[k], self.in_chans)) for k in ('mean', 'std')},
+        } for m, size in zip(self.specs, self.view_sizes))
+
+    def step_macs_of(self, confidence: str) -> tuple[int, ...]:
+        """What `step_macs` would be with another confidence: none but 'clcnet' costs anything."""
+        if confidence == self.confidence_kind:
+            return self.step_macs
+        twin = on_meta(self)
+        twin.confidence_kind, twin._step_macs = confidence, None
+        if confidence == 'clcnet' and not hasattr(twin, 'confidence_net'):
+            twin.confidence_net = ConfidenceNet(device='meta').eval()
+        return twin.step_macs
 
     def _net(self, t: int) -> Any:
         return self.members[self.member_of_step[t]]
@@ -399,6 +437,8 @@ class CLCNet(DynamicNet):
         """Confidence [n], float32, of one member's probabilities [n, num_classes]; of any kind but 'agreement'."""
         if kind == 'clcnet':
             return self.confidence_net.score_sorted(probabilities.sort(dim=1, descending=True).values).float()
+        if kind == 'agreement':
+            raise ValueError("'agreement' compares members: one member's probabilities do not tell it.")
         if kind == 'margin':
             if self.num_classes < 2:
                 return probabilities[:, 0]
@@ -480,11 +520,7 @@ class CLCNet(DynamicNet):
         elif confidence != 'clcnet' and hasattr(self, 'confidence_net'):
             del self.confidence_net
         if (confidence, rule) != (self.confidence_kind, self.final_rule) or net is not None:
-            if self.exit_cfg.keys() & {'exit', 'budgets'}:
-                _logger.warning('The exit policy and budgets kept with the model are dropped: its confidence changes.')
-            for key in ('exit', 'budgets', 'num_classes'):
-                self.exit_cfg.pop(key, None)
-            self._stop_rule = None
+            self._drop_exits('its confidence changes.')
         self.confidence_kind, self.final_rule, self._step_macs = confidence, rule, None
         self._recorded.update(confidence=confidence, final_rule=rule)
 
@@ -579,7 +615,7 @@ class CLCNet(DynamicNet):
         return out
 
 
-_RECORDED = ('models', 'member_args', 'views', 'confidence', 'final_rule')
+_RECORDED = ('models', 'member_args', 'views', 'networks', 'confidence', 'final_rule')
 
 
 def _resolve_members(models: Any, member_args: Any, views: Any) -> list[_Member]:
@@ -590,6 +626,30 @@ def _resolve_members(models: Any, member_args: Any, views: Any) -> list[_Member]
     members = [_resolve(*values) for values in zip(models, args, views)]
     _check_members(members)
     return members
+
+
+def _number_networks(
+        members: Sequence[_Member],
+        sizes: Sequence[int],
+        given: Sequence[int] | None,
+) -> tuple[int, ...]:
+    """Number of each member's network, see `CLCNet`."""
+    alike = [(member.model if member.source else id(member.model),
+              json.dumps(member.args, sort_keys=True, default=repr), member.fixed_size and size)
+             for member, size in zip(members, sizes)]
+    keys: list[Any] = [(member.source, *key) for member, key in zip(members, alike)]
+    if given is not None:
+        keys = _per_member('networks', given, len(members))
+        numbers = list(dict.fromkeys(keys))
+        if numbers != list(range(len(numbers))):
+            raise ValueError(f'networks: expected numbers from 0 in the order in which they appear, got {keys}.')
+        for number in numbers:
+            named = {key for key, k in zip(alike, keys) if k == number}
+            if len(named) > 1:
+                labels = ', '.join(member.label for member, k in zip(members, keys) if k == number)
+                raise ValueError(f'networks: {labels} cannot be one network: they are made otherwise.')
+    order = list(dict.fromkeys(keys))
+    return tuple(order.index(key) for key in keys)
 
 
 def _record(members: Sequence[_Member]) -> dict[str, Any]:
@@ -608,12 +668,16 @@ def _record(members: Sequence[_Member]) -> dict[str, Any]:
 def _renormalisation(old: Mapping[str, Any], new: Mapping[str, Any], in_chans: int) -> tuple[Any, Any]:
     """Scale and shift per channel that turn images normalised in one way into such normalised in the other."""
     old_mean, old_std, new_mean, new_std = (
-        values if len(values) == in_chans else [sum(values) / len(values)] * in_chans
-        for values in (old['mean'], old['std'], new['mean'], new['std']))
+        _of_channels(values, in_chans) for values in (old['mean'], old['std'], new['mean'], new['std']))
     if list(old_mean) == list(new_mean) and list(old_std) == list(new_std):
         return None, None
     return ([a / b for a, b in zip(old_std, new_std)],
             [(a - b) / c for a, b, c in zip(old_mean, new_mean, new_std)])
+
+
+def _of_channels(values: Sequence[float], in_chans: int) -> Sequence[float]:
+    """Mean or deviation for each channel: their average, as in timm, where there are not as many."""
+    return values if len(values) == in_chans else [sum(values) / len(values)] * in_chans
 
 
 def _check_pool(global_pool: str) -> None:
@@ -768,7 +832,8 @@ def _create_clcnet(variant: str, pretrained: bool = False, **kwargs: Any) -> CLC
     absent: list[int] = []
     if pretrained:
         cfg = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay'))
-        source = cfg.file or cfg.state_dict is not None or cfg.source in ('hf-hub', 'local-dir')
+        source = cfg.file or cfg.state_dict is not None or cfg.source in ('hf-hub', 'local-dir') or \
+            (BUNDLED / f'{variant}.{cfg.tag}').is_dir()
         if not source and kwargs.get('confidence', 'clcnet') != 'clcnet':  # all weights are the members'
             kwargs['pretrained_cfg_overlay'] = {**(kwargs.get('pretrained_cfg_overlay') or {}), 'state_dict': {}}
     model: CLCNet = build_dynamic_model(

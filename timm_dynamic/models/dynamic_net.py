@@ -8,7 +8,9 @@ A state is a flat dict of batch-first tensors and all there is: modules keep not
 after any step, wait, and join the rows of other batches; and threads can share a model.
 """
 import copy
+import json
 import logging
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -77,7 +79,8 @@ class DynamicNet(nn.Module):
         exit_cfg: Record of what the setters below set: 'exit' (the policy in use), 'budgets' (policies solved for
             budgets), 'num_classes' (which both hold for), and 'origin' (numbers that came with an authors' checkpoint).
             timm records constructor arguments and exports them. This dict, a copy of the argument, is what is
-            recorded, so that what is set later is exported, too.
+            recorded, so that what is set later is exported, too. JSON has no infinity: of a policy it is kept as 'inf'
+            or '-inf'.
     """
 
     def __init__(
@@ -96,7 +99,7 @@ class DynamicNet(nn.Module):
         self._step_macs: tuple[int, ...] | None = None
         self._stop_rule: StopRule | None = None
         self._compiled_steps: Sequence[Any] | None = None
-        self.exit_cfg: dict[str, Any] = copy.deepcopy(exit_cfg or {})
+        self.exit_cfg: dict[str, Any] = {} if exit_cfg is None else copy.deepcopy(_check_mapping(exit_cfg))
         self._model_args: dict[str, Any] = {}
         self._check_exit_cfg()
 
@@ -120,6 +123,8 @@ class DynamicNet(nn.Module):
 
     def check_square_images(self, x: torch.Tensor, least: int, what: str) -> None:
         """Raise a ValueError unless x is images [B, in_chans, S, S] with S of at least `least`, the size of `what`."""
+        if not isinstance(x, torch.Tensor):
+            raise ValueError(f'Expected images as a tensor, got {type(x).__name__}.')
         if x.ndim != 4 or x.shape[1] != self.in_chans:
             raise ValueError(f'Expected images [batch, {self.in_chans}, height, width], got {list(x.shape)}.')
         if x.shape[2] != x.shape[3]:
@@ -323,7 +328,7 @@ class DynamicNet(nn.Module):
                 'top1', as plain JSON.
 
         Raises:
-            ValueError: A policy does not fit the model.
+            ValueError: A policy does not fit the model, a cost is no positive number, or something is no plain JSON.
         """
         kept = []
         for budget in budgets:
@@ -331,7 +336,11 @@ class DynamicNet(nn.Module):
             policy = _to_json(budget['policy'])
             if policy is None:
                 raise ValueError(f"{type(budget['policy']).__name__} is no registered exit policy, and cannot be kept.")
-            kept.append({**budget, 'gmacs': float(budget['gmacs']), 'policy': policy})
+            kept.append({**budget, 'gmacs': _check_gmacs(budget['gmacs']), 'policy': policy})
+            try:
+                json.dumps(kept[-1], allow_nan=False)
+            except (TypeError, ValueError) as e:
+                raise ValueError(f'What is known of a budget must be plain JSON: {e}.') from e
         self.exit_cfg.update(budgets=sorted(kept, key=lambda b: b['gmacs']), num_classes=self.num_classes)
 
     def set_budget(self, gmacs: float) -> dict[str, Any]:
@@ -382,6 +391,7 @@ class DynamicNet(nn.Module):
 
     def load_exit_cfg(self, exit_cfg: Mapping[str, Any]) -> None:
         """Take over what is known about stopping, e.g. from a checkpoint."""
+        _check_mapping(exit_cfg)
         self.exit_cfg.clear()
         self.exit_cfg.update(copy.deepcopy(dict(exit_cfg)))
         self._check_exit_cfg()
@@ -400,18 +410,27 @@ class DynamicNet(nn.Module):
     def _check_exit_cfg(self) -> None:
         """Set the policy that `exit_cfg` names; forget what was solved for other classes or steps."""
         self._stop_rule = None
+        self.exit_cfg.update(_finite(self.exit_cfg))  # older files hold Infinity, which is no JSON
         try:
             classes = self.exit_cfg.get('num_classes', self.num_classes)
             if classes != self.num_classes:
                 raise ValueError(f'they hold for {classes} classes, the model has {self.num_classes}')
             for budget in self.exit_cfg.get('budgets', ()):
+                _check_gmacs(budget['gmacs'])
                 self.make_stop_rule(_from_json(budget['policy']))
             if 'exit' in self.exit_cfg:
                 self._stop_rule = self.make_stop_rule(_from_json(self.exit_cfg['exit']))
-        except ValueError as e:
-            _logger.warning(f'The exit policy and budgets kept with the model are dropped: {e}')
-            for key in ('exit', 'budgets', 'num_classes'):
-                self.exit_cfg.pop(key, None)
+        except (ValueError, TypeError, LookupError, AttributeError, OverflowError) as e:  # files may hold anything
+            what = e if isinstance(e, ValueError) else f'they are not as the model keeps them ({type(e).__name__}: {e})'
+            self._drop_exits(what)
+
+    def _drop_exits(self, why: Any) -> None:
+        """Forget the exit policy and the budgets, with a notice if there are any."""
+        if self.exit_cfg.keys() & {'exit', 'budgets'}:
+            _logger.warning(f'The exit policy and budgets kept with the model are dropped: {why}')
+        for key in ('exit', 'budgets', 'num_classes'):
+            self.exit_cfg.pop(key, None)
+        self._stop_rule = None
 
     def _classifier_changed(self) -> None:
         self._step_macs = None
@@ -435,15 +454,16 @@ def register_exit_policy(cls: Any) -> Any:
 def _to_json(policy: Any) -> Any:
     """A policy as plain JSON; None of a rule that cannot be kept."""
     if not callable(policy):
-        return torch.as_tensor(policy, dtype=torch.float32).detach().tolist()
+        return _finite(torch.as_tensor(_infinite(policy), dtype=torch.float32).detach().tolist())
     name = type(policy).__name__
     if name not in _exit_policies:
         return None
     state = policy.state_dict().items()
-    return {'type': name, **{k: v.tolist() if isinstance(v, torch.Tensor) else v for k, v in state}}
+    return {'type': name, **{k: _finite(v.tolist() if isinstance(v, torch.Tensor) else v) for k, v in state}}
 
 
 def _from_json(policy: Any) -> Any:
+    policy = _infinite(policy)
     if not isinstance(policy, Mapping):
         return policy
     if policy.get('type') not in _exit_policies:
@@ -451,13 +471,45 @@ def _from_json(policy: Any) -> Any:
     return _exit_policies[policy['type']].from_state_dict({k: v for k, v in policy.items() if k != 'type'})
 
 
+def _finite(value: Any) -> Any:
+    """Plain JSON, which has no infinite numbers and no NaN: they become 'inf', '-inf' and 'nan'."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {k: _finite(v) for k, v in value.items()}
+    return [_finite(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+def _infinite(value: Any) -> Any:
+    """What `_finite` was given."""
+    if isinstance(value, Mapping):
+        return {k: _infinite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_infinite(v) for v in value]
+    return float(value) if isinstance(value, str) and value in ('inf', '-inf', 'nan') else value
+
+
+def _check_mapping(exit_cfg: Any) -> Any:
+    if not isinstance(exit_cfg, Mapping):
+        raise ValueError(f'exit_cfg is a dict, see DynamicNet; got {exit_cfg!r:.100}.')
+    return exit_cfg
+
+
+def _check_gmacs(gmacs: Any) -> float:
+    if not 0 < float(gmacs) < math.inf:
+        raise ValueError(f'A budget costs a positive number of GMACs, got {gmacs!r}.')
+    return float(gmacs)
+
+
 def _interpolate(low: Mapping[str, Any], high: Mapping[str, Any], gmacs: float) -> dict[str, Any] | None:
     """A budget between two kept ones; None if their policies cannot be interpolated."""
     share = (gmacs - low['gmacs']) / (high['gmacs'] - low['gmacs'])
     first, last = _from_json(low['policy']), _from_json(high['policy'])
     if not callable(first) and not callable(last):
-        # Confidences lie in 0..1: what lies beyond means all or none, and says nothing about how far to go.
-        policy = torch.lerp(torch.tensor(first).clamp(0, 1), torch.tensor(last).clamp(0, 1), share)
+        # What lies beyond all confidences means all or none, and says nothing about how far to go.
+        (a, b), (c, d) = (budget.get('confidence_range', (0, 1)) for budget in (low, high))
+        bounds = min(a, c), max(b, d)
+        policy = torch.lerp(torch.tensor(first).clamp(*bounds), torch.tensor(last).clamp(*bounds), share)
     elif type(first) is type(last) and hasattr(first, 'interpolate'):
         policy = first.interpolate(last, share)
     else:
@@ -474,8 +526,8 @@ def check_thresholds(thresholds: Any, num_steps: int) -> torch.Tensor:
         ValueError: There are not `num_steps` of them, or one that is used is not a number.
     """
     try:
-        values = torch.as_tensor(thresholds, dtype=torch.float32).detach().cpu()
-    except (TypeError, ValueError, RuntimeError) as e:
+        values = torch.as_tensor(_infinite(thresholds), dtype=torch.float32).detach().cpu()
+    except (TypeError, ValueError, RuntimeError, OverflowError) as e:
         raise ValueError(
             f'Expected {num_steps} thresholds or an ExitPolicy, got {type(thresholds).__name__}: {e}') from e
     if values.shape != (num_steps,):
@@ -512,6 +564,8 @@ def _compile_step(t: int, cuda_graphs: bool, kwargs: dict[str, Any]) -> Callable
     def run(model: DynamicNet, state: State) -> tuple[torch.Tensor, torch.Tensor, State]:
         return _run_step(model, t, state)
 
+    # torch.compile counts by code object, and after eight shapes runs a function as it is: so each step has its own.
+    run.__code__ = run.__code__.replace(co_name=f'step_{t}')
     compiled = torch.compile(run, **kwargs)
 
     def begin_and_run(model: DynamicNet, state: State) -> tuple[torch.Tensor, torch.Tensor, State]:

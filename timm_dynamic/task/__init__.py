@@ -1,6 +1,14 @@
 from .anchornet import AnchorNetTask
 from .clcnet_recipe import NUM_FOLDS, member_sources, member_stage
-from .confidence import ConfidenceFit, ConfidenceTask, fit_confidence_net, fit_folds, make_folds, score_folds
+from .confidence import (
+    ConfidenceFit,
+    ConfidenceTask,
+    fit_confidence_net,
+    fit_folds,
+    make_folds,
+    match_scores,
+    score_folds,
+)
 from .focus_picking import FocusPickingTask, create_baseline
 from .glance_focus import EndToEndTask, GlanceFocusTask, PatchPolicyTask
 from .recipe import RECIPES, create_recipe
@@ -24,6 +32,7 @@ __all__ = [
     'fit_confidence_net',
     'fit_folds',
     'make_folds',
+    'match_scores',
     'member_sources',
     'member_stage',
     'score_folds',

@@ -1,5 +1,6 @@
 """The recipe of CLCNet cascades: members, what they say of held-out images, the confidence net."""
 import argparse
+from pathlib import Path
 from typing import Any
 
 from ..data import FoldMap
@@ -24,7 +25,8 @@ def member_sources(args: argparse.Namespace, demo: bool, model: CLCNet) -> list[
     Raises:
         ValueError: There are not as many as members, or a member without weights of its own is asked for them.
     """
-    default = 'scratch' if demo and not args.pretrained and ':' not in args.model else 'pretrained'
+    trained = args.pretrained or args.initial_checkpoint or ':' in args.model
+    default = 'scratch' if demo and not trained else 'pretrained'
     given = list(args.init_members or [default])
     count = len(model.members)
     if len(given) == 1:
@@ -42,6 +44,13 @@ def create_clcnet_recipe(args: argparse.Namespace, demo: bool, model: Any) -> Re
         raise ValueError(f'--folds: expected at least 2, or 0 for none, got {args.folds}.')
     if args.fold_dir and args.folds is not None:
         raise ValueError('--fold-dir says how many folds there are: leave out --folds.')
+    if model.confidence_kind == 'agreement' and not args.confidence:
+        raise ValueError(
+            "The cascade's confidence is 'agreement', which cannot be told from what one member says: give another one "
+            'with --confidence here, and choose it with validate.py.')
+    for path in args.features or ():
+        if not Path(path).is_file():
+            raise ValueError(f"--features: there is no file '{path}'.")
     if args.fold_dir:
         FoldMap.read(args.fold_dir)  # before hours are spent
     if args.confidence == 'all' and (args.features or args.folds == 0):

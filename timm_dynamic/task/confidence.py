@@ -295,3 +295,24 @@ def score_folds(nets: Sequence[ConfidenceNet], probabilities: torch.Tensor, fold
         for part in rows.split(1024):
             scores[part] += net(probabilities[part]).float()
     return torch.where(folds < 0, scores / len(nets), scores)
+
+
+def match_scores(scores: torch.Tensor, reference: torch.Tensor, folds: torch.Tensor) -> torch.Tensor:
+    """Bring the scores of several nets to the scale of one, so that thresholds fitted on them fit that one.
+
+    Nets that were trained alike still differ in scale. In each fold the k-th smallest score becomes the k-th smallest
+    of the reference: the order of what one net has scored stays, and any threshold parts as many as in the reference.
+
+    Args:
+        scores: Of each sample by the net of its fold [N], see `score_folds`.
+        reference: Of the same samples by one net [N].
+        folds: Fold of each sample [N] int64.
+
+    Returns:
+        Scores [N].
+    """
+    out = torch.empty_like(reference)
+    for k in folds.unique().tolist():
+        rows = (folds == k).nonzero().squeeze(1)
+        out[rows[scores[rows].argsort(stable=True)]] = reference[rows].sort().values
+    return out

@@ -267,14 +267,17 @@ def budgets_to_keep(
     """Solve budgets as `budget_rows` does, for `DynamicNet.store_budgets`.
 
     Returns:
-        For each budget 'gmacs', what it costs on the data it was fitted on, its 'policy', and 'judged': a dict of what
-        it gives on `table` and the further entries.
+        For each budget 'gmacs', what it costs on the data it was fitted on, its 'policy', 'confidence_range' where
+        confidences are not all between 0 and 1, and 'judged': a dict of what it gives on `table` and the further
+        entries.
     """
     kept = []
+    low, high = calibration.confidence.min().item(), calibration.confidence.max().item()
+    scale = {'confidence_range': [low, high]} if low < 0 or high > 1 else {}  # to interpolate in
     for _, point in _solve(calibration, budgets, method, num):
         judged = point_row('budget', table.evaluate(point.policy), **more)
         judged = {k: v for k, v in judged.items() if k not in ('point', 'thresholds')}
-        kept.append({'gmacs': point.gmacs, 'policy': point.policy, 'judged': judged})
+        kept.append({'gmacs': point.gmacs, 'policy': point.policy, **scale, 'judged': judged})
     return kept
 
 

@@ -5,6 +5,7 @@ import json
 import logging
 import signal
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ from safetensors.torch import save_file
 
 from ..data import ConfidenceFeatures, FoldMap, fold_names
 from ..exits.confidence import auroc
+from ..layers.confidence_net import read_confidence_net
 from ..models._builder import checkpoint_filter_of
-from ..models.clcnet import CLCNet, fetch_members
+from ..models.clcnet import CLCNet, checkpoint_filter_fn, fetch_members
 from ..task import (
     NUM_FOLDS,
     ConfidenceFit,
@@ -24,12 +26,22 @@ from ..task import (
     fit_confidence_net,
     fit_folds,
     make_folds,
+    match_scores,
     member_sources,
     member_stage,
     score_folds,
 )
 from ..utils import atomic_write, copy_pretrained, load_weights, save_pretrained, seeded, write_json
-from .build import build_eval_loader, build_model, eval_views, model_dtype, training_data_config, uses_demo_data
+from .budgets import overlap, same_split
+from .build import (
+    build_eval_loader,
+    build_model,
+    eval_views,
+    model_dtype,
+    open_dataset,
+    training_data_config,
+    uses_demo_data,
+)
 from .confidences import FOLDS_FILE, advice, compare_out_of_fold, image_names, table_of
 from .evaluate import progress_bar
 from .report import format_table, write_rows
@@ -51,13 +63,18 @@ def build_cascade(args: argparse.Namespace, stage_weights: Mapping[str, Path]) -
     with seeded(args.seed, 'model'):
         model: CLCNet = build_model(args, pretrained=whole)
     if args.initial_checkpoint:
-        cfg: Any = model.pretrained_cfg
-        load_weights(model, args.initial_checkpoint, checkpoint_filter_of(cfg['architecture']))
+        load_cascade(model, args.initial_checkpoint)
         whole = True
     absent = []
     for index, source in enumerate(member_sources(args, uses_demo_data(args), model)):
+        spec: Any = model.specs[model.member_of_step.index(index)]
         if source == 'pretrained':
             if not whole:
+                if spec.num_classes != model.num_classes:
+                    raise ValueError(
+                        f'The member {spec.label} has weights for {spec.num_classes} classes, the cascade is for '
+                        f'{model.num_classes}: name weights for these with --init-members, or train it first '
+                        "(--init-members scratch).")
                 absent.append(index)
             continue
         if source == 'scratch':
@@ -68,11 +85,29 @@ def build_cascade(args: argparse.Namespace, stage_weights: Mapping[str, Path]) -
                     f"'{member_stage(index)}' first, or name weights with --init-members.")
         else:
             path = Path(source)
-        spec: Any = model.specs[model.member_of_step.index(index)]
         filter_fn = checkpoint_filter_of(spec.model) if isinstance(spec.model, str) else None
         load_weights(model.members[index], path, filter_fn, label=f"'{path}' (of member {index + 1})")
     fetch_members(model, absent, None)
     return model
+
+
+def load_cascade(model: CLCNet, source: Any, **kwargs: Any) -> None:
+    """Load weights of a cascade, or of parts of it; members that are not among them have those that timm has for them.
+
+    Args:
+        model: The cascade.
+        source: See `load_weights`; the authors' zip will do.
+        **kwargs: For `load_weights`.
+
+    Raises:
+        CheckpointError: They do not fit, or a member's weights are not to be had.
+    """
+    absent: list[int] = []
+    if not isinstance(source, Mapping) and Path(source).suffix == '.zip':
+        kwargs.setdefault('label', f"'{source}'")
+        source = read_confidence_net(source)
+    load_weights(model, source, partial(checkpoint_filter_fn, absent=absent), **kwargs)
+    fetch_members(model, absent, None)
 
 
 # What the members say
@@ -95,20 +130,22 @@ def collect_features(
     """
     split = feature_split(args)
     model = build_cascade(args, stage_weights).eval()
-    print_ = _fingerprint(model, split)
+    views = eval_views(args, model)
     model = model.to(device=accelerator.device, dtype=model_dtype(args))
     data_config = training_data_config(args, model)
 
     def open_loader(indices: Sequence[int]) -> Any:
         return build_eval_loader(
             args, split, data_config, model.num_classes, accelerator.device, 1, samples=args.val_num_samples,
-            views=eval_views(args, model), indices=indices)
+            views=views, indices=indices)
 
     first = open_loader([0])
     whole, labels = first.dataset.dataset, _label_names(first.class_to_idx, model.num_classes)
     if isinstance(whole, torch.utils.data.IterableDataset):
         raise ValueError(f"Features need images that can be counted; '{split}' of this dataset can only be iterated.")
+    _check_new_to_members(args, split, whole, model)
     names = image_names(whole, split)
+    print_ = _fingerprint(model, split, names, views, str(model_dtype(args)), accelerator.mixed_precision)
     if args.fold_dir:
         _given_folds(args.fold_dir, names)  # or its error would come when all is done
     if accelerator.is_main_process:
@@ -195,9 +232,24 @@ def _run_members(
             raise Stopped(stop.signum or signal.SIGTERM)
 
 
-def _fingerprint(model: CLCNet, split: str) -> str:
-    """What features depend on, the images aside."""
-    digest = hashlib.sha256(json.dumps([split, model.view_configs], default=str).encode())
+def _check_new_to_members(args: argparse.Namespace, split: str, dataset: Any, model: CLCNet) -> None:
+    """Raise a ValueError if a split holds images to train on, as timm takes the whole folder for a split it misses."""
+    if same_split(split, args.train_split):  # asked for
+        return
+    try:
+        train = open_dataset(args, args.train_split, training_data_config(args, model))
+    except (ValueError, RuntimeError, OSError):
+        return
+    scratch = 'scratch' in member_sources(args, uses_demo_data(args), model)
+    if overlap(train, dataset) and (scratch or len(train) != len(dataset)):
+        raise ValueError(
+            f"The {len(dataset)} images of '{split}' include those of '{args.train_split}': is there such a split? "
+            'Features need images that the members were not trained on: name some with --feature-split.')
+
+
+def _fingerprint(model: CLCNet, *what: Any) -> str:
+    """What features depend on."""
+    digest = hashlib.sha256(json.dumps(what, default=str).encode())
     for name, value in model.members.state_dict().items():
         digest.update(name.encode())
         digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
@@ -236,13 +288,13 @@ def train_confidence(
 ) -> dict[str, Any]:
     """Train the confidence net on features, and export the cascade with it.
 
-    Out of fold, each image is scored by a net that has not seen it: measures of confidence are compared by that, and
-    the exit table that exits are fitted on is made of it. The net that is exported has seen all.
+    Out of fold, each image is scored by a net that has not seen it, on the scale of the net that is exported, which has
+    seen all: measures of confidence are compared by that, and the exit table that exits are fitted on is made of it.
 
     Raises:
         ValueError: There are no features, or they do not go together, with the folds or with the cascade.
     """
-    model = build_cascade(args, stage_weights)
+    model = build_cascade(args, stage_weights).eval()
     asked = args.confidence or model.confidence_kind
     data_config = training_data_config(args, model)
     result: dict[str, Any] = {}
@@ -258,7 +310,10 @@ def train_confidence(
         model.set_confidence('clcnet', net=fit.net)
         own = args.features is None  # the rows of one are those of the other members, image by image
         if nets and own:
-            scores = score_folds(nets, merged.probabilities, folds).unflatten(0, (len(features), -1))
+            scores = score_folds(nets, merged.probabilities, folds)
+            with torch.no_grad():
+                seen = torch.cat([fit.net(part) for part in merged.probabilities.split(1024)])
+            scores = match_scores(scores, seen, folds).unflatten(0, (len(features), -1))
             rows = compare_out_of_fold(model, features, scores)
             write_rows(folder / 'confidences.csv', rows)
             _logger.info(
@@ -294,6 +349,12 @@ def train_confidence(
             FoldMap(fold_names(merged.names, folds)).save(folder / 'folds' / FOLDS_FILE)
     accelerator.wait_for_everyone()
     return result
+
+
+def features_split(stage_weights: Mapping[str, Path]) -> str:
+    """Split that the features of a run are of."""
+    path = stage_weights['features'].parent / 'index.json'
+    return json.loads(path.read_text(encoding='utf-8'))['split']
 
 
 def _read_features(

@@ -88,8 +88,9 @@ class FoldNets:
 
 def image_names(dataset: Any, split: str) -> list[str]:
     """File names of all images of a dataset, or numbers where it has none."""
-    if hasattr(dataset, 'filenames'):
-        return dataset.filenames()
+    names = dataset.filenames() if hasattr(dataset, 'filenames') else [None]
+    if None not in names:
+        return names
     return [f'{split}/{i:06d}' for i in range(len(dataset))]
 
 
@@ -158,6 +159,7 @@ def replay_members(
     device = next(model.parameters()).device
     kinds = [kind for kind in CONFIDENCES if kind != 'clcnet' or hasattr(model, 'confidence_net')]
     found: dict[tuple[str, str], list[Any]] = {(kind, rule): [] for kind in kinds for rule in FINAL_RULES}
+    step_macs = {kind: model.step_macs_of(kind) for kind in kinds}
     for i, (part, truth) in enumerate(zip(logits.split(1024), target.to(device).split(1024))):
         scores = None
         if fold_nets is not None and folds is not None:
@@ -172,7 +174,7 @@ def replay_members(
     out = {}
     for key, parts in found.items():
         confidence, hits, top5, answers = (torch.cat(values).cpu() for values in zip(*parts))
-        out[key] = Replayed(ExitTable(confidence, hits, model.step_macs, top5), answers)
+        out[key] = Replayed(ExitTable(confidence, hits, step_macs[key[0]], top5), answers)
     return out
 
 
@@ -219,7 +221,7 @@ def table_of(
         rule: str,
 ) -> ExitTable:
     hits = torch.stack([f.hits for f in features])
-    return cascade_table(confidences_of(model, features, scores, kind), hits, model.step_macs, rule)
+    return cascade_table(confidences_of(model, features, scores, kind), hits, model.step_macs_of(kind), rule)
 
 
 def compare_out_of_fold(

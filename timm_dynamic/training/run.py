@@ -45,7 +45,7 @@ from .build import (
     training_data_config,
     uses_demo_data,
 )
-from .cascade import CALIBRATION, RUNNERS, feature_split
+from .cascade import CALIBRATION, RUNNERS, features_split
 from .evaluate import evaluate
 from .options import create_train_parser, given_options, read_config, typed_value
 from .report import format_table, plot_accuracy_over_macs, write_rows, write_yaml
@@ -315,6 +315,10 @@ def _run_stage(
 ) -> None:
     """Run a stage that is no training by batches, and note that it is finished."""
     own = _stage_folder(folder, recipe, stage)
+    if accelerator.is_main_process and not store.exists():  # so that --resume auto finds the run
+        store.save({
+            'identity': {**identity, 'stage': stage.name}, 'run': run_state,
+            'progress': {'epoch': 0, 'batch': 0, 'updates': 0}}, stage.name)
     result = RUNNERS[stage.runs](stage, args, accelerator, own, weights, stop)
     run_state['results'][stage.name] = result
     if accelerator.is_main_process:
@@ -399,7 +403,14 @@ def _compare(
             samples=args.val_num_samples, views=eval_views(own, model))
         common: dict[str, Any] = dict(
             channels_last=args.channels_last, dtype=model_dtype(args), desc=f'{split}: {label}')
-        if isinstance(model, DynamicNet):
+        judged = split
+        if model is models[-1][1] and (folder / CALIBRATION).exists() and same_split(features_split(weights), split):
+            # The confidence net has seen these images: what nets say that have not seen them takes its place.
+            exits, judged = ExitTable.load(folder / CALIBRATION), f'{split}, out of fold'
+            last = exits.anytime()[-1]
+            metrics = {'top1': last.top1, 'count': len(exits)}
+            dynamic.append((label, model, exits))
+        elif isinstance(model, DynamicNet):
             metrics, exits = evaluate_dynamic(model, loader, accelerator, **common)
             dynamic.append((label, model, exits))
         else:
@@ -407,7 +418,7 @@ def _compare(
         macs = count_macs(model, data_config['input_size'])
         rows.append({
             'model': label, **{k: round(v, 4) for k, v in metrics.items() if k not in ('count', 'gmacs')},
-            'split': split, 'images': metrics['count'],
+            'split': judged, 'images': metrics['count'],
             'params_m': round(sum(p.numel() for p in model.parameters()) / 1e6, 3),
             **({'gmacs': round(macs / 1e9, 6)} if macs is not None else {})})
     if accelerator.is_main_process:
@@ -415,7 +426,7 @@ def _compare(
         write_rows(folder / 'results.json', rows)
     if dynamic:
         static = {r['model']: [(r['gmacs'], r['top1'])] for r in rows if r['model'] != dynamic[-1][0] and 'gmacs' in r}
-        _judge_exits(*dynamic[-1], args, split, accelerator, folder, static)
+        _judge_exits(*dynamic[-1], args, split, accelerator, folder, static, weights)
     return rows
 
 
@@ -428,17 +439,18 @@ def _judge_exits(
         accelerator: Accelerator,
         folder: Path,
         static: dict[str, list[tuple[float, float]]],
+        weights: dict[str, Path],
 ) -> None:
     """Show what every budget gets, and keep the budgets with the weights. Exits are fitted on the validation split."""
-    out_of_fold = None
+    out_of_fold, fit_split = None, args.val_split
     if (folder / CALIBRATION).exists():  # a cascade's, by confidence nets that had not seen the images
-        out_of_fold = ExitTable.load(folder / CALIBRATION)
-    rows = step_rows(table, split=split)
+        out_of_fold, fit_split = ExitTable.load(folder / CALIBRATION), features_split(weights)
+    own = out_of_fold is not None and same_split(fit_split, split)  # then `table` is this one
+    rows = step_rows(table, split=f'{split}, out of fold' if own else split)
     text = f'{label}, all images stopped after the same step:\n{format_table(rows)}'
     curves, points = {}, {f'{label}, same step': step_curve(table), **static}
-    fit_split = feature_split(args) if out_of_fold is not None else args.val_split
-    if out_of_fold is not None and same_split(fit_split, split):  # the net has seen what was judged just now
-        halves = split_in_halves(out_of_fold, f'{split}, out of fold', args.seed)
+    if own:
+        halves = split_in_halves(table, f'{split}, out of fold', args.seed)
         calibration, table, fitted_on = halves.fit, halves.judge, halves.fitted_on
         split = halves.judged_on
     elif out_of_fold is not None:

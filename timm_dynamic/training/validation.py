@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from timm.data import RealLabelsImagenet, resolve_data_config
 from timm.layers import apply_test_time_pool
-from timm.models import is_model, list_pretrained, model_entrypoint
+from timm.models import is_model, is_model_in_modules, list_pretrained, model_entrypoint, parse_model_name
 from timm.task import evaluation_sample_limit
 from timm.utils import check_batch_size_retry, decay_batch_step, reparameterize_model
 from torch import nn
@@ -43,6 +43,7 @@ from .budgets import (
     take_samples,
 )
 from .build import build_eval_loader, build_model, eval_views, model_dtype, uses_demo_data
+from .cascade import load_cascade
 from .confidences import FoldNets, MemberRecorder, Replayed, advice, compare_confidences, image_names, replay_members
 from .evaluate import evaluate
 from .options import create_validate_parser
@@ -88,11 +89,22 @@ def _restricted(model: nn.Module, valid_labels: list[int] | None) -> Any:
     return restricted
 
 
-def _open_model(args: argparse.Namespace, checkpoint: str, fold_nets: FoldNets | None = None) -> Any:
+def _open_model(
+        args: argparse.Namespace,
+        checkpoint: str,
+        fold_nets: FoldNets | None = None,
+        compared: bool = False,
+) -> Any:
     """Create a model with its weights, and with what a checkpoint says about exits."""
+    kind = None if args.confidence == 'all' or compared else args.confidence
+    more = {}
+    if parse_model_name(args.model)[0] is None and is_model_in_modules(args.model.split('.')[0], ['clcnet']):
+        more['confidence'] = 'max_prob' if fold_nets else kind  # no net is fetched that is not needed
     with seeded(args.seed, 'model'):  # a classifier that the weights do not fit has initial values
-        model = build_model(args, pretrained=args.pretrained or not checkpoint)
-    if checkpoint:
+        model = build_model(args, pretrained=args.pretrained or not checkpoint, **more)
+    if checkpoint and isinstance(model, CLCNet):
+        load_cascade(model, checkpoint, use_ema=args.use_ema)
+    elif checkpoint:
         architecture = model.pretrained_cfg['architecture']
         family = sys.modules[model_entrypoint(architecture).__module__]
         exit_cfg_fn = getattr(family, 'exit_cfg_from_checkpoint', None)
@@ -103,9 +115,8 @@ def _open_model(args: argparse.Namespace, checkpoint: str, fold_nets: FoldNets |
             model, weights, checkpoint_filter_of(architecture), use_ema=args.use_ema, label=f"'{checkpoint}'")
         if exit_cfg:
             model.load_exit_cfg(exit_cfg)
-    if isinstance(model, CLCNet):
-        kind = None if args.confidence == 'all' else args.confidence
-        if fold_nets and args.confidence in ('clcnet', 'all') and not hasattr(model, 'confidence_net'):
+    if isinstance(model, CLCNet) and not compared:
+        if fold_nets and (more or args.confidence in ('clcnet', 'all')) and not hasattr(model, 'confidence_net'):
             model.set_confidence('clcnet', net=fold_nets.nets[0])
         if kind or args.final_rule:
             model.set_confidence(kind or model.confidence_kind, args.final_rule)
@@ -135,7 +146,7 @@ def validate_model(
     """
     args = argparse.Namespace(**{**vars(args), 'model': name})
     fold_nets = FoldNets.read(args.fold_nets, args.fold_dir) if args.fold_nets and not compared else None
-    model = _open_model(args, checkpoint, fold_nets)
+    model = _open_model(args, checkpoint, fold_nets, compared)
     dynamic = isinstance(model, DynamicNet)
     if not compared:
         _check_dynamic(args, name, model)
@@ -229,6 +240,7 @@ def validate_model(
 
     compared_tables = answers = None
     if recorder is not None:
+        said = recorder.finish()
         if args.calibrate_samples and fit_loader is not None:
             take_samples(
                 fit_loader, args.calibrate_samples, args.seed, accelerator.process_index, accelerator.num_processes)
@@ -238,7 +250,7 @@ def validate_model(
             evaluate_dynamic(
                 model, fit_loader, accelerator, desc=f'{name}: {fit_on}', on_batch=_all_of(fit_recorder), **how)
         replayed, compared_tables = _replay(
-            report, args, name, model, recorder, fit_recorder, fit_on, fold_nets, folds)
+            report, args, name, model, said, fit_recorder and fit_recorder.finish(), fit_on, fold_nets, folds)
         table, answers = replayed
         last = table.anytime()[-1]
         row.update(**_accuracy(last.top1, last.top5), gmacs=round(last.gmacs, 6))
@@ -292,8 +304,8 @@ def _replay(
         args: argparse.Namespace,
         name: str,
         model: CLCNet,
-        recorder: MemberRecorder,
-        fit_recorder: MemberRecorder | None,
+        said: tuple[torch.Tensor, torch.Tensor],
+        said_to_fit: tuple[torch.Tensor, torch.Tensor] | None,
         fit_on: str,
         fold_nets: FoldNets | None,
         folds: Sequence[torch.Tensor],
@@ -303,26 +315,29 @@ def _replay(
     Returns:
         What it does, and with `--confidence all` the tables to fit and to judge budgets on.
     """
-    logits, target = recorder.finish()
+    logits, target = said
     judged = replay_members(model, logits, target, fold_nets, folds[0] if folds else None)
     fitted = None
-    if fit_recorder is not None:
-        fitted = replay_members(model, *fit_recorder.finish(), fold_nets, folds[1] if folds else None)
+    if said_to_fit is not None:
+        fitted = replay_members(model, *said_to_fit, fold_nets, folds[1] if folds else None)
     if fold_nets:
         _logger.info(f'{short_name(name)} on {args.split}: {fold_nets.note(folds[0])}')
+    macs = model.step_macs_of('max_prob')
     members = [{
-        'member': spec.label, 'gmacs': round((b - a) / 1e9, 6),
+        'member': spec.label, 'img_size': size, 'gmacs': round((b - a) / 1e9, 6),
         'top1': round(100 * float((logits[:, t].argmax(dim=1) == target).float().mean()), 4),
-    } for t, (spec, a, b) in enumerate(zip(model.specs, (0, *model.step_macs), model.step_macs))]
+    } for t, (spec, size, a, b) in enumerate(zip(model.specs, model.view_sizes, (0, *macs), macs))]
     report.add(name, f'{short_name(name)} on {args.split}, each member alone:', members)
     key = model.confidence_kind, model.final_rule
     if args.confidence != 'all':
         both = fitted and calibrate_on(fitted[key].table, judged[key].table, fit_on, args.split)
         return judged[key], both
     judge = {key: replayed.table for key, replayed in judged.items()}
+    note = ''
     if fitted is not None:
         fit = {key: replayed.table for key, replayed in fitted.items()}
         where = fit_on, args.split
+        note = calibrate_on(fit[key], judge[key], *where).note
     else:
         halves = {key: table.split(0.5, args.seed) for key, table in judge.items()}
         fit, judge = ({key: pair[i] for key, pair in halves.items()} for i in (0, 1))
@@ -336,7 +351,7 @@ def _replay(
     if key != (best['confidence'], best['final_rule']):
         key = best['confidence'], best['final_rule']
         model.set_confidence(*key)
-    return judged[key], Calibration(fit[key], judge[key], *where)
+    return judged[key], Calibration(fit[key], judge[key], *where, note)
 
 
 def _save_predictions(
@@ -382,6 +397,10 @@ def _check_dynamic(args: argparse.Namespace, name: str, model: Any) -> None:
         raise ValueError(
             f"--fold-nets are confidence nets, the cascade's confidence is '{model.confidence_kind}': ask for "
             '--confidence clcnet or all.')
+    if args.fold_nets and args.save_budgets:
+        raise ValueError(
+            "--fold-nets does not go with --save-budgets: budgets kept in a model are for the model's own net. "
+            'train.py solves them out of fold; or fit them on images that this net has not seen.')
     if args.fold_nets and args.calibrate_samples:
         raise ValueError('--fold-nets does not go with --calibrate-samples: the folds of random images are not known.')
     if args.confidence == 'all' and args.final_rule:
@@ -582,10 +601,10 @@ def run_validation(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
         logging.getLogger('timm_dynamic').setLevel(logging.WARNING)
     reports: list[Report] = []
     jobs = list(_jobs(args)) if args.model or args.checkpoint else [('', '')]
-    if len(jobs) > 1 and (args.save_exit_table or args.save_budgets or args.exit_table):
+    if len(jobs) > 1 and (args.save_exit_table or args.save_budgets or args.save_predictions or args.exit_table):
         raise ValueError(
-            f'--exit-table, --save-exit-table and --save-budgets are for one model, found {len(jobs)}: '
-            f"{', '.join(name for name, _ in jobs[:3])}, ...")
+            '--exit-table, --save-exit-table, --save-budgets and --save-predictions are for one model, found '
+            f"{len(jobs)}: {', '.join(name for name, _ in jobs[:3])}, ...")
     for i, (name, checkpoint) in enumerate(jobs + [(name, '') for name in args.compare]):
         compared = i >= len(jobs)
         try:

@@ -1,7 +1,7 @@
 from .checkpoint import CheckpointError, describe_mismatch, load_weights, read_checkpoint, read_state_dict
 from .download import fetch_weights, is_transient
 from .export import copy_pretrained, read_task_state, save_exit_cfg, save_pretrained
-from .files import atomic_write, clean_partial_files, sha256_of, write_json
+from .files import atomic_write, clean_partial_files, read_json, sha256_of, write_json
 from .seeding import fold_seed, seeded
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     'is_transient',
     'load_weights',
     'read_checkpoint',
+    'read_json',
     'read_state_dict',
     'read_task_state',
     'save_exit_cfg',

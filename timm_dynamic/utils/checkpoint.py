@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from timm.models import clean_state_dict, get_model_traits, load_pretrained
 from torch import nn
 
@@ -86,7 +85,7 @@ def read_checkpoint(path: str | Path) -> Any:
                 f"'{path}' is a pickle that asks for code to be run ({asked[1]}); it was refused and nothing of it was "
                 'executed. Expected tensors and plain values only.') from None
         raise CheckpointError(broken.format(_first(e))) from e
-    except (SafetensorError, RuntimeError, EOFError, ValueError, OSError, KeyError, AttributeError) as e:
+    except Exception as e:  # readers of damaged files raise whatever comes first, IndexError and struct.error too
         raise CheckpointError(broken.format(_first(e))) from e
 
 
@@ -114,7 +113,8 @@ def read_state_dict(path: str | Path, use_ema: bool = True) -> dict[str, torch.T
             if isinstance(checkpoint.get(key), Mapping):
                 checkpoint = checkpoint[key]
                 break
-    if not isinstance(checkpoint, Mapping) or not any(isinstance(v, torch.Tensor) for v in checkpoint.values()):
+    if not isinstance(checkpoint, Mapping) or not any(isinstance(v, torch.Tensor) for v in checkpoint.values()) or \
+            not all(isinstance(k, str) for k in checkpoint):
         names = list(checkpoint)[:5] if isinstance(checkpoint, Mapping) else [type(checkpoint).__name__]
         held = ', '.join(map(str, names))
         raise CheckpointError(f"'{path}' holds no weights: expected tensors by name, found {held or 'nothing'}.")
@@ -137,6 +137,12 @@ def _names(value: Any) -> tuple[str, ...]:
     return () if not value else (value,) if isinstance(value, str) else tuple(value)
 
 
+def _is_usable(value: Any, target: torch.Tensor) -> bool:
+    """Whether copying keeps what a value says: quantised and complex numbers would be cast to something else."""
+    return isinstance(value, torch.Tensor) and value.layout == torch.strided and not value.is_meta and (
+        value.is_floating_point() or not target.is_floating_point())
+
+
 def load_weights(
         model: nn.Module,
         source: str | Path | Mapping[str, Any],
@@ -153,7 +159,8 @@ def load_weights(
         source: File, folder, or a state dict.
         filter_fn: The family's `checkpoint_filter_fn`: maps foreign keys onto the model's.
         adapt: Do as timm does with pretrained weights: a first convolution for another number of input channels is
-            converted, a classifier for another number of classes is left at its initial values. Otherwise all must fit.
+            converted, a classifier for another number of classes is left at its initial values, and without classes it
+            is left out. Otherwise all must fit.
         reset_head: Leave the classifier at its initial values even where it would fit (with `adapt`).
         use_ema: Prefer averaged weights.
         label: What to call the source in messages.
@@ -168,7 +175,7 @@ def load_weights(
     if filter_fn is not None:
         try:
             state_dict = dict(filter_fn(state_dict, model))
-        except (KeyError, RuntimeError, ValueError, AttributeError) as e:
+        except (KeyError, IndexError, RuntimeError, ValueError, TypeError, AttributeError) as e:
             raise CheckpointError(f'{label} does not fit {name}: its keys cannot be mapped ({_first(e)}).') from e
 
     cfg = {k: v for k, v in getattr(model, 'pretrained_cfg', {}).items() if k not in ('source', 'state_dict')}
@@ -176,11 +183,14 @@ def load_weights(
     traits = get_model_traits(model)
     convs = {f'{c}.weight' for c in _names(traits.get('first_conv', cfg.get('first_conv')))} if adapt else set()
     heads = {f'{c}.{p}' for c in _names(cfg.get('classifier')) for p in ('weight', 'bias')} if adapt else set()
-    heads_differ = any(k in state_dict and k in target and state_dict[k].shape != target[k].shape for k in heads)
+    num_classes = getattr(model, 'num_classes', cfg.get('num_classes', 1000))
+    # Without classes, as for features, there is no classifier in the model at all.
+    heads_differ = not num_classes or any(
+        k in state_dict and k in target and getattr(state_dict[k], 'shape', None) != target[k].shape for k in heads)
     drop_heads = heads if reset_head or heads_differ else set()
 
     missing = [k for k in target if k not in state_dict and k not in drop_heads]
-    unexpected = [k for k in state_dict if k not in target]
+    unexpected = [k for k in state_dict if k not in target and (k not in drop_heads or num_classes)]
     shapes = [
         f"'{k}' {tuple(v.shape)} instead of {tuple(target[k].shape)}"
         for k, v in state_dict.items()
@@ -188,6 +198,13 @@ def load_weights(
     ]
     if missing or unexpected or shapes:
         raise CheckpointError(f'{label} does not fit {name}: {describe_mismatch(missing, unexpected, shapes)}.')
+    unusable = next((k for k, v in target.items() if k in state_dict and not _is_usable(state_dict[k], v)), None)
+    if unusable:
+        value = state_dict[unusable]
+        found = f'{value.device} {value.layout} {value.dtype}'.replace('torch.', '') \
+            if isinstance(value, torch.Tensor) else type(value).__name__
+        raise CheckpointError(
+            f"{label} does not fit {name}: '{unusable}' is {found}, expected a dense tensor of floating point numbers.")
 
     # The channels that the weights were made for, read off the weights themselves: a user's own file may differ
     # from what the pretrained_cfg says about the published ones.
@@ -196,7 +213,6 @@ def load_weights(
     for k in convs & state_dict.keys():
         if state_dict[k].shape[1] != target[k].shape[1]:
             source_channels = state_dict[k].shape[1] * channels // target[k].shape[1]
-    num_classes = getattr(model, 'num_classes', cfg.get('num_classes', 1000))
     cfg.update(
         state_dict=state_dict,
         input_size=(source_channels, *input_size[1:]),
@@ -204,5 +220,6 @@ def load_weights(
         num_classes=-1 if drop_heads else num_classes,
     )
     if drop_heads:
-        _logger.info(f'{label}: the classifier of {name} is left at its initial values ({num_classes} classes).')
+        where = f'of {name} is left at its initial values ({num_classes} classes)' if num_classes else 'is left out'
+        _logger.info(f'{label}: the classifier {where}.')
     load_pretrained(model, pretrained_cfg=cfg, num_classes=num_classes, in_chans=channels, strict=not drop_heads)

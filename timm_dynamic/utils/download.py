@@ -2,7 +2,6 @@
 
 The client checks a file's size, not its content: wrong bytes of the right length would be taken, and kept.
 """
-import json
 import logging
 import time
 from functools import partial
@@ -12,13 +11,15 @@ from typing import Any
 from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import (
     EntryNotFoundError,
+    GatedRepoError,
     HfHubHTTPError,
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
+    RevisionNotFoundError,
 )
 
 from .checkpoint import CheckpointError
-from .files import sha256_of
+from .files import read_json, sha256_of
 
 _logger = logging.getLogger(__name__)
 
@@ -75,11 +76,18 @@ def fetch_weights(
             _evict(path)
             _logger.warning(f"'{filename}' of '{repo}' is not what its config.json says; fetching it once more.")
     except LocalEntryNotFoundError as e:  # first: it is an EntryNotFoundError, too
-        raise CheckpointError(
-            f"'{repo}' is not in the local cache, and the Hugging Face Hub cannot be reached. Try again when online."
-        ) from e
+        refused = isinstance(e.__cause__, HfHubHTTPError) and not is_transient(e.__cause__)
+        why = f'answers: {_first_line(e.__cause__)}' if refused and e.__cause__ else \
+            'cannot be reached. Try again when online'
+        raise CheckpointError(f"'{repo}' is not in the local cache, and the Hugging Face Hub {why}.") from e
     except EntryNotFoundError as e:
         raise CheckpointError(f"'{repo}' on the Hugging Face Hub holds no {filename}.") from e
+    except RevisionNotFoundError as e:
+        raise CheckpointError(f"'{repo}' on the Hugging Face Hub has no revision '{revision}'.") from e
+    except GatedRepoError as e:  # it is a RepositoryNotFoundError, too
+        raise CheckpointError(
+            f"'{repo}' on the Hugging Face Hub is open only to those whom its owners let in: ask there, and log in "
+            '(`hf auth login`).') from e
     except (HfHubHTTPError, OSError, ValueError) as e:
         if isinstance(e, HfHubHTTPError) and (e.response.status_code == 401 or isinstance(e, RepositoryNotFoundError)):
             raise CheckpointError(
@@ -124,11 +132,11 @@ def _read_config(fetch: Any, repo: str, revision: str, cache_dir: str | Path | N
         except EntryNotFoundError:
             return {}
         try:
-            return dict(json.loads(path.read_text(encoding='utf-8')))
+            return read_json(path)
         except ValueError as e:
             _evict(path)
             if not again:
-                raise CheckpointError(f"config.json of '{repo}' is no JSON: {e}.") from e
+                raise CheckpointError(f"config.json of '{repo}' is no JSON object: {_first_line(e)}.") from e
     raise AssertionError('unreachable')
 
 

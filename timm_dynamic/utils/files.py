@@ -48,6 +48,21 @@ def write_json(path: str | Path, value: Any) -> None:
         tmp.write_text(json.dumps(value, indent=2) + '\n', encoding='utf-8')
 
 
+def read_json(path: str | Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        ValueError: The file holds something else, or is damaged.
+    """
+    try:
+        value = json.loads(Path(path).read_text(encoding='utf-8'))
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f"'{path}' is no JSON: {e}.") from e
+    if not isinstance(value, dict):
+        raise ValueError(f"'{path}' is no JSON object, but {type(value).__name__}.")
+    return value
+
+
 def sha256_of(path: str | Path) -> str:
     """SHA-256 of a file's content, in hexadecimal."""
     with open(path, 'rb') as f:
