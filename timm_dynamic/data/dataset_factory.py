@@ -25,8 +25,9 @@ def create_dataset(name: str, root: str | None = None, split: str = 'validation'
             what only makes sense for files.
 
     Raises:
-        FileNotFoundError: The folder does not exist, or has other splits than the one asked for.
-        ValueError: The name is unknown, the folder is empty, it holds one class only, or timm refuses an argument.
+        FileNotFoundError: The folder does not exist.
+        ValueError: The name is unknown, the folder is empty, has other splits than the one asked for, or holds one
+            class only, or timm refuses an argument.
     """
     if name == DEMO_DATASET:
         return ClutteredDigits(split=split, **{k: kwargs[k] for k in _DEMO_ARGS if kwargs.get(k) is not None})
@@ -62,13 +63,13 @@ def create_dataset(name: str, root: str | None = None, split: str = 'validation'
 
 
 def _check_split(root: str, split: str) -> None:
-    """Raise a FileNotFoundError for a split that timm would take all images for: it finds no folder of that name."""
+    """Raise a ValueError for a split that timm would take all images for: it finds no folder of that name."""
     split = split.split('[')[0]
     names = next((s for s in (TRAIN_SPLITS, VALIDATION_SPLITS) if split in s), (split,))
     found = {n for n in (*TRAIN_SPLITS, *VALIDATION_SPLITS, 'test') if os.path.isdir(os.path.join(root, n))}
     several = found.intersection(TRAIN_SPLITS) and found.difference(TRAIN_SPLITS)
     if several and not any(os.path.exists(os.path.join(root, n)) for n in names):
-        raise FileNotFoundError(f"There is no split '{split}' at '{root}', which has {', '.join(sorted(found))}.")
+        raise ValueError(f"There is no split '{split}' at '{root}', which has {', '.join(sorted(found))}.")
 
 
 def class_to_idx(dataset: Any) -> dict[str, int] | None:

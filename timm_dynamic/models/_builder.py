@@ -83,7 +83,7 @@ def build_dynamic_model(
     model = create_fn(pretrained=False, pretrained_cfg=cfg.to_dict(), **kwargs)
     if isinstance(model, DynamicNet) and model.exit_cfg:
         exported: Any = getattr(model, 'pretrained_model_args', {})
-        if model.exit_cfg is exported.get('exit_cfg'):  # and none that the caller gave
+        if kwargs.get('exit_cfg') == exported.get('exit_cfg'):  # and none that the caller gave
             _check_exits_hold(model, exported)
     if pretrained:
         folder = None
