@@ -372,9 +372,14 @@ def resolve_learning_rate(args: argparse.Namespace, global_batch_size: int) -> f
 def build_optimizer(module: nn.Module, args: argparse.Namespace) -> torch.optim.Optimizer:
     """Create timm's optimizer over what the module trains."""
     kwargs = {**optimizer_kwargs(cfg=args), **args.opt_kwargs}
-    if args.classifier_lr_scale == 1:
+    if args.classifier_lr_scale != 1:
+        kwargs['param_group_fn'] = partial(_classifier_apart, args=args, kwargs=dict(kwargs))
+    try:
         return create_optimizer_v2(module, **kwargs)
-    return create_optimizer_v2(module, param_group_fn=partial(_classifier_apart, args=args, kwargs=kwargs), **kwargs)
+    except TypeError as e:
+        if 'unexpected keyword argument' not in str(e):
+            raise
+        raise ValueError(f'--opt {args.opt} does not take what is given with --opt-kwargs: {e}') from e
 
 
 def _classifier_apart(module: Any, args: argparse.Namespace, kwargs: dict[str, Any]) -> list[dict[str, Any]]:
@@ -417,7 +422,11 @@ def eval_views(args: argparse.Namespace, model: Any) -> list[dict[str, Any]] | N
 
 def training_data_config(args: argparse.Namespace, model: nn.Module) -> dict[str, Any]:
     """Preprocessing of images, by options and model."""
-    config = resolve_data_config(vars(args), model=model)
+    try:
+        config = resolve_data_config(vars(args), model=model)
+    except AssertionError as e:
+        raise ValueError(
+            f'--mean and --std: expected one value, or one for each channel, got {args.mean} and {args.std}.') from e
     channels = config['input_size'][0]
     for key in ('mean', 'std'):
         if len(config[key]) != channels:  # a model for grey images has those of colour ones: their average, as in timm
