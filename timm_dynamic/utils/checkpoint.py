@@ -139,8 +139,8 @@ def _names(value: Any) -> tuple[str, ...]:
 
 def _is_usable(value: Any, target: torch.Tensor) -> bool:
     """Whether copying keeps what a value says: quantised and complex numbers would be cast to something else."""
-    return isinstance(value, torch.Tensor) and value.layout == torch.strided and not value.is_meta and (
-        value.is_floating_point() or not target.is_floating_point())
+    return isinstance(value, torch.Tensor) and value.layout == torch.strided and (
+        target.is_meta or not value.is_meta) and (value.is_floating_point() or not target.is_floating_point())
 
 
 def load_weights(
