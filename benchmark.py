@@ -5,7 +5,7 @@
     python benchmark.py exit --model gfnet_resnet50_96 --channels-last --fold
     python benchmark.py thresholds
     python benchmark.py crop --batch-size 256
-    python benchmark.py train-step --model test_gfnet
+    python benchmark.py train-step --model focusnet_resnet18 --batch-size 32
     python benchmark.py exits TABLE
 """
 import sys

@@ -160,9 +160,27 @@ def test_train_step(arguments, monkeypatch):
         benchmark_train_step('test_gfnet', 3, repeats=1)
 
 
+@pytest.mark.parametrize('flags', [[], ['--channels-last', '--amp-dtype', 'bfloat16']])
+def test_train_step_of_a_focusnet(flags, monkeypatch):
+    seconds = {'plain step': [1., 2., 4.], 'baseline forward': [0.5, 1., 1.], 'focus step': [1.8, 3., 5.1]}
+
+    def time_each(steps, repeats, device):
+        for step in steps.values():
+            step()
+        assert (list(steps), repeats) == (list(seconds), 3)
+        return seconds
+
+    monkeypatch.setattr(train_step, 'time_each', time_each)
+    rows = run_benchmark(['train-step', '--model', 'test_focusnet', '-b', '2', '--repeats', '3', *flags])
+    assert [row['train-step'] for row in rows] == list(seconds)
+    assert [row['ms'] for row in rows] == [2000, 1000, 3000]
+    assert [row['images_per_s'] for row in rows] == [1, 2, pytest.approx(2 / 3)]
+    assert [row['overhead'] for row in rows] == [None, None, pytest.approx(0.02)]  # median of 0.2, 0 and 0.02
+
+
 def test_train_step_of_what_has_none():
-    with pytest.raises(ValueError, match=r"one of GFNets, e\.g\. --model gfnet_resnet50_96; got 'test_focusnet'"):
-        benchmark_train_step('test_focusnet')
+    with pytest.raises(ValueError, match=r"a GFNet or a network without steps, .*; got 'test_clcnet'"):
+        benchmark_train_step('test_clcnet')
 
 
 def test_confidence(tmp_path):
@@ -212,6 +230,8 @@ def test_exit(model, capsys):
 @pytest.mark.parametrize(('args', 'message'), [
     (dict(repeats=0), 'Expected positive numbers.*0 repeats'),
     (dict(model='test_focusnet'), "'test_focusnet' has no steps"),
+    (dict(static='resnet51'), "There is no model 'resnet51'"),
+    (dict(cuda_graphs=True), '--cuda-graphs needs --torchcompile'),
     (dict(exit_shares=[1, 1]), 'Expected 3 exit shares'),
     (dict(exit_shares=[1, -1, 1]), 'none below 0'),
 ])
@@ -220,10 +240,26 @@ def test_bad_exit(args, message):
         benchmark_exit(**{'model': 'test_gfnet', **args})
 
 
+@pytest.mark.parametrize('benchmark', ['exit', 'train-step', 'crop', 'windows', 'confidence'])
+def test_names_are_checked_before_anything_is_measured(benchmark, tmp_path):
+    size = ['--patch-size', '8', '--img-size', '20'] if benchmark == 'crop' else []
+    with pytest.raises(ValueError, match="There is no device 'nowhere'"):
+        run_benchmark([benchmark, '-b', '2', *size, '--device', 'nowhere'])
+    for file in (tmp_path, tmp_path / 'rows.txt'):
+        with pytest.raises(ValueError, match=r'--results-file: expected a file that ends in \.csv or \.json'):
+            run_benchmark([benchmark, '--results-file', str(file), '--device', 'nowhere'])
+    if benchmark in ('exit', 'train-step'):
+        with pytest.raises(ValueError, match=r"There is no model 'test_gfnett'\. Did you mean test_gfnet"):
+            run_benchmark([benchmark, '--model', 'test_gfnett'])
+
+
 def test_thresholds():
     rows = run_benchmark(['thresholds', '--num-images', '500', '--num-steps', '3', '--repeats', '1'])
     assert [row['thresholds'].split(',')[0] for row in rows] == [
-        'solve_thresholds', 'solve_policy', *['solve_curve'] * 2, 'geometric_thresholds', *['evaluate'] * 2]
+        'first solve of a table', 'solve_thresholds', 'solve_policy', *['solve_curve'] * 2, 'geometric_thresholds',
+        *['evaluate'] * 2]
+    ms = {row['thresholds']: row['ms'] for row in rows}
+    assert ms['first solve of a table'] > ms['solve_thresholds, one budget']  # which is not fitted anew
     assert all((row['images'], row['steps']) == (500, 3) and row['ms'] > 0 for row in rows)
     with pytest.raises(ValueError, match='got 0 and 3'):
         run_benchmark(['thresholds', '--num-images', '0', '--num-steps', '3'])

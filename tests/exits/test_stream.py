@@ -1,5 +1,7 @@
 import copy
+import gc
 import itertools
+import shutil
 import weakref
 
 import pytest
@@ -8,7 +10,7 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 import timm_dynamic  # noqa: F401
-from timm_dynamic.exits import ExitStream, early_exit
+from timm_dynamic.exits import ExitStream, early_exit, stream
 from timm_dynamic.exits.policy import ExitPolicy
 from timm_dynamic.models.dynamic_net import DynamicNet
 
@@ -184,15 +186,32 @@ def test_memory_and_calls_do_not_grow_with_the_stream(net, scale):
     assert run.runs[0] == 20 * scale
 
 
+def test_one_large_batch_costs_as_much_per_image(net, monkeypatch):
+    looks = []
+    all_stopped = stream.StreamRun._all_stopped
+
+    def count(run, last):
+        before = run._whole_pages
+        complete = all_stopped(run, last)
+        looks.append(run._whole_pages - before + 1)  # pages that were looked at
+        return complete
+
+    monkeypatch.setattr(stream.StreamRun, '_all_stopped', count)
+    images = make_images(1600)
+    run = ExitStream(net, THRESHOLDS, batch_size=16).run([images])
+    check(run, net, [images])
+    assert sum(looks) <= sum(run.runs) + 100 + 1  # once a step, and once a page
+
+
 def test_rare_late_steps_do_not_hold_results_back(net):
     """One image of the first batch goes on, and no other ever does."""
     batches = [torch.zeros(16, 4, 3, 2) for _ in range(50)]
     for x in batches:
         x[:, 0] = 5
     batches[0][0, 0, 0] = 0  # not sure at step 1
-    stream = ExitStream(net, THRESHOLDS, batch_size=16, max_pending=64)
     read = []
-    results = stream.run((read.append(i), x)[1] for i, x in enumerate(batches))
+    exits = ExitStream(net, THRESHOLDS, batch_size=16, max_pending=64)
+    results = exits.run((read.append(i), x)[1] for i, x in enumerate(batches))
     assert next(results).steps_used.tolist() == [2] + [1] * 15
     assert len(read) == 5  # 80 images had come when the limit of 64 was passed
 
@@ -229,6 +248,25 @@ def test_results_so_far_come_before_an_error_of_the_source(net, bad):
     assert list(run) == []
 
 
+@pytest.mark.parametrize('num_batches', [0, 3])
+def test_nothing_is_kept_after_an_error(net, num_batches):
+    def source():
+        yield from make_images(48).split(16)[:num_batches]
+        raise ZeroDivisionError
+
+    gc.collect()
+    gc.disable()  # what is in no cycle goes at once: queues, and the workers of a loader
+    try:
+        run = ExitStream(net, THRESHOLDS, batch_size=16).run(source())
+        kept = weakref.ref(run)
+        with pytest.raises(ZeroDivisionError):
+            list(run)
+        del run
+        assert kept() is None
+    finally:
+        gc.enable()
+
+
 def test_complete_results_come_before_an_error_of_the_model(net):
     batches = make_images(200).split(10)
     step = net.step
@@ -249,8 +287,8 @@ def test_complete_results_come_before_an_error_of_the_model(net):
 
 def test_streams_share_a_model_and_do_not_mix(net):
     a, b = make_images(60, seed=1).split(6), make_images(60, seed=2).split(6)
-    stream = ExitStream(net, THRESHOLDS, batch_size=16)
-    runs = stream.run(a), stream.run(b)
+    exits = ExitStream(net, THRESHOLDS, batch_size=16)
+    runs = exits.run(a), exits.run(b)
     taken = [[], []]
     for _ in range(10):
         for results, run in zip(taken, runs):
@@ -306,7 +344,8 @@ class Linear(DynamicNet):
         return 9 * memory.tanh(), {**state, 'memory': memory}
 
 
-@pytest.mark.parametrize('backend', ['eager', 'aot_eager'])
+@pytest.mark.parametrize('backend', ['eager', 'aot_eager', pytest.param('inductor', marks=pytest.mark.skipif(
+    not any(map(shutil.which, ('g++', 'clang++'))), reason='there is no C++ compiler'))])
 def test_compiled_steps_see_one_shape(backend):
     torch.manual_seed(0)
     model = Linear().eval()
@@ -326,6 +365,44 @@ def test_compiled_steps_see_one_shape(backend):
     assert shapes == {8}
 
 
+def test_every_step_of_every_model_is_compiled():
+    """torch.compile gives up after eight variants of a function: five steps, or two models, must not add up."""
+    graphs = []
+
+    def count(graph, example_inputs):
+        graphs.append(graph)
+        return graph
+
+    torch._dynamo.reset()
+    for _ in range(5):
+        model = Linear().eval()
+        model.compile_steps(backend=count)
+        list(ExitStream(model, [2., 0.], batch_size=8).run([make_images(8)]))
+    assert len(graphs) == 5 * 2
+
+
+class Overwriting(Given):
+    """Steps as CUDA graphs: what one gave is lost with the next run of any of them."""
+    has_compiled_steps = True
+
+    def __init__(self):
+        super().__init__()
+        self.given = []
+
+    def run_step(self, t, state):
+        for value in self.given:
+            value.fill_(torch.nan)
+        logits, confidence, state = super().run_step(t, state)
+        state = {name: value.clone() for name, value in state.items()}
+        self.given = [logits, confidence, *state.values()]
+        return logits, confidence, state
+
+
+def test_steps_may_overwrite_what_they_gave(net):
+    batches = make_images(90).split(9)
+    check(ExitStream(Overwriting().eval(), THRESHOLDS, batch_size=16).run(batches), net, batches)
+
+
 def test_copies_are_not_compiled(net):
     net.compile_steps(backend='eager')
     assert not copy.deepcopy(net).has_compiled_steps
@@ -337,15 +414,23 @@ def test_bad_use(net):
     for kwargs in (dict(batch_size=0), dict(max_pending=0)):
         with pytest.raises(ValueError, match='Expected a positive batch size and max_pending'):
             ExitStream(net, THRESHOLDS, **kwargs)
-    stream = ExitStream(net, THRESHOLDS)
+    for bad in (make_images(4).numpy(), {'image': make_images(4)}, None):
+        with pytest.raises(ValueError, match=f'Expected images as a tensor.*, got {type(bad).__name__}'):
+            list(ExitStream(net, THRESHOLDS).run([bad]))
+    with pytest.raises(ValueError, match='A Linear has no steps to exit after'):
+        ExitStream(torch.nn.Linear(2, 2), THRESHOLDS)
+    exits = ExitStream(net, THRESHOLDS)
     with pytest.raises(ValueError, match='eval mode'):
-        stream.run([]) if net.train() else None
+        exits.run([]) if net.train() else None
     with pytest.raises(ValueError, match='eval mode'):
         ExitStream(net, THRESHOLDS)
 
 
 def test_inference_mode(net):
-    batches = make_images(40).split(10)
+    batches = make_images(100).split(10)
     with torch.inference_mode():
         results = list(ExitStream(net, THRESHOLDS, batch_size=16).run(batches))
+        run = ExitStream(net, THRESHOLDS, batch_size=16).run(batches)
+        first = next(run)
     check(results, net, batches)
+    check([first, *run], net, batches)  # begun inside, ended outside

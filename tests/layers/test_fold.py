@@ -69,6 +69,69 @@ def test_only_what_belongs_together():
     assert [type(m) for m in model.norms] == [nn.BatchNorm2d] * 3 + [nn.Identity]
 
 
-def test_in_train_mode():
+def test_in_inference_mode_for_use_outside_of_it():
+    model, x = shake(Shared()), torch.randn(2, 3, 4, 4)
+    with torch.inference_mode():
+        assert fold_batch_norm(model, lambda: model(torch.ones(2, 3, 4, 4))) == 1
+    model(x).sum().backward()
+
+
+class UsedTwice(nn.Module):
+    """A shortcut around the normalisation, a change in place before it, and a subclass that does more."""
+
+    class Clipped(nn.BatchNorm2d):
+        def forward(self, x):
+            return super().forward(x).clamp(-0.1, 0.1)
+
+    def __init__(self):
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv2d(3, 3, 1) for _ in range(4))
+        self.norms = nn.ModuleList([*(nn.BatchNorm2d(3) for _ in range(3)), self.Clipped(3)])
+
+    def forward(self, x):
+        x = self.convs[0](x)
+        x = x + self.norms[0](x)
+        x = self.norms[1](self.convs[1](x).relu_())
+        x = self.norms[2](self.convs[2](x).add_(x))
+        return self.norms[3](self.convs[3](x))
+
+
+@pytest.mark.parametrize('mode', [torch.no_grad, torch.inference_mode])
+def test_not_what_is_used_otherwise_too(mode):
+    torch.manual_seed(0)
+    model, x = shake(UsedTwice()), torch.randn(2, 3, 4, 4)
+    with mode():
+        expected = model(x)
+        assert fold_batch_norm(model, lambda: model(x)) == 0
+        torch.testing.assert_close(model(x), expected)
+
+
+def test_backbone_with_shortcuts_around_its_first_normalisations():
+    model = shake(timm.create_model('coatnet_pico_rw_224', img_size=64, depths=(1, 1, 1, 1)))
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        expected = model(x)
+        assert fold_batch_norm(model, lambda: model(x)) > 0
+        torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_groups_and_norms_without_weights():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(4, 6, 3, groups=2, bias=False), nn.BatchNorm2d(6, affine=False),
+        nn.Conv2d(6, 6, 3, groups=6), nn.BatchNorm2d(6, track_running_stats=False)).eval()
+    model[1].running_mean.normal_()
+    x = torch.randn(2, 4, 8, 8)
+    with torch.no_grad():
+        expected = model(x)
+        assert fold_batch_norm(model, lambda: model(x)) == 1
+        torch.testing.assert_close(model(x), expected)
+
+
+@pytest.mark.parametrize('part', [False, True])
+def test_in_train_mode(part):
+    model = Shared()
+    if part:
+        model.eval().norms[0].train()
     with pytest.raises(ValueError, match='eval mode'):
-        fold_batch_norm(Shared(), lambda: None)
+        fold_batch_norm(model, lambda: None)

@@ -3,7 +3,7 @@ from functools import partial
 import pytest
 import timm
 import torch
-from timm.models import group_parameters
+from timm.models import group_parameters, save_for_hf
 from torch.utils.flop_counter import FlopCounterMode
 
 import timm_dynamic  # noqa: F401
@@ -132,6 +132,8 @@ def test_keeps_itself(tiny, tmp_path):
     assert torch.equal(again(x), tiny(x))
     other = timm.create_model(f'local-dir:{tmp_path}', pretrained=True, num_classes=4, in_chans=1)
     assert other(torch.randn(2, 1, 96, 96)).shape == (2, 4)
+    save_for_hf(tiny, tmp_path / 'timm')  # which writes no safetensors by default
+    assert torch.equal(timm.create_model(f"local-dir:{tmp_path / 'timm'}", pretrained=True).eval()(x), tiny(x))
 
 
 @pytest.mark.parametrize(('arguments', 'message'), [

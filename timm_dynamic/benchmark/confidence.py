@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..layers import ConfidenceNet, SparseMasks
-from .timing import time_interleaved
+from .timing import get_device, time_interleaved
 
 NAME, HELP = 'confidence', 'score probabilities: the confidence net against one that computes all the original does'
 
@@ -44,13 +44,14 @@ def benchmark_confidence(
         the way), and 'speedup' in rows per second over the straightforward version.
 
     Raises:
-        ValueError: A number is not positive.
+        ValueError: A number is not positive, or there is no such device.
         AssertionError: The scores differ.
     """
     if min(batch_size, classes, part, repeats) < 1:
         raise ValueError(
             f'Expected positive numbers, got batch size {batch_size}, {classes} classes, parts of {part}, {repeats} '
             'repeats.')
+    get_device(device)
     generator = torch.Generator().manual_seed(0)
     scale = torch.linspace(0.2, 9, batch_size)[:, None]
     logits = torch.randn(batch_size, classes, generator=generator) * scale

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from ..layers.patch_crop import crop_patches
-from .timing import time_interleaved
+from .timing import get_device, time_interleaved
 
 NAME, HELP = 'crop', 'crop a batch of patches: one vectorised gather against a loop over the images'
 
@@ -47,10 +47,7 @@ def benchmark_crop(
             f'{repeats} repeats.')
     if patch_size > img_size:
         raise ValueError(f'A patch of {patch_size} pixels is larger than the image of {img_size}.')
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as e:  # the latter where torch was built without it
-        raise ValueError(f"There is no device '{device}': {str(e).splitlines()[0]}") from e
+    get_device(device)
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(batch_size, 3, img_size, img_size, generator=generator).to(device)
     if channels_last:

@@ -16,7 +16,8 @@ from ..exits import ExitStream, early_exit
 from ..layers import fold_batch_norm
 from ..models.dynamic_net import DynamicNet, State
 from ..training.anytime import count_macs
-from .timing import wait_for
+from ..training.build import check_model_name
+from .timing import get_device, wait_for
 
 NAME, HELP = 'exit', 'throughput and latency of a static network, all steps, early_exit and ExitStream'
 
@@ -88,14 +89,18 @@ def benchmark_exit(
         GPU what torch has allocated, else that of the process. Then a row for each step, of a full batch.
 
     Raises:
-        ValueError: The model has no steps, the shares do not fit it, or a number is not positive.
+        ValueError: There is no such model or device, the model has no steps, the shares do not fit it, a number is not
+            positive, or `cuda_graphs` is set without `torchcompile`.
     """
     num_images = 20 * batch_size if num_images is None else num_images
     if min(batch_size, num_images, repeats, latency_images) < 1:
         raise ValueError(f'Expected positive numbers, got batch size {batch_size}, {num_images} images, '
                          f'{repeats} repeats, {latency_images} images for latency.')
+    if cuda_graphs and not torchcompile:
+        raise ValueError('CUDA graphs are made of compiled steps: --cuda-graphs needs --torchcompile.')
     torch.manual_seed(0)
-    dev = torch.device(device)
+    dev = get_device(device)
+    check_model_name(model)
     net: Any = timm.create_model(model, pretrained=pretrained, **(model_kwargs or {}))
     if not isinstance(net, DynamicNet):
         raise ValueError(f"'{model}' has no steps to exit after.")
@@ -126,7 +131,7 @@ def benchmark_exit(
         torch.autocast, dev.type, getattr(torch, amp_dtype or 'bfloat16'), enabled=bool(amp_dtype))
     with torch.no_grad(), autocast():
         thresholds = _place_thresholds(net, pool, shares)
-        views = [(m, [_states(m, _with_layout(x, f)) for x in pool[:2]])
+        views = [(m, [[state for _, state in _all_steps(m, _with_layout(x, f))] for x in pool[:2]])
                  for m, f in ((net, layout), (other, other_layout))]
         paths: list[list[Callable[[], Any]]] = [
             [partial(_run_each, m.run_step, t, states) for m, states in views] for t in range(net.num_steps)]
@@ -211,6 +216,7 @@ def _create_static(net: Any, name: str | None, pretrained: bool, device: torch.d
         if not isinstance(spec, str):
             return None, ''
         name = spec.split('@')[0]
+    check_model_name(name)
     rival: Any = timm.create_model(name, pretrained=pretrained, num_classes=net.num_classes, in_chans=net.in_chans)
     size = net.img_size if not hasattr(net, 'view_sizes') else net.view_sizes[-1]
     rival.example = (1, net.in_chans, size, size)
@@ -242,13 +248,9 @@ def _all_steps(net: Any, x: Any) -> Iterator[tuple[torch.Tensor, State]]:
     for t in range(net.num_steps):
         before = state
         _, confidence, state = net.run_step(t, state)
+        if net.has_compiled_steps:  # with CUDA graphs, the next step overwrites what this one gave
+            confidence, state = confidence.clone(), {name: value.clone() for name, value in state.items()}
         yield confidence, before
-
-
-def _states(net: Any, x: Any) -> list[State]:
-    if net.has_compiled_steps:  # which overwrite what they gave
-        return [{k: v.clone() for k, v in state.items()} for _, state in _all_steps(net, x)]
-    return [state for _, state in _all_steps(net, x)]
 
 
 def _run_each(run_step: Callable[..., Any], t: int, states: list[list[State]]) -> None:
@@ -263,7 +265,7 @@ def _eager(net: Any, t: int, state: State) -> torch.Tensor:
 
 def _place_thresholds(net: Any, pool: list[Any], shares: Sequence[float]) -> list[float]:
     """Quantiles of the confidences of the images that are left, halfway between two of them."""
-    confidence = torch.cat([torch.stack([c.clone() for c, _ in _all_steps(net, x)], dim=1) for x in pool]).cpu()
+    confidence = torch.cat([torch.stack([c for c, _ in _all_steps(net, x)], dim=1) for x in pool]).cpu()
     left, thresholds = torch.ones(len(confidence), dtype=torch.bool), []
     for t in range(net.num_steps):
         values = confidence[left, t].sort(descending=True).values

@@ -49,9 +49,9 @@ def benchmark_loader(
     Raises:
         ValueError: A number is not positive, or the dataset does not fill the batches.
     """
-    if min(batch_size, num_batches) < 1 or not workers or min(workers) < 0:
+    if min(batch_size, num_batches, 1 if img_size is None else img_size) < 1 or not workers or min(workers) < 0:
         raise ValueError(f'Expected positive numbers, got batch size {batch_size}, {num_batches} batches, '
-                         f'{list(workers)} workers.')
+                         f'{list(workers)} workers, images of {img_size}.')
     name = dataset if dataset is not None else '' if data_dir else DEMO_DATASET
     size = img_size or (96 if name == DEMO_DATASET else 224)
     extra = {'img_size': size} if name == DEMO_DATASET else {}

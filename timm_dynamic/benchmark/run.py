@@ -3,6 +3,7 @@ import argparse
 import json
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from ..training.report import format_table, write_rows
@@ -36,15 +37,23 @@ def run_benchmark(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
 
     Returns:
         The rows of the table that was printed.
+
+    Raises:
+        ValueError: An argument cannot be worked with.
     """
     args = create_benchmark_parser().parse_args(argv)
+    file = Path(args.results_file) if args.results_file else None
+    if file is not None:  # before anything is measured
+        if file.suffix not in ('.csv', '.json') or file.is_dir():
+            raise ValueError(f"--results-file: expected a file that ends in .csv or .json, got '{file}'.")
+        file.parent.mkdir(parents=True, exist_ok=True)
     rows = args.run(args)
     if args.json:
         print(json.dumps(rows, indent=2))
     else:
         _logger.info('\n' + format_table(rows))
-    if args.results_file:
-        write_rows(args.results_file, rows)
+    if file is not None:
+        write_rows(file, rows)
     return rows
 
 

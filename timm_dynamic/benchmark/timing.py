@@ -22,6 +22,15 @@ def time_interleaved(
     Returns:
         Median seconds of one call, by name.
     """
+    return {name: median(values) for name, values in time_each(functions, repeats, device).items()}
+
+
+def time_each(
+        functions: Mapping[str, Callable[[], Any]],
+        repeats: int = 20,
+        device: torch.device | str = 'cpu',
+) -> dict[str, list[float]]:
+    """As `time_interleaved`, but gives the seconds of every repeat, by name: for ratios within a repeat."""
     device = torch.device(device)
     for function in functions.values():
         function(), function()
@@ -33,7 +42,20 @@ def time_interleaved(
             function()
             wait_for(device)
             seconds[name].append(time.perf_counter() - start)
-    return {name: median(values) for name, values in seconds.items()}
+    return seconds
+
+
+def get_device(name: str) -> torch.device:
+    """The device of a name.
+
+    Raises:
+        ValueError: There is none.
+    """
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as e:  # the latter where torch was built without it
+        raise ValueError(f"There is no device '{name}': {str(e).splitlines()[0]}") from e
+    return torch.device(name)
 
 
 def wait_for(device: torch.device) -> None:

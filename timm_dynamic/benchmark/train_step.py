@@ -1,31 +1,42 @@
-"""One training step of a GFNet's first stage: vectorised against a loop over the images."""
+"""One training step: of a GFNet's first stage, vectorised against a loop over the images; or of a FocusNet."""
 import argparse
+import copy
 from collections.abc import Callable
+from functools import partial
+from statistics import median
 from typing import Any
 
 import timm
 import torch
 import torch.nn.functional as F
+from torch import nn
 
+from ..models.dynamic_net import DynamicNet
 from ..models.gfnet import GFNet
-from ..task import GlanceFocusTask
-from .timing import time_interleaved
+from ..task import FocusPickingTask, GlanceFocusTask
+from ..training.build import check_model_name
+from .timing import get_device, time_each
 
-NAME, HELP = 'train-step', "one training step of a GFNet's first stage: vectorised against a loop over the images"
+NAME, HELP = 'train-step', (
+    "one training step of a GFNet's first stage, vectorised against a loop over the images; or of a FocusNet, against "
+    'plain training and its baseline')
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument('--model', default='test_gfnet', metavar='NAME', help='(%(default)s)')
+    parser.add_argument('--model', default='test_gfnet', metavar='NAME', help=(
+        'a GFNet, or any network without steps, which is trained as a FocusNet (%(default)s)'))
     parser.add_argument('--batch-size', '-b', type=int, default=64, metavar='N', help='(%(default)s)')
     parser.add_argument('--device', default='cpu', metavar='DEVICE', help='(%(default)s)')
     parser.add_argument('--repeats', type=int, default=10, metavar='N', help='runs of each, by turns (%(default)s)')
     parser.add_argument('--amp-dtype', choices=['float16', 'bfloat16'], help='mixed precision')
-    parser.add_argument('--torchcompile', action='store_true', help='also time the vectorised step compiled')
+    parser.add_argument('--torchcompile', action='store_true', help=(
+        "also time a GFNet's vectorised step compiled; compile all networks of a FocusNet's step"))
+    parser.add_argument('--channels-last', action='store_true', help='memory format of the network and the images')
 
 
 def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     return benchmark_train_step(
-        args.model, args.batch_size, args.device, args.repeats, args.amp_dtype, args.torchcompile)
+        args.model, args.batch_size, args.device, args.repeats, args.amp_dtype, args.torchcompile, args.channels_last)
 
 
 def benchmark_train_step(
@@ -35,39 +46,61 @@ def benchmark_train_step(
         repeats: int = 10,
         amp_dtype: str | None = None,
         torchcompile: bool = False,
+        channels_last: bool = False,
 ) -> list[dict[str, Any]]:
-    """Time forward, loss, backward and update, after checking that both ways have the same loss and gradient.
+    """Time forward, loss, backward and update.
 
-    The loop scales glances, cuts patches and adds up losses image by image, as a straightforward script would; the
+    Of a GFNet's first stage: vectorised against a loop, after checking that both have the same loss and gradient. The
+    loop scales glances, cuts patches and adds up losses image by image, as a straightforward script would; the
     networks see whole batches in both.
 
+    Of a FocusNet, which any network without steps may be: against what it cannot do without, the same net's plain step
+    and one forward pass of the frozen baseline, here a net of the same architecture, on images in its memory format.
+
     Returns:
-        A row for each: median 'ms', 'images_per_s', and 'speedup' over the loop.
+        A row for each: median 'ms', 'images_per_s'; of a GFNet the 'speedup' over the loop, of the FocusNet's step its
+        'overhead' over the two others, as a share of them: the median of what it is within each repeat.
 
     Raises:
-        ValueError: The model is no GFNet, or a number is not positive.
+        ValueError: There is no such model or device, the model has steps and is no GFNet, or a number is not positive.
         AssertionError: The results differ.
     """
     if min(batch_size, repeats) < 1:
         raise ValueError(f'Expected positive numbers, got batch size {batch_size}, {repeats} repeats.')
     torch.manual_seed(0)
+    check_model_name(model)
     net: Any = timm.create_model(model)
-    if not isinstance(net, GFNet):
-        raise ValueError(f"This step is one of GFNets, e.g. --model gfnet_resnet50_96; got '{model}'.")
-    task = GlanceFocusTask(net.to(device), verbose=False).to(torch.device(device))
-    images = net.example_input(batch_size, device=device).normal_()
-    target = torch.randint(net.num_classes, (batch_size,), device=device)
-    actions = torch.rand(net.num_steps - 1, batch_size, 2, device=device)
-    optimizer = torch.optim.SGD([p for p in task.module.parameters() if p.requires_grad], lr=0., momentum=0.9)
+    if isinstance(net, DynamicNet) and not isinstance(net, GFNet):
+        raise ValueError(f"Expected a GFNet or a network without steps, e.g. focusnet_resnet18; got '{model}'.")
+    dev, layout = get_device(device), torch.channels_last if channels_last else torch.contiguous_format
+    net = net.to(dev, memory_format=layout)
+    shape = net.example_input().shape if isinstance(net, GFNet) else (1, *net.pretrained_cfg['input_size'])
+    images = torch.randn(batch_size, *shape[1:], device=dev).contiguous(memory_format=layout)
+    target = torch.randint(net.num_classes, (batch_size,), device=dev)
+    autocast = partial(torch.autocast, dev.type, getattr(torch, amp_dtype or 'bfloat16'), enabled=bool(amp_dtype))
+    time_steps = _time_gfnet if isinstance(net, GFNet) else _time_focusnet
+    seconds = time_steps(net, images, target, autocast, repeats, torchcompile)
+    rows = [{
+        'train-step': name, 'model': model, 'batch_size': batch_size, 'device': device, 'amp': amp_dtype or '',
+        'ms': 1e3 * median(values), 'images_per_s': batch_size / median(values),
+    } for name, values in seconds.items()]
+    if isinstance(net, GFNet):
+        return [{**row, 'speedup': rows[0]['ms'] / row['ms']} for row in rows]
+    overhead = median(focus / (plain + baseline) - 1 for plain, baseline, focus in zip(*seconds.values(), strict=True))
+    return [{**row, 'overhead': overhead if row['train-step'] == 'focus step' else None} for row in rows]
 
-    def step(loss_fn: Callable[[], torch.Tensor]) -> torch.Tensor:
-        optimizer.zero_grad()
-        dtype = getattr(torch, amp_dtype or 'bfloat16')
-        with torch.autocast(torch.device(device).type, dtype, enabled=bool(amp_dtype)):
-            loss = loss_fn()
-        loss.backward()
-        optimizer.step()
-        return loss.detach()
+
+def _time_gfnet(
+        net: GFNet,
+        images: torch.Tensor,
+        target: torch.Tensor,
+        autocast: Callable[[], Any],
+        repeats: int,
+        torchcompile: bool,
+) -> dict[str, list[float]]:
+    task = GlanceFocusTask(net, verbose=False).to(images.device)
+    actions = torch.rand(net.num_steps - 1, len(images), 2, device=images.device)
+    step = _make_step(task.module, autocast)
 
     def vectorised(module: Any = task.module) -> torch.Tensor:
         out = module(images, actions=actions)
@@ -81,7 +114,8 @@ def benchmark_train_step(
     for loss_fn in (loop, vectorised):
         loss = step(loss_fn)
         gradients.append(torch.cat([p.grad.flatten() for p in task.module.parameters() if p.grad is not None]))
-    tolerance = 1e-1 if amp_dtype else 1e-3
+    with autocast():
+        tolerance = 1e-1 if torch.is_autocast_enabled(images.device.type) else 1e-3
     if (gradients[0] - gradients[1]).norm() > tolerance * gradients[0].norm():
         raise AssertionError(f'The vectorised step has another gradient than the loop (loss {loss.item():.6g}).')
     task.train()
@@ -89,11 +123,51 @@ def benchmark_train_step(
     if torchcompile:
         compiled = torch.compile(task.module)
         steps['vectorised, compiled'] = lambda: step(lambda: vectorised(compiled))
-    seconds = time_interleaved(steps, repeats, device)
-    return [{
-        'train-step': name, 'model': model, 'batch_size': batch_size, 'device': device, 'amp': amp_dtype or '',
-        'ms': 1e3 * s, 'images_per_s': batch_size / s, 'speedup': seconds['loop'] / s,
-    } for name, s in seconds.items()]
+    return time_each(steps, repeats, images.device)
+
+
+def _time_focusnet(
+        net: nn.Module,
+        images: torch.Tensor,
+        target: torch.Tensor,
+        autocast: Callable[[], Any],
+        repeats: int,
+        torchcompile: bool,
+) -> dict[str, list[float]]:
+    baseline = copy.deepcopy(net)
+    task = FocusPickingTask(net, baseline, device=images.device, verbose=False)
+    step = _make_step(net, autocast)
+    if torchcompile:
+        task.compile()
+    task.train()
+    seen = images.contiguous(memory_format=torch.channels_last)
+
+    def plain() -> torch.Tensor:
+        return F.cross_entropy(task.trainable_module(images), target)
+
+    def forward() -> None:
+        with torch.inference_mode(), autocast():
+            task.baseline(seen)
+
+    return time_each({
+        'plain step': lambda: step(plain),
+        'baseline forward': forward,
+        'focus step': lambda: step(lambda: task(images, target)['loss']),
+    }, repeats, images.device)
+
+
+def _make_step(module: nn.Module, autocast: Callable[[], Any]) -> Callable[[Callable[[], torch.Tensor]], torch.Tensor]:
+    optimizer = torch.optim.SGD([p for p in module.parameters() if p.requires_grad], lr=0., momentum=0.9)
+
+    def step(loss_fn: Callable[[], torch.Tensor]) -> torch.Tensor:
+        optimizer.zero_grad()
+        with autocast():
+            loss = loss_fn()
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    return step
 
 
 def _loop(

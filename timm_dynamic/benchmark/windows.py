@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ..layers import choose_windows
-from .timing import time_interleaved
+from .timing import get_device, time_interleaved
 
 NAME, HELP = 'windows', 'choice of windows on activation maps: vectorised against a loop over the images'
 
@@ -49,10 +49,7 @@ def benchmark_windows(
     if min(batch_size, num_windows, repeats) < 1:
         raise ValueError(
             f'Expected positive numbers, got batch size {batch_size}, {num_windows} windows, {repeats} repeats.')
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as e:  # the latter where torch was built without it
-        raise ValueError(f"There is no device '{device}': {str(e).splitlines()[0]}") from e
+    get_device(device)
     noise = torch.randn(batch_size, 1, _CELLS + 4, _CELLS + 4, generator=torch.Generator().manual_seed(0))
     cam = torch.nn.functional.avg_pool2d(noise, 5, stride=1)[:, 0].to(device)
     grid = torch.arange(_CELLS, device=device) * _STRIDE

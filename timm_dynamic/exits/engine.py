@@ -80,13 +80,20 @@ def collect_exit_table(model: Any, loader: Iterable[Any], accelerator: Accelerat
 
 def _ready(model: Any) -> DynamicNet:
     model = unwrap_model(model)
+    if not isinstance(model, DynamicNet):
+        raise ValueError(f'A {type(model).__name__} has no steps to exit after: expected a DynamicNet.')
     if model.training:
         raise ValueError('Early exit needs a model in eval mode: call model.eval() first.')
     return model
 
 
-def _to(x: Any, device: torch.device) -> Any:
-    return tuple(v.to(device) for v in x) if isinstance(x, (tuple, list)) else x.to(device)
+def _to(x: Any, device: torch.device, pin: bool = False) -> Any:
+    """Images on a device; with `pin`, they are copied to a GPU without waiting for it."""
+    if isinstance(x, (tuple, list)):
+        return tuple(_to(v, device, pin) for v in x)
+    if not isinstance(x, torch.Tensor):
+        raise ValueError(f'Expected images as a tensor, or a tuple of tensors, got {type(x).__name__}.')
+    return x.pin_memory().to(device, non_blocking=True) if pin and not x.is_cuda else x.to(device)
 
 
 def rank_of(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:

@@ -107,6 +107,7 @@ class StreamRun(Iterator[StreamResult]):
         self._inputs: deque[_Input] = deque()  # not delivered yet
         self._pages: dict[int, _Page] = {}  # results by ticket, batch_size to a page
         self._next_ticket = 0  # images are numbered as they come
+        self._whole_pages = 0  # pages, from the first on, whose images have all stopped
         self.runs, self.rows = [0] * model.num_steps, [0] * model.num_steps
         self.peak_queued = 0
         self._results = self._run(batches)
@@ -140,7 +141,10 @@ class StreamRun(Iterator[StreamResult]):
                 yield from self._deliver()
         yield from self._drain()
         if error is not None:
-            raise error
+            try:
+                raise error
+            finally:
+                del error  # it knows this frame: in a cycle, queues and workers of a loader would live on
 
     def _read(self, batches: Iterable[Any]) -> Iterator[tuple[State, Any]]:
         pairs = map(_split_batch, batches)
@@ -207,10 +211,7 @@ class StreamRun(Iterator[StreamResult]):
         for number, move in zip(numbers.tolist(), moves.split(counts.tolist(), dim=1)):
             page = self._pages.get(number)
             if page is None:
-                page = self._pages[number] = _Page(
-                    logits.new_empty(self._batch_size, *logits.shape[1:]),
-                    torch.zeros(self._batch_size, dtype=torch.int64, device=self._device),
-                    confidence.new_empty(self._batch_size), torch.zeros(self._batch_size, dtype=torch.bool))
+                page = self._pages[number] = self._new_page(logits, confidence)
             to, rows = move
             page.logits.index_copy_(0, to, logits.index_select(0, rows))
             page.confidence.index_copy_(0, to, confidence.index_select(0, rows))
@@ -218,24 +219,38 @@ class StreamRun(Iterator[StreamResult]):
         for number, to in zip(numbers.tolist(), (tickets % self._batch_size).split(counts.tolist())):
             self._pages[number].finished[to] = True
 
+    @torch.inference_mode(False)
+    def _new_page(self, logits: torch.Tensor, confidence: torch.Tensor) -> _Page:
+        return _Page(
+            logits.new_empty(self._batch_size, *logits.shape[1:]),
+            torch.zeros(self._batch_size, dtype=torch.int64, device=self._device),
+            confidence.new_empty(self._batch_size),
+            torch.zeros(self._batch_size, dtype=torch.bool))
+
     def _deliver(self) -> Iterator[StreamResult]:
         """Results of the oldest batches that are complete."""
+        size = self._batch_size
         while self._inputs:
             first, last, target, result = self._inputs[0]
             if result is None:
-                pages = [(self._pages.get(k), slice(max(first - start, 0), min(last - start, self._batch_size)))
-                         for k in range(first // self._batch_size, (last - 1) // self._batch_size + 1)
-                         for start in (k * self._batch_size,)]
-                parts = [tuple(value[rows] for value in page) for page, rows in pages if page is not None]
-                if len(parts) < len(pages) or not all(part[3].all() for part in parts):
+                if not self._all_stopped(last):
                     return
+                parts = [tuple(value[max(first - k * size, 0):last - k * size] for value in self._pages[k][:3])
+                         for k in range(first // size, (last - 1) // size + 1)]
                 # A copy where others share the page: results are the caller's, to change and to keep.
-                result = StreamResult(*(torch.cat(values) for values in list(zip(*parts))[:3]))
-            for number in [k for k in self._pages if (k + 1) * self._batch_size <= last]:
-                del self._pages[number]
+                result = StreamResult(*map(torch.cat, zip(*parts)))
+            for k in range(first // size, last // size):
+                del self._pages[k]
             self._inputs.popleft()
             result.target = target
             yield result
+
+    def _all_stopped(self, last: int) -> bool:
+        """Whether all images before this ticket have stopped."""
+        while (page := self._pages.get(self._whole_pages)) is not None and page.finished.all():
+            self._whole_pages += 1
+        rest = last - self._whole_pages * self._batch_size
+        return rest <= 0 or (page is not None and bool(page.finished[:rest].all()))
 
 
 class _Input(NamedTuple):
@@ -275,7 +290,7 @@ class _Queue:
         self.spare: list[_Block] = []
 
     def __len__(self) -> int:
-        return sum(block.filled for block in self.blocks)
+        return (len(self.blocks) - 1) * self.batch_size + self.blocks[-1].filled if self.blocks else 0
 
     @property
     def oldest(self) -> float:
@@ -319,6 +334,7 @@ class _Queue:
             block.filled = 0
             self.spare.append(block)
 
+    @torch.inference_mode(False)  # what is made in inference mode could not be written to outside of it
     def _new_block(self, state: State) -> _Block:
         def room(value: torch.Tensor) -> torch.Tensor:
             out = value.new_empty(self.batch_size, *value.shape[1:])
@@ -358,20 +374,22 @@ def _copy_ahead(pairs: Iterable[tuple[Any, Any]], device: torch.device) -> Itera
     while True:
         try:
             x, target = next(pairs)
+            stream.wait_stream(torch.cuda.current_stream(device))  # a source may have made them on the device
+            with torch.cuda.stream(stream):
+                copies = _to(x, device, pin=True)
         except StopIteration:
             break
         except Exception as e:  # the batch before comes first
             error = e
             break
-        stream.wait_stream(torch.cuda.current_stream(device))  # a source may have made them on the device
-        with torch.cuda.stream(stream):
-            values = [v if v.is_cuda else v.pin_memory() for v in (x if isinstance(x, (tuple, list)) else (x,))]
-            copies = tuple(v.to(device, non_blocking=True) for v in values)
-        following = (copies if isinstance(x, (tuple, list)) else copies[0], target, stream.record_event())
+        following = copies, target, stream.record_event()
         if ready is not None:
             yield hand_over(*ready)
         ready = following
     if ready is not None:
         yield hand_over(*ready)
     if error is not None:
-        raise error
+        try:
+            raise error
+        finally:
+            del error

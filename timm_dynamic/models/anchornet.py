@@ -502,7 +502,7 @@ def read_anchornet_checkpoint(path: str | Path) -> dict[str, Any]:
         CheckpointError: A part is missing, or there is more than one file for it.
     """
     path = Path(path)
-    if not path.is_dir() or (path / 'model.safetensors').is_file():
+    if not path.is_dir() or any((path / name).is_file() for name in ('model.safetensors', 'config.json')):
         return dict(read_state_dict(path))
     files = [p for p in sorted(path.iterdir()) if re.search(r'\.(pth|pt|tar|safetensors)$', p.name)]
     out = {}

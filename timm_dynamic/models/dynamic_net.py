@@ -117,6 +117,8 @@ class DynamicNet(nn.Module):
 
     def check_square_images(self, x: torch.Tensor, least: int, what: str) -> None:
         """Raise a ValueError unless x is images [B, in_chans, S, S] with S of at least `least`, the size of `what`."""
+        if not isinstance(x, torch.Tensor):
+            raise ValueError(f'Expected images as a tensor, got {type(x).__name__}.')
         if x.ndim != 4 or x.shape[1] != self.in_chans:
             raise ValueError(f'Expected images [batch, {self.in_chans}, height, width], got {list(x.shape)}.')
         if x.shape[2] != x.shape[3]:
@@ -556,6 +558,8 @@ def _compile_step(t: int, cuda_graphs: bool, kwargs: dict[str, Any]) -> Callable
     def run(model: DynamicNet, state: State) -> tuple[torch.Tensor, torch.Tensor, State]:
         return _run_step(model, t, state)
 
+    # torch.compile counts by code object, and after eight shapes runs a function as it is: so each step has its own.
+    run.__code__ = run.__code__.replace(co_name=f'step_{t}')
     compiled = torch.compile(run, **kwargs)
 
     def begin_and_run(model: DynamicNet, state: State) -> tuple[torch.Tensor, torch.Tensor, State]:
