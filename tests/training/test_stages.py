@@ -345,7 +345,7 @@ def test_clcnet_killed_among_its_features_ends_the_same(image_folder, tmp_path):
     (['--init-members', 'missing', '--stage', 'features'], "No checkpoint at 'missing'"),
     (['--fold-dir', 'x'], 'leave out --folds'),
     (['--feature-split', 'nosuch', '--stage', 'features', '--init-members', '{w}/0', '{w}/1'],
-     "105 images of 'nosuch' include those of 'train'"),
+     "There is no split 'nosuch'"),
     (['--features', 'typo.csv'], "no file 'typo.csv'"),
     (['--model-kwargs', 'confidence=agreement'], "confidence is 'agreement', which cannot be told"),
     (['--folds', '1'], 'expected at least 2, or 0 for none, got 1'),

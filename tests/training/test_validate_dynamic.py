@@ -94,8 +94,8 @@ def test_a_folder_without_the_validation_split_is_fitted_on_train(run, folder):
 
 def test_splits_of_torchvision_that_are_one():
     """To timm, 'test' and 'validation' of CIFAR are the same images."""
-    assert budgets.overlap(FakeData(size=3), FakeData(size=3))
-    assert not budgets.overlap(FakeData(size=3), FakeData(size=4))
+    assert budgets._overlap(FakeData(size=3), FakeData(size=3))
+    assert not budgets._overlap(FakeData(size=3), FakeData(size=4))
 
 
 def test_the_demo_set(folder, capsys):

@@ -192,7 +192,7 @@ def open_calibration_loader(
                 raise
             _logger.info(f"There is no split '{name}' to fit on: {e}")
             continue
-        if not overlap(judged.dataset, loader.dataset):
+        if not _overlap(judged.dataset, loader.dataset):
             return name, loader
         if asked:
             raise ValueError(
@@ -201,7 +201,7 @@ def open_calibration_loader(
     return HALF, None
 
 
-def overlap(a: Any, b: Any) -> bool:
+def _overlap(a: Any, b: Any) -> bool:
     """Whether two datasets share images, as far as can be told without reading them."""
     samples = [getattr(getattr(dataset, 'reader', None), 'samples', None) for dataset in (a, b)]
     if None not in samples:

@@ -139,14 +139,13 @@ def place_model(model: Any, args: argparse.Namespace, device: torch.device, num_
     return model
 
 
-def open_dataset(
+def _open_dataset(
         args: argparse.Namespace,
         split: str,
         data_config: dict[str, Any],
-        training: bool = False,
-        samples: int | None = None,
+        training: bool,
+        samples: int | None,
 ) -> Any:
-    """Open a split of the data that the options name."""
     name, root = args.dataset, args.data_dir or args.data
     if uses_demo_data(args):
         name = DEMO_DATASET
@@ -195,7 +194,7 @@ def build_train_loader(
         world_size: int = 1,
 ) -> tuple[TrainLoader, Mixup | None]:
     """Create the training loader, and the mixup to apply to its batches where the loader does not do it itself."""
-    dataset = open_dataset(args, args.train_split, data_config, True, args.train_num_samples)
+    dataset = _open_dataset(args, args.train_split, data_config, True, args.train_num_samples)
     check_classes(dataset, num_classes, 'training')
     names = class_to_idx(dataset)
     if args.aug_splits == 1 or args.aug_splits < 0:
@@ -311,7 +310,7 @@ def build_eval_loader(
         indices: Give these images only, in this order.
         **kwargs: Further arguments of timm's `create_loader`.
     """
-    dataset = open_dataset(args, split, data_config, False, samples)
+    dataset = _open_dataset(args, split, data_config, False, samples)
     check_classes(dataset, num_classes, f"'{split}'")
     workers, whole = args.workers, dataset
     if indices is not None:
