@@ -88,9 +88,8 @@ class FoldNets:
 
 def image_names(dataset: Any, split: str) -> list[str]:
     """File names of all images of a dataset, or numbers where it has none."""
-    names = dataset.filenames() if hasattr(dataset, 'filenames') else [None]
-    if None not in names:
-        return names
+    if hasattr(dataset, 'filenames') and None not in (names := dataset.filenames()):
+        return list(names)
     return [f'{split}/{i:06d}' for i in range(len(dataset))]
 
 

@@ -201,7 +201,7 @@ def validate_model(
         if not compared and needs_fit(args) and not args.calibrate_table:  # before hours are spent
             fit_on, fit_loader = open_calibration_loader(
                 args, loader, lambda split: open_loader(split, args.calibrate_samples))
-            if folds and fit_loader is not None:
+            if fold_nets and fit_loader is not None:
                 folds.append(fold_nets.folds_of(image_names(fit_loader.dataset, fit_on)))
         metrics, table = evaluate_dynamic(
             model, loader, accelerator, desc=name, classes=classes, on_batch=_all_of(recorder, on_batch), **how)
@@ -244,14 +244,14 @@ def validate_model(
         if args.calibrate_samples and fit_loader is not None:
             take_samples(
                 fit_loader, args.calibrate_samples, args.seed, accelerator.process_index, accelerator.num_processes)
-        fit_recorder = None
+        said_to_fit = None
         if fit_loader is not None:
             fit_recorder = MemberRecorder(model, evaluation_sample_limit(fit_loader), accelerator)
             evaluate_dynamic(
                 model, fit_loader, accelerator, desc=f'{name}: {fit_on}', on_batch=_all_of(fit_recorder), **how)
-        replayed, compared_tables = _replay(
-            report, args, name, model, said, fit_recorder and fit_recorder.finish(), fit_on, fold_nets, folds)
-        table, answers = replayed
+            said_to_fit = fit_recorder.finish()
+        (table, answers), compared_tables = _replay(
+            report, args, name, model, said, said_to_fit, fit_on, fold_nets, folds)
         last = table.anytime()[-1]
         row.update(**_accuracy(last.top1, last.top5), gmacs=round(last.gmacs, 6))
         row.pop('loss')  # that of another answer
@@ -330,8 +330,9 @@ def _replay(
     report.add(name, f'{short_name(name)} on {args.split}, each member alone:', members)
     key = model.confidence_kind, model.final_rule
     if args.confidence != 'all':
-        both = fitted and calibrate_on(fitted[key].table, judged[key].table, fit_on, args.split)
-        return judged[key], both
+        if fitted is None:
+            return judged[key], None
+        return judged[key], calibrate_on(fitted[key].table, judged[key].table, fit_on, args.split)
     judge = {key: replayed.table for key, replayed in judged.items()}
     note = ''
     if fitted is not None:
