@@ -80,7 +80,7 @@ def benchmark_train_step(
     autocast = partial(torch.autocast, dev.type, getattr(torch, amp_dtype or 'bfloat16'), enabled=bool(amp_dtype))
     time_steps = _time_gfnet if isinstance(net, GFNet) else _time_focusnet
     seconds = time_steps(net, images, target, autocast, repeats, torchcompile)
-    rows = [{
+    rows: list[dict[str, Any]] = [{
         'train-step': name, 'model': model, 'batch_size': batch_size, 'device': device, 'amp': amp_dtype or '',
         'ms': 1e3 * median(values), 'images_per_s': batch_size / median(values),
     } for name, values in seconds.items()]
