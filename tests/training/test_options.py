@@ -166,6 +166,7 @@ def test_config_takes_the_args_yaml_of_a_run(tmp_path, image_folder):
     ('epochs: many\n', "epochs: expected int, got 'many'"),
     ('epochs: 2.5\n', "epochs: expected int, got '2.5'"),
     ('scale: [0.1, x]\n', "scale: expected float"),
+    ('interpolation: random\n', "interpolation: 'random' is none of '', 'nearest', 'bilinear'"),
     ('clip_mode: both\n', "clip_mode: 'both' is none of 'norm', 'value', 'agc'"),
 ])
 def test_config_with_errors(tmp_path, says, text, message):

@@ -345,7 +345,7 @@ def test_clcnet_killed_among_its_features_ends_the_same(image_folder, tmp_path):
     (['--init-members', 'missing', '--stage', 'features'], "No checkpoint at 'missing'"),
     (['--fold-dir', 'x'], 'leave out --folds'),
     (['--feature-split', 'nosuch', '--stage', 'features', '--init-members', '{w}/0', '{w}/1'],
-     "105 images of 'nosuch' include those of 'train'"),
+     "There is no split 'nosuch'"),
     (['--features', 'typo.csv'], "no file 'typo.csv'"),
     (['--model-kwargs', 'confidence=agreement'], "confidence is 'agreement', which cannot be told"),
     (['--folds', '1'], 'expected at least 2, or 0 for none, got 1'),
@@ -438,6 +438,14 @@ def test_two_processes_in_every_stage(tmp_path, family, stages):
     (['--init-local', 'resnet18'], "The weights of 'resnet18' are not to be had"),
     (['--model-kwargs', 'patch_size=64'], 'patch_size must be between 1 and img_size 48, got 64'),
     (['--recipe', 'focusnet'], 'needs a baseline'),
+    (['--device-modules', 'nonsense'], "--device-modules nonsense: No module named 'nonsense'"),
+    (['--torchcompile', 'nonsense'], '--torchcompile nonsense: expected one of'),
+    (['--smoothing', '2'], '--smoothing: expected a number from 0 to 1, got 2.0'),
+    (['--mean', '0.5', '0.5'], 'expected one value, or one for each channel, got [0.5, 0.5]'),
+    (['--opt-kwargs', 'nonsense=3'], '--opt sgd does not take what is given with --opt-kwargs'),
+    (['--class-map', 'missing'], 'Cannot locate specified class map file (missing)'),
+    (['--val-split', 'test'], "There is no split 'test' at"),
+    (['--dataset', 'torch/nonsense'], "The dataset 'torch/nonsense' cannot be opened: Unknown torchvision dataset"),
 ])
 def test_bad_input(image_folder, tmp_path, capsys, changes, message):
     model = timm.create_model('test_gfnet', num_classes=3, img_size=48, patch_size=16)

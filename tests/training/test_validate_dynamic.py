@@ -94,8 +94,8 @@ def test_a_folder_without_the_validation_split_is_fitted_on_train(run, folder):
 
 def test_splits_of_torchvision_that_are_one():
     """To timm, 'test' and 'validation' of CIFAR are the same images."""
-    assert budgets.overlap(FakeData(size=3), FakeData(size=3))
-    assert not budgets.overlap(FakeData(size=3), FakeData(size=4))
+    assert budgets._overlap(FakeData(size=3), FakeData(size=3))
+    assert not budgets._overlap(FakeData(size=3), FakeData(size=4))
 
 
 def test_the_demo_set(folder, capsys):
@@ -301,7 +301,7 @@ def test_tables_of_anchornet_can_be_written(run, net, tmp_path):
     ('--budget 0.001 7', r'--budget 7: out of range .* the first step costs {low} GMACs, all 3 steps {high}\.'),
     ('--budget nan', '--budget nan: out of range'),
     ('--budget 0.001 --calibrate-split eval', "eval: this is what --split validation judges on.*'half'"),
-    ('--budget 0.001 --calibrate-split nowhere', "--calibrate-split nowhere: .*Is there a split 'nowhere'"),
+    ('--budget 0.001 --calibrate-split nowhere', "There is no split 'nowhere' at .*, which has test, train, val"),
     ('--budget 0.001 --calibrate-samples 0', '--calibrate-samples: expected at least 1, got 0'),
     ('--calibrate-split train', '--calibrate-split says what exits are fitted on: ask for some with --budget'),
     ('--budget 0.001 --calibrate-split train --calibrate-table x', 'choose one'),

@@ -8,6 +8,8 @@ from timm.data import create_dataset as create_timm_dataset
 from .cluttered_digits import ClutteredDigits
 
 DEMO_DATASET = 'cluttered_digits'
+# Names of one split each, in timm.
+TRAIN_SPLITS, VALIDATION_SPLITS = ('train', 'training'), ('validation', 'val', 'valid', 'eval', 'evaluation')
 _DEMO_ARGS = ('img_size', 'digit_scale', 'clutter', 'num_samples')  # the last one is timm's, too
 
 
@@ -24,7 +26,8 @@ def create_dataset(name: str, root: str | None = None, split: str = 'validation'
 
     Raises:
         FileNotFoundError: The folder does not exist.
-        ValueError: The name is unknown, the folder is empty, or it holds one class only.
+        ValueError: The name is unknown, the folder is empty, has other splits than the one asked for, or holds one
+            class only, or timm refuses an argument.
     """
     if name == DEMO_DATASET:
         return ClutteredDigits(split=split, **{k: kwargs[k] for k in _DEMO_ARGS if kwargs.get(k) is not None})
@@ -42,18 +45,31 @@ def create_dataset(name: str, root: str | None = None, split: str = 'validation'
         if not os.path.exists(root):
             raise FileNotFoundError(
                 f"There is no data at '{root}': expected a folder with one sub-folder per class, or a tar file.")
+        _check_split(root, split)
     try:
         dataset = create_timm_dataset(name, root=root, split=split, **kwargs)
     except RuntimeError as e:
         if 'Found 0 images' in str(e):
             raise ValueError(f"'{root}' holds no images for the split '{split}': {e}") from e
         raise
+    except AssertionError as e:  # how timm checks its arguments
+        raise ValueError(f"The dataset '{name or root}' cannot be opened: {e}") from e
     classes = class_to_idx(dataset)
     if classes is not None and len(classes) < 2:
         raise ValueError(
             f"'{root}' holds {len(classes)} class ({', '.join(map(repr, classes))}) for the split '{split}': expected "
             'one sub-folder per class and at least two of them.')
     return dataset
+
+
+def _check_split(root: str, split: str) -> None:
+    """Raise a ValueError for a split that timm would take all images for: it finds no folder of that name."""
+    split = split.split('[')[0]
+    names = next((s for s in (TRAIN_SPLITS, VALIDATION_SPLITS) if split in s), (split,))
+    found = {n for n in (*TRAIN_SPLITS, *VALIDATION_SPLITS, 'test') if os.path.isdir(os.path.join(root, n))}
+    several = found.intersection(TRAIN_SPLITS) and found.difference(TRAIN_SPLITS)
+    if several and not any(os.path.exists(os.path.join(root, n)) for n in names):
+        raise ValueError(f"There is no split '{split}' at '{root}', which has {', '.join(sorted(found))}.")
 
 
 def class_to_idx(dataset: Any) -> dict[str, int] | None:

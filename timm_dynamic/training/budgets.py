@@ -10,6 +10,7 @@ import torch
 from torch.utils.data import Sampler
 from torchvision.datasets import VisionDataset
 
+from ..data.dataset_factory import TRAIN_SPLITS, VALIDATION_SPLITS
 from ..exits import ExitTable
 from ..models.dynamic_net import DynamicNet, _from_json
 from .anytime import (
@@ -26,7 +27,6 @@ from .report import Curve, format_table
 
 _logger = logging.getLogger(__name__)
 
-_TRAIN, _VALIDATION = ('train', 'training'), ('validation', 'val', 'valid', 'eval', 'evaluation')
 HALF = 'half'
 
 
@@ -151,7 +151,7 @@ def load_table(args: argparse.Namespace, option: str, step_macs: Sequence[int] |
 
 def same_split(a: str, b: str) -> bool:
     """Whether two names mean the same split to timm."""
-    return a == b or any(a in names and b in names for names in (_TRAIN, _VALIDATION))
+    return a == b or any(a in names and b in names for names in (TRAIN_SPLITS, VALIDATION_SPLITS))
 
 
 def calibration_splits(split: str) -> list[str]:
@@ -192,7 +192,7 @@ def open_calibration_loader(
                 raise
             _logger.info(f"There is no split '{name}' to fit on: {e}")
             continue
-        if not overlap(judged.dataset, loader.dataset):
+        if not _overlap(judged.dataset, loader.dataset):
             return name, loader
         if asked:
             raise ValueError(
@@ -201,7 +201,7 @@ def open_calibration_loader(
     return HALF, None
 
 
-def overlap(a: Any, b: Any) -> bool:
+def _overlap(a: Any, b: Any) -> bool:
     """Whether two datasets share images, as far as can be told without reading them."""
     samples = [getattr(getattr(dataset, 'reader', None), 'samples', None) for dataset in (a, b)]
     if None not in samples:
@@ -263,7 +263,7 @@ def calibrate_on(fit: ExitTable, judge: ExitTable, fitted_on: str, judged_on: st
         raise ValueError(
             f'Exits must be fitted on other images than they are judged on: {fitted_on} and {judged_on} hold the same.')
     note = ''
-    if fitted_on in _TRAIN:
+    if fitted_on in TRAIN_SPLITS:
         note = (f'\nThe model may have been trained on {fitted_on}: exits fitted there may cost more, and give less, '
                 'on images that are new to it.')
     return Calibration(fit, judge, fitted_on, judged_on, note)

@@ -139,14 +139,13 @@ def place_model(model: Any, args: argparse.Namespace, device: torch.device, num_
     return model
 
 
-def open_dataset(
+def _open_dataset(
         args: argparse.Namespace,
         split: str,
         data_config: dict[str, Any],
-        training: bool = False,
-        samples: int | None = None,
+        training: bool,
+        samples: int | None,
 ) -> Any:
-    """Open a split of the data that the options name."""
     name, root = args.dataset, args.data_dir or args.data
     if uses_demo_data(args):
         name = DEMO_DATASET
@@ -195,7 +194,7 @@ def build_train_loader(
         world_size: int = 1,
 ) -> tuple[TrainLoader, Mixup | None]:
     """Create the training loader, and the mixup to apply to its batches where the loader does not do it itself."""
-    dataset = open_dataset(args, args.train_split, data_config, True, args.train_num_samples)
+    dataset = _open_dataset(args, args.train_split, data_config, True, args.train_num_samples)
     check_classes(dataset, num_classes, 'training')
     names = class_to_idx(dataset)
     if args.aug_splits == 1 or args.aug_splits < 0:
@@ -311,7 +310,7 @@ def build_eval_loader(
         indices: Give these images only, in this order.
         **kwargs: Further arguments of timm's `create_loader`.
     """
-    dataset = open_dataset(args, split, data_config, False, samples)
+    dataset = _open_dataset(args, split, data_config, False, samples)
     check_classes(dataset, num_classes, f"'{split}'")
     workers, whole = args.workers, dataset
     if indices is not None:
@@ -372,9 +371,14 @@ def resolve_learning_rate(args: argparse.Namespace, global_batch_size: int) -> f
 def build_optimizer(module: nn.Module, args: argparse.Namespace) -> torch.optim.Optimizer:
     """Create timm's optimizer over what the module trains."""
     kwargs = {**optimizer_kwargs(cfg=args), **args.opt_kwargs}
-    if args.classifier_lr_scale == 1:
+    if args.classifier_lr_scale != 1:
+        kwargs['param_group_fn'] = partial(_classifier_apart, args=args, kwargs=dict(kwargs))
+    try:
         return create_optimizer_v2(module, **kwargs)
-    return create_optimizer_v2(module, param_group_fn=partial(_classifier_apart, args=args, kwargs=kwargs), **kwargs)
+    except TypeError as e:
+        if 'unexpected keyword argument' not in str(e):
+            raise
+        raise ValueError(f'--opt {args.opt} does not take what is given with --opt-kwargs: {e}') from e
 
 
 def _classifier_apart(module: Any, args: argparse.Namespace, kwargs: dict[str, Any]) -> list[dict[str, Any]]:
@@ -417,7 +421,11 @@ def eval_views(args: argparse.Namespace, model: Any) -> list[dict[str, Any]] | N
 
 def training_data_config(args: argparse.Namespace, model: nn.Module) -> dict[str, Any]:
     """Preprocessing of images, by options and model."""
-    config = resolve_data_config(vars(args), model=model)
+    try:
+        config = resolve_data_config(vars(args), model=model)
+    except AssertionError as e:
+        raise ValueError(
+            f'--mean and --std: expected one value, or one for each channel, got {args.mean} and {args.std}.') from e
     channels = config['input_size'][0]
     for key in ('mean', 'std'):
         if len(config[key]) != channels:  # a model for grey images has those of colour ones: their average, as in timm

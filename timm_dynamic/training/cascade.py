@@ -32,13 +32,11 @@ from ..task import (
     score_folds,
 )
 from ..utils import atomic_write, copy_pretrained, load_weights, save_pretrained, seeded, write_json
-from .budgets import overlap, same_split
 from .build import (
     build_eval_loader,
     build_model,
     eval_views,
     model_dtype,
-    open_dataset,
     training_data_config,
     uses_demo_data,
 )
@@ -143,7 +141,6 @@ def collect_features(
     whole, labels = first.dataset.dataset, _label_names(first.class_to_idx, model.num_classes)
     if isinstance(whole, torch.utils.data.IterableDataset):
         raise ValueError(f"Features need images that can be counted; '{split}' of this dataset can only be iterated.")
-    _check_new_to_members(args, split, whole, model)
     names = image_names(whole, split)
     print_ = _fingerprint(model, split, names, views, str(model_dtype(args)), accelerator.mixed_precision)
     if args.fold_dir:
@@ -230,21 +227,6 @@ def _run_members(
             keep()
         if stop and end < len(indices):
             raise Stopped(stop.signum or signal.SIGTERM)
-
-
-def _check_new_to_members(args: argparse.Namespace, split: str, dataset: Any, model: CLCNet) -> None:
-    """Raise a ValueError if a split holds images to train on, as timm takes the whole folder for a split it misses."""
-    if same_split(split, args.train_split):  # asked for
-        return
-    try:
-        train = open_dataset(args, args.train_split, training_data_config(args, model))
-    except (ValueError, RuntimeError, OSError):
-        return
-    scratch = 'scratch' in member_sources(args, uses_demo_data(args), model)
-    if overlap(train, dataset) and (scratch or len(train) != len(dataset)):
-        raise ValueError(
-            f"The {len(dataset)} images of '{split}' include those of '{args.train_split}': is there such a split? "
-            'Features need images that the members were not trained on: name some with --feature-split.')
 
 
 def _fingerprint(model: CLCNet, *what: Any) -> str:

@@ -15,6 +15,7 @@ from timm.utils import ParseKwargs
 from ..models.clcnet import CONFIDENCES, FINAL_RULES
 from ..task import NUM_FOLDS
 
+_INTERPOLATIONS = ['nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos']
 # Options of timm that have no place here, and what takes it.
 REFUSED_TRAIN = {
     '--torchscript': 'TorchScript is at its end in PyTorch. Use --torchcompile.',
@@ -98,7 +99,7 @@ def _input_options(g: Any) -> None:
     g.add_argument('--crop-pct', type=float, metavar='P', help='share of the image that evaluation crops')
     g.add_argument('--mean', type=float, nargs='+', metavar='M', help='channel means for normalisation')
     g.add_argument('--std', type=float, nargs='+', metavar='S', help='channel standard deviations for normalisation')
-    g.add_argument('--interpolation', default='', metavar='NAME', help='how evaluation resizes images')
+    g.add_argument('--interpolation', default='', choices=['', *_INTERPOLATIONS], metavar='NAME', help='how evaluation resizes images')
     g.add_argument('--num-classes', type=int, metavar='N', help='number of classes')
     g.add_argument('--channels-last', action='store_true', help='channels_last memory layout')
     g.add_argument('--fast-norm', action='store_true', help="timm's experimental fast norms")
@@ -274,7 +275,8 @@ def create_train_parser() -> argparse.ArgumentParser:
     g.add_argument('--mixup-mode', default='batch', help='batch, pair or elem (%(default)s)')
     g.add_argument('--mixup-off-epoch', type=int, default=0, metavar='N')
     g.add_argument('--smoothing', type=float, default=0.1, metavar='S', help='label smoothing (%(default)s)')
-    g.add_argument('--train-interpolation', default='random', metavar='NAME', help='(%(default)s)')
+    g.add_argument('--train-interpolation', default='random', choices=['', 'random', *_INTERPOLATIONS],
+                   metavar='NAME', help='(%(default)s)')
     g.add_argument('--drop', type=float, default=0.0, metavar='P')
     g.add_argument('--drop-connect', type=float, metavar='P', help='old name of --drop-path')
     g.add_argument('--drop-path', type=float, metavar='P')

@@ -109,6 +109,8 @@ class TrainOptions:
         for name in ('epochs', 'batch_size', 'val_interval', 'log_interval'):
             if getattr(args, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')}: expected at least 1, got {getattr(args, name)}.")
+        if not 0 <= args.smoothing <= 1:
+            raise ValueError(f'--smoothing: expected a number from 0 to 1, got {args.smoothing}.')
         for key, value in stage.options.items():
             setattr(args, key, value)
         if stage.model is not None:
@@ -207,8 +209,16 @@ def run_training(argv: Sequence[str] | None = None) -> dict[str, Any]:
     options = TrainOptions(argv)
     base = options.base
     for module in base.device_modules or ():  # they may register the model
-        importlib.import_module(module)
+        try:
+            importlib.import_module(module)
+        except ModuleNotFoundError as e:
+            raise ValueError(f'--device-modules {module}: {e}.') from e
     check_model_name(base.model)
+    if base.kd_model_name:
+        check_model_name(base.kd_model_name)
+    if base.torchcompile and base.torchcompile not in torch.compiler.list_backends(exclude_tags=()):
+        backends = ', '.join(torch.compiler.list_backends())
+        raise ValueError(f'--torchcompile {base.torchcompile}: expected one of {backends}.')
     if base.push_to_hub:
         hub.check_login(base.push_to_hub)  # before hours are spent
     demo = uses_demo_data(base)
