@@ -258,8 +258,6 @@ def test_thresholds():
     assert [row['thresholds'].split(',')[0] for row in rows] == [
         'first solve of a table', 'solve_thresholds', 'solve_policy', *['solve_curve'] * 2, 'geometric_thresholds',
         *['evaluate'] * 2]
-    ms = {row['thresholds']: row['ms'] for row in rows}
-    assert ms['first solve of a table'] > ms['solve_thresholds, one budget']  # which is not fitted anew
     assert all((row['images'], row['steps']) == (500, 3) and row['ms'] > 0 for row in rows)
     with pytest.raises(ValueError, match='got 0 and 3'):
         run_benchmark(['thresholds', '--num-images', '0', '--num-steps', '3'])

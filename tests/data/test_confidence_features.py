@@ -1,5 +1,8 @@
+import json
+
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from timm_dynamic.data import ConfidenceFeatures
 
@@ -102,3 +105,11 @@ def test_files_of_something_else(features, tmp_path, change, message):
     features.save(tmp_path / 'f.safetensors')
     with pytest.raises(ValueError, match=rf"f.safetensors' cannot be read .*{message}"):
         ConfidenceFeatures.load(tmp_path / 'f.safetensors')
+
+
+def test_names_in_the_header_are_read_too(features, tmp_path):
+    save_file({'probabilities': features.probabilities, 'hits': features.hits}, tmp_path / 'f.safetensors', metadata={
+        'format': 'timm_dynamic.confidence_features.1', 'names': json.dumps(features.names)})
+    again = ConfidenceFeatures.load(tmp_path / 'f.safetensors')
+    assert_equal(again, features)
+    assert again.names == features.names

@@ -12,6 +12,8 @@ def folder(tmp_path):
         path.parent.mkdir(parents=True)
         path.touch()
     (tmp_path / 'folds/split_part_1/.hidden').touch()
+    (tmp_path / 'folds/.cache').mkdir()
+    (tmp_path / 'folds/.cache/a.txt').touch()
     (tmp_path / 'folds/labels.txt').touch()
     return tmp_path / 'folds'
 
@@ -56,6 +58,7 @@ def test_saved_and_read(tmp_path):
     ('file,fold\na,1\n', 'at least two folds and images in each, got 1'),
     ('file,fold\na,1\nb,3\n', r'got 3, empty: \[2\]'),
     ('file,fold\na,1\nb,0\n', 'line 3 is no file and number of a fold'),
+    ('file,fold\n' + 'x' * 200_000, 'field larger than'),
     ('a,1\nb,2\n', 'line 2 is no file and number of a fold'),
 ])
 def test_bad_files(tmp_path, text, message):

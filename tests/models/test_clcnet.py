@@ -666,6 +666,12 @@ def test_networks_that_cannot_be(networks, message):
         timm.create_model('clcnet', models=['test_resnet', 'test_efficientnet'], networks=networks)
 
 
+def test_a_module_is_one_network():
+    net = timm.create_model('test_resnet')
+    with pytest.raises(ValueError, match='a module that is given twice is one network'):
+        timm.create_model('clcnet', models=[net, net], networks=[0, 1])
+
+
 def test_only_a_confidence_net_costs_anything(tiny):
     free = timm.create_model('test_clcnet', confidence='max_prob')
     assert tiny.step_macs_of('max_prob') == tiny.step_macs_of('entropy') == free.step_macs

@@ -233,10 +233,18 @@ def test_clcnet(image_folder, tmp_path, caplog):
 def test_features_are_judged_as_what_they_are(image_folder, tmp_path, caplog):
     """Whatever the options say when the confidence net is trained."""
     args = _args(image_folder, tmp_path, *_save_members(tmp_path / 'w'), '--test-split', 'val', family='clcnet')
+    with pytest.raises(ValueError, match="no split 'nosuch'"):  # and the run may be begun again
+        run_training([*args, '--stage', 'features', '--feature-split', 'nosuch'])
     run_training([*args, '--stage', 'features', '--feature-split', 'train'])
     with caplog.at_level('INFO'):
         run_training([*args, '--stage', 'confidence', '--resume', 'auto'])
     assert "exits fitted on 'train, out of fold', judged on 'val'" in caplog.text
+
+
+def test_folds_are_for_cascades(image_folder, tmp_path, capsys):
+    for option in (['--folds', '0'], ['--folds', '7'], ['--fold-dir', 'x']):
+        assert train_main([*_args(image_folder, tmp_path), *option]) == 1
+        assert f"{option[0]} belongs to the recipe 'clcnet'" in capsys.readouterr().err
 
 
 def test_clcnet_whose_members_are_given_whole(image_folder, tmp_path, monkeypatch):
@@ -263,6 +271,8 @@ def test_clcnet_judged_on_its_own_features_is_judged_out_of_fold(image_folder, t
     results = list(csv.DictReader((tmp_path / 'run/results.csv').open()))
     assert [r['split'] for r in results] == ['val', 'val', 'val, out of fold']  # the net that is exported has seen val
     assert float(results[-1]['top1']) == pytest.approx(table.anytime()[-1].top1, abs=1e-3)
+    again = run_training([*args, '--stage', 'member2', '--resume', 'auto'])['table']  # a member is judged as itself
+    assert [(r['split'], r['top1']) for r in again] == [('val', float(results[1]['top1']))]
     rows = list(csv.DictReader((tmp_path / 'run/confidences.csv').open()))
     best = max(rows, key=lambda row: float(row['area']))
     model = timm.create_model(f'local-dir:{tmp_path / "run/best"}', pretrained=True)

@@ -13,7 +13,7 @@ from timm.data import create_transform
 from timm_dynamic import ConfidenceNet
 from timm_dynamic.data import create_dataset
 from timm_dynamic.exits import ExitTable, early_exit
-from timm_dynamic.training import run_validation
+from timm_dynamic.training import confidences, run_validation
 from timm_dynamic.utils import CheckpointError, save_pretrained
 
 COUNTS = {'train': 30, 'val': 25}
@@ -142,7 +142,7 @@ def test_each_image_is_scored_by_the_net_that_has_not_seen_it(folder, run, fold_
     rows = run(*given, '--fold-dir', folder / 'folds', '--thresholds', threshold, -9e9,
                '--save-predictions', tmp_path / 'answers.csv', '--save-exit-table', tmp_path / 'table.safetensors')
     assert 'by the confidence net that has not seen it; 5 images are in no fold' in caplog.text
-    assert rows[0]['cross_validated'] is True
+    assert rows[0]['cross_validated'] is False  # not all of them are
     assert 'loss' not in rows[0]
     better = scores[1] > scores[0]
     answers = torch.stack([member_logits[0], torch.where(better[:, None], *member_logits.flip(0))]).argmax(dim=2)
@@ -158,6 +158,20 @@ def test_each_image_is_scored_by_the_net_that_has_not_seen_it(folder, run, fold_
     assert [r['file'] for r in saved] == names
     assert [int(r['steps_used']) for r in saved] == used.tolist()
     assert [int(r['prediction']) for r in saved] == answers.gather(0, used[None] - 1)[0].tolist()
+
+
+def test_nets_of_folds_stay_as_they_are(folder, run, fold_nets, monkeypatch):
+    """Also the one that a cascade without a net of its own takes over, where its dtype or device is another."""
+    seen, score = set(), confidences.score_folds
+    monkeypatch.setattr(confidences, 'score_folds', lambda nets, *args: (
+        seen.update(next(net.parameters()).dtype for net in nets), score(nets, *args))[1])
+    models = [f'local-dir:{folder}/members/0@16', f'local-dir:{folder}/members/1@32']
+    for i, net in enumerate(timm.create_model(f'local-dir:{folder / "net"}', pretrained=True).members):
+        save_pretrained(net, folder / f'members/{i}')
+    row = run('--model', 'clcnet', '--model-kwargs', f'models={models}', '--num-classes', 3, *fold_nets[2],
+              '--fold-dir', folder / 'folds', '--model-dtype', 'bfloat16')[0]
+    assert seen == {torch.float32}
+    assert row['cross_validated'] is False  # five images are in no fold
 
 
 def test_without_folds_it_is_said_so(folder, run, fold_nets, caplog):
@@ -194,6 +208,9 @@ def test_two_processes(folder, run, tmp_path):
 @pytest.mark.parametrize(('options', 'message'), [
     (['--confidence', 'all', '--final-rule', 'last'], 'leave out --final-rule'),
     (['--confidence', 'all', '--calibrate-table', 'x'], 'does not go with --calibrate-table'),
+    (['--confidence', 'all', '--stored-results'], 'does not go with --stored-results'),
+    (['--confidence', 'all', '--metrics-avg', 'micro'], 'does not go with --metrics-avg'),
+    (['--fold-nets', '{net}', 'nowhere'], "no file or folder 'nowhere'"),
     (['--fold-nets', '{net}'], 'expected a net for each fold, found 1'),
     (['--fold-nets', '{net}', '{net}', '{net}', '--fold-dir', '{folds}'], '3 nets were given, but .* has 2 folds'),
     (['--fold-nets', '{net}', '{net}', '--fold-dir', '{other}'], 'None of the 75 images is in a fold'),

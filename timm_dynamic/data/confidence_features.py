@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from ..layers.confidence_net import check_probabilities
 from ..utils import atomic_write
 
-_FORMAT = 'timm_dynamic.confidence_features.2'
+_FORMAT, _NAMES_IN_HEADER = 'timm_dynamic.confidence_features.2', 'timm_dynamic.confidence_features.1'
 
 
 @dataclass
@@ -83,9 +83,10 @@ class ConfidenceFeatures:
         try:
             with safe_open(path, framework='pt') as f:
                 metadata = f.metadata() or {}
-                if metadata.get('format') != _FORMAT:
+                if metadata.get('format') not in (_FORMAT, _NAMES_IN_HEADER):
                     raise ValueError(f'its format is not {_FORMAT}')
-                names = json.loads(bytes(f.get_tensor('names').numpy()))
+                is_old = metadata['format'] == _NAMES_IN_HEADER
+                names = json.loads(metadata['names'] if is_old else bytes(f.get_tensor('names').numpy()))
                 features = cls(f.get_tensor('probabilities'), f.get_tensor('hits'), names)
             if features.hits.dtype != torch.bool:
                 raise ValueError(f'its hits are {features.hits.dtype}, not bool')
@@ -139,7 +140,7 @@ def _parse(f: io.TextIOBase, path: str | Path) -> Iterator[tuple[int, str, np.nd
         line = line.rstrip('\r\n')
         if not line.strip():
             continue
-        if any('\udc80' <= c <= '\udcff' for c in line):
+        if not line.isascii() and any('\udc80' <= c <= '\udcff' for c in line):
             raise ValueError(f"'{path}', line {number}: this is not UTF-8.")
         if line.startswith('"'):
             name, *fields = next(csv.reader([line]))

@@ -53,12 +53,14 @@ class FoldMap:
         try:
             if path.is_file():
                 return cls._load(path)
-            folders = sorted((p for p in path.iterdir() if p.is_dir()), key=lambda p: natural_key(p.name))
-            return cls([[p.relative_to(folder).as_posix() for p in folder.rglob('*')
-                         if p.is_file() and not p.name.startswith('.')] for folder in folders])
+            folders = sorted((p for p in path.iterdir() if p.is_dir() and not p.name.startswith('.')),
+                             key=lambda p: natural_key(p.name))
+            found = [[p.relative_to(folder) for p in folder.rglob('*') if p.is_file()] for folder in folders]
+            return cls([[p.as_posix() for p in fold if not any(part.startswith('.') for part in p.parts)]
+                        for fold in found])
         except OSError as e:
             raise ValueError(f"There are no folds at '{path}': {e.strerror or e}.") from e
-        except ValueError as e:
+        except (ValueError, csv.Error) as e:
             raise ValueError(
                 f"'{path}' does not say which images are in which fold ({e}) Expected a folder with a folder of images "
                 'for each fold, or a CSV with the columns file and fold.') from e

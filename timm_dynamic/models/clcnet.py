@@ -155,13 +155,13 @@ def _check_view(view: Mapping[str, Any]) -> None:
         return isinstance(values, (list, tuple)) and len(values) > 0 and all(map(is_number, values))
 
     checks = {
-        'size': ('a whole number of pixels', lambda v: isinstance(v, int) and v > 0),
+        'size': ('a whole number of pixels', lambda v: type(v) is int and v > 0),
         'crop_pct': ('a share above 0', lambda v: is_number(v) and v > 0),
         'mean': ('a number for each channel', are_numbers),
         'std': ('a number above 0 for each channel', lambda v: are_numbers(v) and min(v) > 0),
         'crop_mode': ('center, squash or border', lambda v: v in ('center', 'squash', 'border')),
         'interpolation': ('bilinear, bicubic, nearest, box, hamming or lanczos', lambda v: v in (
-            'bilinear', 'bicubic', 'nearest', 'box', 'hamming', 'lanczos', 'random')),
+            'bilinear', 'bicubic', 'nearest', 'box', 'hamming', 'lanczos')),
     }
     for name, value in view.items():
         expected, fits = checks[name]
@@ -648,6 +648,9 @@ def _number_networks(
             if len(named) > 1:
                 labels = ', '.join(member.label for member, k in zip(members, keys) if k == number)
                 raise ValueError(f'networks: {labels} cannot be one network: they are made otherwise.')
+        modules = {(id(member.model), k) for member, k in zip(members, keys) if not member.source}
+        if len(modules) > len({module for module, _ in modules}):
+            raise ValueError('networks: a module that is given twice is one network.')
     order = list(dict.fromkeys(keys))
     return tuple(order.index(key) for key in keys)
 

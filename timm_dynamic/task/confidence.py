@@ -301,7 +301,8 @@ def match_scores(scores: torch.Tensor, reference: torch.Tensor, folds: torch.Ten
     """Bring the scores of several nets to the scale of one, so that thresholds fitted on them fit that one.
 
     Nets that were trained alike still differ in scale. In each fold the k-th smallest score becomes the k-th smallest
-    of the reference: the order of what one net has scored stays, and any threshold parts as many as in the reference.
+    of the reference, equal ones the mean of theirs: the order of what one net has scored stays, and any threshold parts
+    as many as in the reference.
 
     Args:
         scores: Of each sample by the net of its fold [N], see `score_folds`.
@@ -314,5 +315,8 @@ def match_scores(scores: torch.Tensor, reference: torch.Tensor, folds: torch.Ten
     out = torch.empty_like(reference)
     for k in folds.unique().tolist():
         rows = (folds == k).nonzero().squeeze(1)
-        out[rows[scores[rows].argsort(stable=True)]] = reference[rows].sort().values
+        _, group, counts = scores[rows].unique(return_inverse=True, return_counts=True)
+        sums = torch.zeros(len(counts), dtype=out.dtype)
+        sums.index_add_(0, group.sort().values, reference[rows].sort().values)
+        out[rows] = (sums / counts)[group]
     return out

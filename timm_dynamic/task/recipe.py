@@ -122,13 +122,13 @@ _FAMILIES: dict[type, str] = {GFNet: 'gfnet', AnchorNetPatch: 'anchornet', CLCNe
 _LOSS_OPTIONS = (
     'kd_model_name', 'distill_loss_weight', 'task_loss_weight', 'kd_student_feature_dim', 'kd_teacher_feature_dim',
     'jsd_loss', 'bce_loss', 'bce_sum', 'bce_target_thresh', 'bce_pos_weight')
-# Options that only some recipes know. Their defaults are false.
+# Options that only some recipes know. Their defaults are false, and no number.
 _OWN_OPTIONS = {
     'focus_baseline': ('focusnet',), 'focus_plain': ('focusnet',),
     **dict.fromkeys(('init_global', 'init_local', 'init_from'), ('gfnet', 'end-to-end')),
     'freeze_global': ('gfnet',),
     'init_downstream': ('anchornet',),
-    **dict.fromkeys(('init_members', 'feature_split', 'features', 'confidence'), ('clcnet',)),
+    **dict.fromkeys(('init_members', 'feature_split', 'features', 'folds', 'fold_dir', 'confidence'), ('clcnet',)),
     **dict.fromkeys(_LOSS_OPTIONS, ('classification', 'focusnet')),
 }
 
@@ -149,7 +149,8 @@ def create_recipe(args: argparse.Namespace, demo: bool = False, model: Any = Non
     if name not in RECIPES:
         raise ValueError(f"There is no recipe '{name}': choose from {', '.join(RECIPES)}.")
     for option, recipes in _OWN_OPTIONS.items():
-        if getattr(args, option) and name not in recipes:
+        value = getattr(args, option)
+        if (value or (value == 0 and value is not False)) and name not in recipes:
             raise ValueError(
                 f"--{option.replace('_', '-')} belongs to the recipe {' and '.join(map(repr, recipes))}, "
                 f"not to '{name}'.")

@@ -3,6 +3,7 @@ import argparse
 import hashlib
 import json
 import logging
+import shutil
 import signal
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -21,7 +22,6 @@ from ..models._builder import checkpoint_filter_of
 from ..models.clcnet import CLCNet, checkpoint_filter_fn, fetch_members
 from ..task import (
     NUM_FOLDS,
-    ConfidenceFit,
     Stage,
     fit_confidence_net,
     fit_folds,
@@ -285,13 +285,17 @@ def train_confidence(
         merged = ConfidenceFeatures.merge(features)
         folder.mkdir(parents=True, exist_ok=True)
         how = dict(epochs=args.epochs, lr=args.lr, clip_grad=args.clip_grad, patience=args.patience_epochs)
+        folds = _choose_folds(args, merged.names)
         fit = fit_confidence_net(merged.probabilities, merged.hits, seed=args.seed, **how)
-        nets, folds = _fit_folds(args, merged, how)
+        fits = [] if folds is None else fit_folds(merged.probabilities, merged.hits, folds, seed=args.seed, **how)
+        nets = [fold.net for fold in fits]
         result = {'val_error': fit.val_error, 'test_error': fit.test_error, 'best': fit.val_error,
                   'best_epoch': fit.best_epoch}
         model.set_confidence('clcnet', net=fit.net)
         own = args.features is None  # the rows of one are those of the other members, image by image
-        if nets and own:
+        if own:
+            result['split'] = _features_split(stage_weights)
+        if folds is not None and own:
             scores = score_folds(nets, merged.probabilities, folds)
             with torch.no_grad():
                 seen = torch.cat([fit.net(part) for part in merged.probabilities.split(1024)])
@@ -308,9 +312,11 @@ def train_confidence(
         else:
             kind, rule = asked, model.final_rule
             (folder / CALIBRATION).unlink(missing_ok=True)
-            if nets:
-                result['auroc'] = auroc(score_folds(nets, merged.probabilities, folds), merged.hits)
-                _logger.info(f"AUROC of the answers being right, out of {len(nets)} folds: {result['auroc']:.4f}")
+            (folder / 'confidences.csv').unlink(missing_ok=True)
+            if folds is not None:
+                area = auroc(score_folds(nets, merged.probabilities, folds), merged.hits)
+                result['auroc_all_members'] = area
+                _logger.info(f'AUROC of the answers being right, out of {len(nets)} folds: {area:.4f}')
             else:
                 _logger.warning('--folds 0: no accuracy on the images that the confidence net was trained on is '
                                 'cross-validated.')
@@ -322,10 +328,9 @@ def train_confidence(
         save_pretrained(
             model, folder / 'last', data_config=data_config, **({'label_names': labels} if labels else {}))
         copy_pretrained(folder / 'last', folder / 'best')
-        if nets:
-            (folder / 'folds').mkdir(exist_ok=True)
-            for old in (folder / 'folds').iterdir():
-                old.unlink()
+        shutil.rmtree(folder / 'folds', ignore_errors=True)
+        if folds is not None:
+            (folder / 'folds').mkdir()
             for k, net in enumerate(nets):
                 net.save(folder / 'folds' / f'fold{k + 1}.safetensors')
             FoldMap(fold_names(merged.names, folds)).save(folder / 'folds' / FOLDS_FILE)
@@ -333,7 +338,7 @@ def train_confidence(
     return result
 
 
-def features_split(stage_weights: Mapping[str, Path]) -> str:
+def _features_split(stage_weights: Mapping[str, Path]) -> str:
     """Split that the features of a run are of."""
     path = stage_weights['features'].parent / 'index.json'
     return json.loads(path.read_text(encoding='utf-8'))['split']
@@ -362,22 +367,17 @@ def _read_features(
     return features
 
 
-def _fit_folds(
-        args: argparse.Namespace,
-        features: ConfidenceFeatures,
-        how: Mapping[str, Any],
-) -> tuple[list[Any], torch.Tensor]:
-    """A net for each fold, and the fold of each row: rows of one image are in one fold."""
+def _choose_folds(args: argparse.Namespace, names: Sequence[str]) -> torch.Tensor | None:
+    """Fold of each row of features, those of one image in one fold; None if there are to be none."""
     if args.fold_dir:
-        folds = _given_folds(args.fold_dir, features.names)
-    elif args.folds == 0:
-        return [], torch.empty(0)
-    else:
-        numbers: dict[str, int] = {}
-        image = torch.tensor([numbers.setdefault(name, len(numbers)) for name in features.names])
-        folds = make_folds(len(numbers), args.folds or NUM_FOLDS, args.seed)[image]
-    fits: list[ConfidenceFit] = fit_folds(features.probabilities, features.hits, folds, seed=args.seed, **how)
-    return [fit.net for fit in fits], folds
+        return _given_folds(args.fold_dir, names)
+    if args.folds == 0:
+        return None
+    if any('/' not in name for name in names):  # the authors' files have base names
+        names = [name.rpartition('/')[2] for name in names]
+    numbers: dict[str, int] = {}
+    image = torch.tensor([numbers.setdefault(name, len(numbers)) for name in names])
+    return make_folds(len(numbers), args.folds or NUM_FOLDS, args.seed)[image]
 
 
 def _given_folds(path: str, names: Sequence[str]) -> torch.Tensor:

@@ -39,7 +39,7 @@ class FoldNets:
         """Read nets, and which images they have not seen.
 
         Args:
-            nets: Files, or a folder of them, whose names are taken in natural order.
+            nets: Files, in the order of the folds; or a folder of them, taken in natural order of their names.
             folds: See `FoldMap.read`; by default that which lies beside the nets in their folder.
 
         Raises:
@@ -52,6 +52,9 @@ class FoldNets:
             paths = sorted((p for p in folder.iterdir() if p.suffix in _NETS), key=lambda p: natural_key(p.name))
             if folds is None and (folder / FOLDS_FILE).is_file():
                 folds = str(folder / FOLDS_FILE)
+        missing = [str(path) for path in paths if not path.is_file()]
+        if missing:
+            raise ValueError(f"--fold-nets: there is no file or folder '{missing[0]}'.")
         if len(paths) < 2:
             raise ValueError(f'--fold-nets: expected a net for each fold, found {len(paths)} in {" ".join(nets)}.')
         known = FoldMap.read(folds) if folds else None

@@ -407,7 +407,7 @@ def create_validate_parser() -> argparse.ArgumentParser:
     g.add_argument('--final-rule', choices=FINAL_RULES, help='of a cascade: which answer is the final one')
     g.add_argument('--fold-nets', nargs='+', metavar='FILE', help=(
         'score each image with the one of these confidence nets that has not seen it: a net for each fold, or a folder of '
-        "them, e.g. confidence/folds of a run of train.py, which also knows the images' folds"))
+        "them, e.g. RUN/folds of a run of train.py, which also knows the images' folds"))
     g.add_argument('--fold-dir', metavar='DIR', help=(
         'folder with a folder of images for each of --fold-nets (e.g. split_part_1 to 5), or a CSV with the columns file '
         'and fold'))

@@ -4,6 +4,7 @@ import importlib
 import json
 import logging
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -45,7 +46,7 @@ from .build import (
     training_data_config,
     uses_demo_data,
 )
-from .cascade import CALIBRATION, RUNNERS, features_split
+from .cascade import CALIBRATION, RUNNERS
 from .evaluate import evaluate
 from .options import create_train_parser, given_options, read_config, typed_value
 from .report import format_table, plot_accuracy_over_macs, write_rows, write_yaml
@@ -266,7 +267,7 @@ def run_training(argv: Sequence[str] | None = None) -> dict[str, Any]:
                     _logger.info(f'Stage {stage.name} is finished.')
                     continue
                 del results[stage.name]
-            if main:
+            if main and not (run_state['results'] or (folder / 'args.yaml').exists()):  # what the run began with
                 write_yaml(folder / 'args.yaml', options.as_config())
             if stage.runs:
                 _run_stage(stage, args, accelerator, folder, recipe, store, identity, run_state, weights, stop)
@@ -289,7 +290,10 @@ def run_training(argv: Sequence[str] | None = None) -> dict[str, Any]:
             accelerator.wait_for_everyone()
             del trainer
             accelerator.free_memory()
-    table = _compare(recipe, stages, options, accelerator, folder, weights)
+    out_of_fold = None
+    if stages[-1].runs == 'confidence' and (folder / CALIBRATION).exists():
+        out_of_fold = ExitTable.load(folder / CALIBRATION), results[stages[-1].name].get('split', base.val_split)
+    table = _compare(recipe, stages, options, accelerator, folder, weights, out_of_fold)
     best = weights[stages[-1].name]
     if main and table:
         _logger.info(f'\n{format_table(table)}')
@@ -315,11 +319,17 @@ def _run_stage(
 ) -> None:
     """Run a stage that is no training by batches, and note that it is finished."""
     own = _stage_folder(folder, recipe, stage)
-    if accelerator.is_main_process and not store.exists():  # so that --resume auto finds the run
+    begun = accelerator.is_main_process and not store.exists()
+    if begun:  # so that --resume auto finds the run
         store.save({
             'identity': {**identity, 'stage': stage.name}, 'run': run_state,
             'progress': {'epoch': 0, 'batch': 0, 'updates': 0}}, stage.name)
-    result = RUNNERS[stage.runs](stage, args, accelerator, own, weights, stop)
+    try:
+        result = RUNNERS[stage.runs](stage, args, accelerator, own, weights, stop)
+    except _USER_ERRORS:
+        if begun:  # the command will be another one
+            shutil.rmtree(store.folder)
+        raise
     run_state['results'][stage.name] = result
     if accelerator.is_main_process:
         write_yaml(own / 'stage.yaml', vars(args))
@@ -380,8 +390,12 @@ def _compare(
         accelerator: Accelerator,
         folder: Path,
         weights: dict[str, Path],
+        out_of_fold: tuple[ExitTable, str] | None,
 ) -> list[dict[str, Any]]:
-    """Evaluate the best weights of every stage, and the recipe's references, on the same images."""
+    """Evaluate the best weights of every stage, and the recipe's references, on the same images.
+
+    `out_of_fold` is of a cascade: by confidence nets that had not seen the images, and the split that they are of.
+    """
     args = options.for_stage(stages[-1], accelerator.num_processes)
     models: list[tuple[str, Any, argparse.Namespace]] = [
         (s.label or s.name, timm.create_model(f'local-dir:{weights[s.name]}', pretrained=True),
@@ -398,36 +412,41 @@ def _compare(
     for label, model, own in [*references, *models]:
         model = model.eval().to(accelerator.device, model_dtype(args))
         data_config = training_data_config(own, model)
+        macs, judged = count_macs(model, data_config['input_size']), split
+        if out_of_fold and model is models[-1][1] and same_split(out_of_fold[1], split):
+            # The confidence net has seen these images: what nets say that have not seen them takes its place.
+            exits, judged = out_of_fold[0], f'{split}, out of fold'
+            metrics = {'top1': exits.anytime()[-1].top1, 'count': len(exits)}
+            dynamic.append((label, model, exits))
+            rows.append(_result_row(label, metrics, judged, model, macs))
+            continue
         loader = build_eval_loader(
             own, split, data_config, model.num_classes, accelerator.device, accelerator.num_processes,
             samples=args.val_num_samples, views=eval_views(own, model))
         common: dict[str, Any] = dict(
             channels_last=args.channels_last, dtype=model_dtype(args), desc=f'{split}: {label}')
-        judged = split
-        if model is models[-1][1] and (folder / CALIBRATION).exists() and same_split(features_split(weights), split):
-            # The confidence net has seen these images: what nets say that have not seen them takes its place.
-            exits, judged = ExitTable.load(folder / CALIBRATION), f'{split}, out of fold'
-            last = exits.anytime()[-1]
-            metrics = {'top1': last.top1, 'count': len(exits)}
-            dynamic.append((label, model, exits))
-        elif isinstance(model, DynamicNet):
+        if isinstance(model, DynamicNet):
             metrics, exits = evaluate_dynamic(model, loader, accelerator, **common)
             dynamic.append((label, model, exits))
         else:
             metrics = evaluate(model, loader, accelerator, **common)
-        macs = count_macs(model, data_config['input_size'])
-        rows.append({
-            'model': label, **{k: round(v, 4) for k, v in metrics.items() if k not in ('count', 'gmacs')},
-            'split': judged, 'images': metrics['count'],
-            'params_m': round(sum(p.numel() for p in model.parameters()) / 1e6, 3),
-            **({'gmacs': round(macs / 1e9, 6)} if macs is not None else {})})
+        rows.append(_result_row(label, metrics, judged, model, macs))
     if accelerator.is_main_process:
         write_rows(folder / 'results.csv', rows)
         write_rows(folder / 'results.json', rows)
     if dynamic:
         static = {r['model']: [(r['gmacs'], r['top1'])] for r in rows if r['model'] != dynamic[-1][0] and 'gmacs' in r}
-        _judge_exits(*dynamic[-1], args, split, accelerator, folder, static, weights)
+        own_table = out_of_fold if out_of_fold and dynamic[-1][1] is models[-1][1] else None
+        _judge_exits(*dynamic[-1], args, split, accelerator, folder, static, own_table)
     return rows
+
+
+def _result_row(label: str, metrics: dict[str, Any], split: str, model: Any, macs: int | None) -> dict[str, Any]:
+    return {
+        'model': label, **{k: round(v, 4) for k, v in metrics.items() if k not in ('count', 'gmacs')},
+        'split': split, 'images': metrics['count'],
+        'params_m': round(sum(p.numel() for p in model.parameters()) / 1e6, 3),
+        **({'gmacs': round(macs / 1e9, 6)} if macs is not None else {})}
 
 
 def _judge_exits(
@@ -439,12 +458,10 @@ def _judge_exits(
         accelerator: Accelerator,
         folder: Path,
         static: dict[str, list[tuple[float, float]]],
-        weights: dict[str, Path],
+        out_of_fold: tuple[ExitTable, str] | None,
 ) -> None:
     """Show what every budget gets, and keep the budgets with the weights. Exits are fitted on the validation split."""
-    out_of_fold, fit_split = None, args.val_split
-    if (folder / CALIBRATION).exists():  # a cascade's, by confidence nets that had not seen the images
-        out_of_fold, fit_split = ExitTable.load(folder / CALIBRATION), features_split(weights)
+    fit_split = out_of_fold[1] if out_of_fold else args.val_split
     own = out_of_fold is not None and same_split(fit_split, split)  # then `table` is this one
     rows = step_rows(table, split=f'{split}, out of fold' if own else split)
     text = f'{label}, all images stopped after the same step:\n{format_table(rows)}'
@@ -454,7 +471,7 @@ def _judge_exits(
         calibration, table, fitted_on = halves.fit, halves.judge, halves.fitted_on
         split = halves.judged_on
     elif out_of_fold is not None:
-        calibration, fitted_on = out_of_fold, f'{fit_split}, out of fold'
+        calibration, fitted_on = out_of_fold[0], f'{fit_split}, out of fold'
     elif fit_split and fit_split != split:
         data_config = training_data_config(args, model)
         loader = build_eval_loader(

@@ -1,5 +1,6 @@
 """Whole validations: from a command line to a table of models."""
 import argparse
+import copy
 import glob
 import logging
 import sys
@@ -78,6 +79,11 @@ class _Predictions:
         return both[:, :-1], both[:, -1]
 
 
+# What a cascade's answers are not known for if they are made of what its members said.
+_NOT_REPLAYED = (
+    'calibrate_table', 'valid_labels', 'real_labels', 'metrics_avg', 'stored_results', 'stored_thresholds')
+
+
 def _restricted(model: nn.Module, valid_labels: list[int] | None) -> Any:
     if valid_labels is None:
         return model
@@ -117,7 +123,7 @@ def _open_model(
             model.load_exit_cfg(exit_cfg)
     if isinstance(model, CLCNet) and not compared:
         if fold_nets and (more or args.confidence in ('clcnet', 'all')) and not hasattr(model, 'confidence_net'):
-            model.set_confidence('clcnet', net=fold_nets.nets[0])
+            model.set_confidence('clcnet', net=copy.deepcopy(fold_nets.nets[0]))
         if kind or args.final_rule:
             model.set_confidence(kind or model.confidence_kind, args.final_rule)
     if args.reparam:
@@ -194,6 +200,8 @@ def validate_model(
     if (args.confidence == 'all' or fold_nets) and isinstance(model, CLCNet) and not compared:
         recorder = MemberRecorder(model, evaluation_sample_limit(loader), accelerator)
         if fold_nets:  # before hours are spent
+            if isinstance(loader.dataset, torch.utils.data.IterableDataset):
+                raise ValueError("--fold-nets needs images that can be counted; this dataset can only be iterated.")
             folds.append(fold_nets.folds_of(image_names(loader.dataset, args.split), some=True))
     if dynamic:
         classes = None if valid_labels is None else torch.tensor(valid_labels)
@@ -256,7 +264,7 @@ def validate_model(
         row.update(**_accuracy(last.top1, last.top5), gmacs=round(last.gmacs, 6))
         row.pop('loss')  # that of another answer
         if fold_nets:
-            row['cross_validated'] = fold_nets.folds is not None
+            row['cross_validated'] = bool((folds[0] >= 0).all())
     report_steps(report, name, table, args.split, ", by the dataset's own labels" if args.real_labels else '')
     if compared:
         return report
@@ -321,7 +329,8 @@ def _replay(
     if said_to_fit is not None:
         fitted = replay_members(model, *said_to_fit, fold_nets, folds[1] if folds else None)
     if fold_nets:
-        _logger.info(f'{short_name(name)} on {args.split}: {fold_nets.note(folds[0])}')
+        for where, of in zip((args.split, fit_on), folds):
+            _logger.info(f'{short_name(name)} on {where}: {fold_nets.note(of)}')
     macs = model.step_macs_of('max_prob')
     members = [{
         'member': spec.label, 'img_size': size, 'gmacs': round((b - a) / 1e9, 6),
@@ -390,10 +399,11 @@ def _check_dynamic(args: argparse.Namespace, name: str, model: Any) -> None:
     if (args.confidence or args.final_rule or args.fold_nets) and not isinstance(model, CLCNet):
         raise ValueError(f"--confidence, --final-rule and --fold-nets are for cascades; '{name}' is none.")
     asked = '--confidence all' if args.confidence == 'all' else '--fold-nets' if args.fold_nets else ''
-    if asked and (args.calibrate_table or args.valid_labels or args.real_labels):
+    given_too = [f"--{name.replace('_', '-')}" for name in _NOT_REPLAYED if asked and getattr(args, name)]
+    if given_too:
         raise ValueError(
-            f'{asked} judges what the members say of images and their labels: it does not go with --calibrate-table, '
-            '--valid-labels or --real-labels.')
+            f'{asked} judges what the members say of images and their labels: it does not go with '
+            f"{' and '.join(given_too)}.")
     if args.fold_nets and model.confidence_kind != 'clcnet' and args.confidence != 'all':
         raise ValueError(
             f"--fold-nets are confidence nets, the cascade's confidence is '{model.confidence_kind}': ask for "
