@@ -329,8 +329,8 @@ def _replay(
     if said_to_fit is not None:
         fitted = replay_members(model, *said_to_fit, fold_nets, folds[1] if folds else None)
     if fold_nets:
-        for where, of in zip((args.split, fit_on), folds):
-            _logger.info(f'{short_name(name)} on {where}: {fold_nets.note(of)}')
+        for split, of in zip((args.split, fit_on), folds):
+            _logger.info(f'{short_name(name)} on {split}: {fold_nets.note(of)}')
     macs = model.step_macs_of('max_prob')
     members = [{
         'member': spec.label, 'img_size': size, 'gmacs': round((b - a) / 1e9, 6),
