@@ -433,13 +433,15 @@ def test_killed_in_every_stage_ends_bit_identical(image_folder, tmp_path, family
 def test_two_processes_in_every_stage(tmp_path, family, stages):
     images = make_images(tmp_path / 'images', {'train': 17, 'val': 7})
     args = _args(images, tmp_path, '--batch-size', 4, '--policy-updates', 2, family=family)
+    if family == 'clcnet':  # only one process trains the confidence net; all must know what it was trained on
+        args += ['--feature-split', 'train', '--test-split', 'val']
     run_python(HERE / 'ddp_driver.py', tmp_path / 'report.json', *args, processes=2)
     expected = {
         'weights_equal': True, 'weights_learned': True, 'averages_equal': None, 'data_differ': True, 'updates': 3}
     assert json.loads((tmp_path / 'report.json').read_text()) == dict.fromkeys(stages, expected)
     if family == 'clcnet':  # both processes' shares, in the order of the images
         features = ConfidenceFeatures.load(tmp_path / 'run/features/member2.safetensors')
-        assert features.names == create_dataset('', root=str(images), split='validation').filenames()
+        assert features.names == create_dataset('', root=str(images), split='train').filenames()
 
 
 @pytest.mark.parametrize(('changes', 'message'), [

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -335,7 +336,9 @@ def train_confidence(
                 net.save(folder / 'folds' / f'fold{k + 1}.safetensors')
             FoldMap(fold_names(merged.names, folds)).save(folder / 'folds' / FOLDS_FILE)
     accelerator.wait_for_everyone()
-    return result
+    shared: list[Any] = [result]
+    broadcast_object_list(shared)  # all processes go on from the same
+    return shared[0]
 
 
 def _features_split(stage_weights: Mapping[str, Path]) -> str:
