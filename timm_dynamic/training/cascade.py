@@ -32,7 +32,7 @@ from ..task import (
     member_stage,
     score_folds,
 )
-from ..utils import atomic_write, copy_pretrained, load_weights, save_pretrained, seeded, write_json
+from ..utils import atomic_write, copy_pretrained, load_weights, read_json, save_pretrained, seeded, write_json
 from .build import (
     build_eval_loader,
     build_model,
@@ -41,7 +41,7 @@ from .build import (
     training_data_config,
     uses_demo_data,
 )
-from .confidences import FOLDS_FILE, advice, compare_out_of_fold, image_names, table_of
+from .confidences import FOLDS_FILE, advice, compare_out_of_fold, image_names, tables_out_of_fold
 from .evaluate import progress_bar
 from .report import format_table, write_rows
 from .signals import Stopped, StopRequest
@@ -294,21 +294,22 @@ def train_confidence(
                   'best_epoch': fit.best_epoch}
         model.set_confidence('clcnet', net=fit.net)
         own = args.features is None  # the rows of one are those of the other members, image by image
+        index = _read_index(stage_weights) if own else {}
         if own:
-            result['split'] = _features_split(stage_weights)
+            result['split'] = index['split']
         if folds is not None and own:
             scores = score_folds(nets, merged.probabilities, folds)
             with torch.no_grad():
                 seen = torch.cat([fit.net(part) for part in merged.probabilities.split(1024)])
             scores = match_scores(scores, seen, folds).unflatten(0, (len(features), -1))
-            rows = compare_out_of_fold(model, features, scores)
+            tables = tables_out_of_fold(model, features, scores)
+            rows = compare_out_of_fold(tables)
             write_rows(folder / 'confidences.csv', rows)
             _logger.info(
                 f'Measures of confidence on {len(features[0])} images, out of {len(nets)} folds (area: mean top-1 '
                 f'over all budgets, exits fitted on the other half):\n{format_table(rows)}\n{advice(rows)}')
             kind, rule = _choose(asked, model.final_rule, rows)
-            table = table_of(model, features, scores, kind, rule)
-            table.save(folder / CALIBRATION)
+            tables[kind, rule].save(folder / CALIBRATION)
             result['auroc'] = next(r['auroc'] for r in rows if r['confidence'] == kind)
         else:
             kind, rule = asked, model.final_rule
@@ -324,8 +325,7 @@ def train_confidence(
         if (kind, rule) != (model.confidence_kind, model.final_rule):
             model.set_confidence(kind, rule)
         write_rows(folder / 'summary.csv', [{'epoch': i, **row} for i, row in enumerate(fit.history)])
-        index = stage_weights['features'].parent / 'index.json' if own else None
-        labels = json.loads(index.read_text(encoding='utf-8'))['label_names'] if index else None
+        labels = index.get('label_names')
         save_pretrained(
             model, folder / 'last', data_config=data_config, **({'label_names': labels} if labels else {}))
         copy_pretrained(folder / 'last', folder / 'best')
@@ -341,10 +341,9 @@ def train_confidence(
     return shared[0]
 
 
-def _features_split(stage_weights: Mapping[str, Path]) -> str:
-    """Split that the features of a run are of."""
-    path = stage_weights['features'].parent / 'index.json'
-    return json.loads(path.read_text(encoding='utf-8'))['split']
+def _read_index(stage_weights: Mapping[str, Path]) -> dict[str, Any]:
+    """What the features of a run are of, see `collect_features`."""
+    return read_json(stage_weights['features'].parent / 'index.json')
 
 
 def _read_features(

@@ -145,6 +145,7 @@ def replay_members(
         target: torch.Tensor,
         fold_nets: FoldNets | None = None,
         folds: torch.Tensor | None = None,
+        kinds: Sequence[str] = CONFIDENCES,
 ) -> dict[tuple[str, str], Replayed]:
     """What a cascade does with every confidence that it can have, and both final rules.
 
@@ -154,12 +155,13 @@ def replay_members(
         target: [N] int64.
         fold_nets: Confidence nets that score in place of the model's own.
         folds: Of each image, see `FoldNets.folds_of` [N] int64.
+        kinds: Confidences that are asked for.
 
     Returns:
         By confidence and final rule.
     """
     device = next(model.parameters()).device
-    kinds = [kind for kind in CONFIDENCES if kind != 'clcnet' or hasattr(model, 'confidence_net')]
+    kinds = [kind for kind in kinds if kind != 'clcnet' or hasattr(model, 'confidence_net')]
     found: dict[tuple[str, str], list[Any]] = {(kind, rule): [] for kind in kinds for rule in FINAL_RULES}
     step_macs = {kind: model.step_macs_of(kind) for kind in kinds}
     for i, (part, truth) in enumerate(zip(logits.split(1024), target.to(device).split(1024))):
@@ -203,35 +205,12 @@ def compare_confidences(
     } for (kind, rule), table in judge.items()]
 
 
-def confidences_of(
+def tables_out_of_fold(
         model: CLCNet,
         features: Sequence[ConfidenceFeatures],
         scores: torch.Tensor,
-        kind: str,
-) -> torch.Tensor:
-    """Of each member's answers [T, N]."""
-    if kind == 'clcnet':
-        return scores
-    return torch.stack([model.measure(f.probabilities, kind) for f in features])
-
-
-def table_of(
-        model: CLCNet,
-        features: Sequence[ConfidenceFeatures],
-        scores: torch.Tensor,
-        kind: str,
-        rule: str,
-) -> ExitTable:
-    hits = torch.stack([f.hits for f in features])
-    return cascade_table(confidences_of(model, features, scores, kind), hits, model.step_macs_of(kind), rule)
-
-
-def compare_out_of_fold(
-        model: CLCNet,
-        features: Sequence[ConfidenceFeatures],
-        scores: torch.Tensor,
-) -> list[dict[str, Any]]:
-    """Compare measures of confidence and final rules on the members' features.
+) -> dict[tuple[str, str], ExitTable]:
+    """Exit tables of a cascade with every confidence that features tell, and both final rules.
 
     Args:
         model: The cascade.
@@ -239,17 +218,31 @@ def compare_out_of_fold(
         scores: Of the confidence net, out of fold [T, N].
 
     Returns:
+        By confidence and final rule.
+    """
+    hits, tables = torch.stack([f.hits for f in features]), {}
+    for kind in ('max_prob', 'margin', 'entropy', 'clcnet'):
+        confidence = scores
+        if kind != 'clcnet':
+            confidence = torch.stack([model.measure(f.probabilities, kind) for f in features])
+        step_macs = model.step_macs_of(kind)
+        tables.update({(kind, rule): cascade_table(confidence, hits, step_macs, rule) for rule in FINAL_RULES})
+    return tables
+
+
+def compare_out_of_fold(tables: Mapping[tuple[str, str], ExitTable]) -> list[dict[str, Any]]:
+    """Compare measures of confidence and final rules on the members' features.
+
+    Args:
+        tables: See `tables_out_of_fold`.
+
+    Returns:
         A row for each: 'confidence', 'final_rule', 'auroc' (of the first member's answer being right), and 'area'.
     """
-    rows = []
-    for kind in ('max_prob', 'margin', 'entropy', 'clcnet'):
-        first = confidences_of(model, features, scores, kind)[0]
-        for rule in FINAL_RULES:
-            table = table_of(model, features, scores, kind, rule)
-            rows.append({
-                'confidence': kind, 'final_rule': rule, 'auroc': round(auroc(first, features[0].hits), 4),
-                'area': round(cross_area(table), 4)})
-    return rows
+    return [{
+        'confidence': kind, 'final_rule': rule,
+        'auroc': round(auroc(table.confidence[:, 0], table.correct[:, 0]), 4), 'area': round(cross_area(table), 4),
+    } for (kind, rule), table in tables.items()]
 
 
 def advice(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -19,7 +19,7 @@ from torch import nn
 
 from ..exits import ExitTable
 from ..models._builder import checkpoint_filter_of
-from ..models.clcnet import CLCNet
+from ..models.clcnet import CONFIDENCES, CLCNet
 from ..models.dynamic_net import DynamicNet
 from ..utils import CheckpointError, load_weights, read_checkpoint, save_pretrained, seeded
 from .accelerator import create_accelerator
@@ -324,10 +324,11 @@ def _replay(
         What it does, and with `--confidence all` the tables to fit and to judge budgets on.
     """
     logits, target = said
-    judged = replay_members(model, logits, target, fold_nets, folds[0] if folds else None)
+    kinds = CONFIDENCES if args.confidence == 'all' else (model.confidence_kind,)
+    judged = replay_members(model, logits, target, fold_nets, folds[0] if folds else None, kinds)
     fitted = None
     if said_to_fit is not None:
-        fitted = replay_members(model, *said_to_fit, fold_nets, folds[1] if folds else None)
+        fitted = replay_members(model, *said_to_fit, fold_nets, folds[1] if folds else None, kinds)
     if fold_nets:
         for split, of in zip((args.split, fit_on), folds):
             _logger.info(f'{short_name(name)} on {split}: {fold_nets.note(of)}')
