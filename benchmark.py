@@ -2,7 +2,7 @@
 """Measure what timm_dynamic promises.
 
     python benchmark.py --help
-    python benchmark.py exit --model gfnet_resnet50_96 --channels-last --fold
+    python benchmark.py exit --model gfnet_resnet50_96 --channels-last --fuse
     python benchmark.py thresholds
     python benchmark.py crop --batch-size 256
     python benchmark.py train-step --model focusnet_resnet18 --batch-size 32

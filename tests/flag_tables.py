@@ -8,7 +8,7 @@ import timm
 import torch
 from accelerate.state import AcceleratorState, GradientState
 
-from timm_dynamic.training import accelerator
+from timm_dynamic.launch import accelerator
 from timm_dynamic.utils import save_pretrained
 
 DIFFERS = object()
@@ -114,7 +114,7 @@ def make_dynamic(folder: Path, kept: bool = False) -> Path:
     with torch.no_grad():
         model.classifier.heads['rnn'].weight.mul_(30)  # images differ in confidence
     if kept:
-        model.store_budgets([{'gmacs': model.step_macs[2] / 1e9, 'policy': [2., 2., 0.], 'judged': {'top1': 77}}])
+        model.store_budgets([{'gmacs': model.step_macs[2] / 1e9, 'policy': [2., 2., 0.], 'evaluated': {'top1': 77}}])
     save_pretrained(model, folder)
     return folder
 

@@ -45,7 +45,7 @@ def test_look_is_what_the_model_does(folder, name):
         confidence = steps.softmax(dim=-1).amax(dim=-1)
         assert [seen.steps_used for seen in look(model, images)] == [3] * 6  # no exits are set
         model.set_exit([confidence[0].median().item() + 1e-6, confidence[1].median().item(), 0.])
-        used = early_exit(model, images, model._stop_rule).steps_used.tolist()
+        used = early_exit(model, images, model.exit_policy).steps_used.tolist()
     seen = look(model, images)
     assert len(set(used)) > 1
     assert [s.steps_used for s in seen] == used

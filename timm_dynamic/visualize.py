@@ -21,10 +21,10 @@ from torch.nn import functional as F
 
 from .data import create_dataset
 from .exits.table import run_policy
+from .launch.build import check_model_name
 from .layers import choose_windows, class_activation_map
 from .models.anchornet import AnchorNet
 from .models.dynamic_net import DynamicNet
-from .training.build import check_model_name
 from .training.patches import to_pixels
 from .training.run import run_script
 from .utils import atomic_write
@@ -96,7 +96,7 @@ def look(
             'AnchorNet.')
     logits = out['logits']
     confidence = torch.stack([model.confidence(step, {}) for step in logits], dim=1)  # [N, T]
-    rule = model._stop_rule
+    rule = model.exit_policy
     steps_used = [model.num_steps] * len(images) if rule is None else run_policy(rule, confidence).tolist()
     labels = logits.argmax(dim=-1)
     cams, localized = out.get('cam'), out.get('localizer_logits')

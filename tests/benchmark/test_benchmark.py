@@ -19,7 +19,7 @@ from timm_dynamic.benchmark import (
     windows,
 )
 from timm_dynamic.exits import ExitTable, solve_thresholds
-from timm_dynamic.training.report import read_rows
+from timm_dynamic.utils.report import read_rows
 
 
 def test_timing_takes_turns():
@@ -104,7 +104,7 @@ def test_exits(table, tmp_path, caplog):
     assert read_rows(file)[-1]['gain'] == pytest.approx(total['gain'])
 
 
-@pytest.mark.parametrize('method', ['thresholds', 'policy'])
+@pytest.mark.parametrize('method', ['thresholds', 'value'])
 def test_exits_against_given_rivals(table, method, tmp_path):
     table.save(tmp_path / 'table.safetensors')
     good, bad = solve_thresholds(table, 1.5).tolist(), [-1., 0., 0.]
@@ -201,7 +201,7 @@ def test_confidence(tmp_path):
 @pytest.mark.parametrize('model', ['test_gfnet', 'test_clcnet'])
 def test_exit(model, capsys):
     args = ['exit', '--model', model, '--batch-size', '8', '--num-images', '44', '--repeats', '1', '--json',
-            '--latency-images', '2', '--channels-last', '--fold']
+            '--latency-images', '2', '--channels-last', '--fuse']
     rows = run_benchmark([*args, *(['--exit-shares', '50', '25', '25'] if model == 'test_gfnet' else [])])
     assert json.loads(capsys.readouterr().out) == rows
     net = timm.create_model(model)

@@ -1,8 +1,6 @@
-import json
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
 from timm_dynamic.data import ConfidenceFeatures
 
@@ -16,13 +14,13 @@ def features():
 
 def assert_equal(a, b):
     assert torch.equal(a.probabilities, b.probabilities)
-    assert torch.equal(a.hits, b.hits)
+    assert torch.equal(a.correct, b.correct)
 
 
 def test_from_logits():
     features = ConfidenceFeatures.from_logits(torch.tensor([[0., 2.], [1., 0.]]).log(), torch.tensor([1, 1]), 'ab')
     assert features.probabilities.tolist() == [[1., 0.], [1., 0.]]
-    assert features.hits.tolist() == [True, False]
+    assert features.correct.tolist() == [True, False]
 
 
 def test_files(features, tmp_path):
@@ -42,7 +40,7 @@ def test_csv_of_the_authors(tmp_path):
         b'\xef\xbb\xbfILSVRC2012_val_1.JPEG,0.7,0.2,0.1,1\r\nILSVRC2012_val_2.JPEG,5.0e-01,3e-1,0.2,0.0\r\n')
     features = ConfidenceFeatures.load(tmp_path / 'a.csv')
     torch.testing.assert_close(features.probabilities, torch.tensor([[0.7, 0.2, 0.1], [0.5, 0.3, 0.2]]))
-    assert features.hits.tolist() == [True, False]
+    assert features.correct.tolist() == [True, False]
 
 
 @pytest.mark.parametrize(('text', 'message'), [
@@ -74,7 +72,7 @@ def test_bad_files(features, tmp_path):
     with pytest.raises(ValueError, match='cannot be read as confidence features'):
         ConfidenceFeatures.load(tmp_path / 'none.safetensors')
     with pytest.raises(ValueError, match=r'got \[5, 4\], \[5\] and 4'):
-        ConfidenceFeatures(features.probabilities, features.hits, features.names[1:])
+        ConfidenceFeatures(features.probabilities, features.correct, features.names[1:])
 
 
 def test_merging(features):
@@ -96,7 +94,7 @@ def test_names_may_be_long(features, tmp_path):
 
 
 @pytest.mark.parametrize(('change', 'message'), [
-    (lambda f: setattr(f, 'hits', f.hits.long()), 'hits are torch.int64, not bool'),
+    (lambda f: setattr(f, 'correct', f.correct.long()), 'correct are torch.int64, not bool'),
     (lambda f: f.probabilities.copy_(f.probabilities.flip(1)), 'sorted falling'),
     (lambda f: f.probabilities.mul_(2), 'summing to 1'),
 ])
@@ -105,11 +103,3 @@ def test_files_of_something_else(features, tmp_path, change, message):
     features.save(tmp_path / 'f.safetensors')
     with pytest.raises(ValueError, match=rf"f.safetensors' cannot be read .*{message}"):
         ConfidenceFeatures.load(tmp_path / 'f.safetensors')
-
-
-def test_names_in_the_header_are_read_too(features, tmp_path):
-    save_file({'probabilities': features.probabilities, 'hits': features.hits}, tmp_path / 'f.safetensors', metadata={
-        'format': 'timm_dynamic.confidence_features.1', 'names': json.dumps(features.names)})
-    again = ConfidenceFeatures.load(tmp_path / 'f.safetensors')
-    assert_equal(again, features)
-    assert again.names == features.names

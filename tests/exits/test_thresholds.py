@@ -198,7 +198,7 @@ def test_degenerate_tables(name):
     best = table.evaluate(solve_policy(table, high)).top1
     if name in ('all right', 'right only at first', 'right only at last'):
         assert best == 100
-    for method in ('policy', 'thresholds'):
+    for method in ('value', 'thresholds'):
         points = solve_curve(table, num=5, method=method)
         assert len(points) == 5
         assert 'not numbers' in name or points[0].gmacs == pytest.approx(low)
@@ -222,7 +222,7 @@ def test_small_tables_do_not_mislead():
 def test_curve_rises_and_costs_what_was_asked():
     table = table_like(4000, 4)
     budgets = [1., 1.3, 1.7, 2.2, 2.8]
-    for method, solve in (('policy', solve_policy), ('thresholds', solve_thresholds)):
+    for method, solve in (('value', solve_policy), ('thresholds', solve_thresholds)):
         points = solve_curve(table, budgets, method=method)
         assert [point.gmacs for point in points] == pytest.approx(budgets, abs=2e-3)
         assert all(a.top1 < b.top1 for a, b in itertools.pairwise(points))
@@ -230,7 +230,7 @@ def test_curve_rises_and_costs_what_was_asked():
             assert torch.equal(table.steps_used(solve(table, gmacs)), point.steps_used)
     costs = [point.gmacs for point in solve_curve(table, num=7)]
     assert costs == pytest.approx(np.linspace(costs[0], costs[-1], 7), abs=2e-3)
-    with pytest.raises(ValueError, match="'policy' or 'thresholds', got 'magic'"):
+    with pytest.raises(ValueError, match="'value' or 'thresholds', got 'magic'"):
         solve_curve(table, method='magic')
 
 
@@ -366,7 +366,7 @@ def official_table():
 
 @NEED_OFFICIAL
 @pytest.mark.parametrize(('method', 'splits', 'mean', 'worst_point'), [
-    ('policy', 5, 0.52, -0.1),
+    ('value', 5, 0.52, -0.1),
     ('thresholds', 2, 0.5, -0.15),
 ])
 def test_official_table(method, splits, mean, worst_point):

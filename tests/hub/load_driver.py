@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 import timm_dynamic  # noqa: F401
 from timm_dynamic.hub import fixed_logits
-from timm_dynamic.models._builder import HUB_ORG
+from timm_dynamic.models.builder import HUB_ORG
 
 found = {}
 for name, expected in load_file(sys.argv[1]).items():

@@ -9,7 +9,7 @@ from huggingface_hub import ModelCard
 
 from timm_dynamic.hub import Entry, read_catalog, render_card
 from timm_dynamic.hub.runs import _shown
-from timm_dynamic.models._builder import BUNDLED
+from timm_dynamic.models.builder import BUNDLED
 
 CATALOG = read_catalog(ROOT / 'hfhub/catalog.json')
 CARDS = ROOT / 'hfhub/cards'
@@ -58,7 +58,7 @@ def test_numbers():
     entry = Entry('a.b', dataset='imagenet-1k', paper={'title': 'T', 'url': 'U'}, steps=(70., 75.5),
                   published=({'gmacs': 0.74, 'threshold': 0.19, 'top1': 77.74},), baseline={'top1': 69.1, 'top5': 89.})
     budgets = [{'gmacs': 1.0, 'policy': [0.5, 0.], 'top1': 74.25, 'exit_shares': [0.5, 0.5]},
-               {'gmacs': 1.2, 'policy': [0.7, 0.], 'judged': {
+               {'gmacs': 1.2, 'policy': [0.7, 0.], 'evaluated': {
                    'gmacs': 1.25, 'top1': 75., 'exit_shares': [0.375, 0.625]}}]
     text = render_card({
         'architecture': 'a', 'num_classes': 1000, 'step_macs': [500_000_000, 1_500_000_000], 'metrics': {'top1': 75.5},

@@ -16,7 +16,7 @@ from safetensors.torch import save, save_file
 
 from timm_dynamic.hub import convert, fixed_logits, read_catalog
 from timm_dynamic.hub.check import TOLERANCE
-from timm_dynamic.models._builder import BUNDLED
+from timm_dynamic.models.builder import BUNDLED
 
 CATALOG = read_catalog(ROOT / 'hfhub/catalog.json')
 ORG = 'mirror-org'  # not the one in the code: TIMM_DYNAMIC_HUB_ORG

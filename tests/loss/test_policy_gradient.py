@@ -61,7 +61,7 @@ def test_loss_by_hand():
     assert terms.policy.item() == pytest.approx(0.2375)
     assert terms.value.item() == pytest.approx(1.125)
     assert terms.loss.item() == pytest.approx(0.2375 + 0.5 * 1.125 - 0.01 * entropy)
-    assert terms.clipped.item() == 0.75
+    assert terms.clip_fraction.item() == 0.75
     kl = sum(r - 1 - math.log(r) for r in (1.1, 1.5, 1.5, 0.5)) / 4
     assert terms.approx_kl.item() == pytest.approx(kl, rel=1e-5)
 

@@ -7,7 +7,7 @@ import torch
 import timm_dynamic  # noqa: F401
 from timm_dynamic.data import create_dataset
 from timm_dynamic.exits import collect_exit_table
-from timm_dynamic.models._builder import BUNDLED
+from timm_dynamic.models.builder import BUNDLED
 
 
 def _batches(model, num):
@@ -30,7 +30,7 @@ def test_gfnet_for_digits():
     chosen = model.set_budget(gmacs=0.5 * whole / 1e9)
     with torch.inference_mode():
         table = collect_exit_table(model, _batches(model, 600))
-    point = table.evaluate(model.make_stop_rule(model._stop_rule))
+    point = table.evaluate(model.make_stop_rule(model.exit_policy))
     assert point.top1 > 97
     assert point.gmacs * 1e9 < 0.55 * whole
     assert table.anytime()[0].top1 < 90  # one glance does not do
@@ -45,7 +45,7 @@ def test_anchornet_patch_for_digits():
         table = collect_exit_table(model, _batches(model, 400))
     steps = [p.top1 for p in table.anytime()]
     assert steps[0] < 65 < 86 < min(steps[1:])
-    point = table.evaluate(model.make_stop_rule(model._stop_rule))
+    point = table.evaluate(model.make_stop_rule(model.exit_policy))
     assert point.top1 > 86
     assert point.gmacs == pytest.approx(chosen['gmacs'], rel=0.04)
 

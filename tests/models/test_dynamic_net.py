@@ -318,15 +318,15 @@ def test_infinity_is_kept_as_json_of_all_languages(model):
     for exit_cfg in (kept, old):
         again = Refiner(exit_cfg=exit_cfg).eval()
         json.dumps(again.exit_cfg, allow_nan=False)
-        assert str(list(again._stop_rule.values)) == str(thresholds)  # nan is not equal to itself
+        assert str(list(again.exit_policy.values)) == str(thresholds)  # nan is not equal to itself
         again.load_state_dict(model.state_dict())
         assert torch.equal(again(x), model(x))
     assert again.exit_cfg['origin'] == {'flops': ['inf']}
     again.load_exit_cfg(kept)
     again.set_budget(gmacs=40e-9)
-    assert again._stop_rule.bound == math.inf
+    assert again.exit_policy.bound == math.inf
     again.set_exit(kept['exit'])
-    assert again._stop_rule.values[:2] == (math.inf, -math.inf)
+    assert again.exit_policy.values[:2] == (math.inf, -math.inf)
 
 
 @pytest.mark.parametrize('exit_cfg', [

@@ -85,9 +85,9 @@ def judge(logits, target, macs, nets):
                 features = [ConfidenceFeatures.from_logits(logits[a, t], target[a], [''] * len(a)) for t in (0, 1)]
                 merged = ConfidenceFeatures.merge(features)
                 folds = make_folds(len(a), FOLDS, seed).repeat(2)
-                fits = fit_folds(merged.probabilities, merged.hits, folds, seed=seed, **FIT)
+                fits = fit_folds(merged.probabilities, merged.correct, folds, seed=seed, **FIT)
                 own = score_folds([fit.net for fit in fits], merged.probabilities, folds).unflatten(0, (2, -1))
-                net = fit_confidence_net(merged.probabilities, merged.hits, seed=seed, **FIT).net
+                net = fit_confidence_net(merged.probabilities, merged.correct, seed=seed, **FIT).net
                 print(f'  trained in {time.process_time() - began:.0f} s of CPU time', file=sys.stderr)
             model.set_confidence('clcnet', net=net)
             model._step_macs = (macs[0], sum(macs))
@@ -98,7 +98,7 @@ def judge(logits, target, macs, nets):
                 name = f'CLCNet, {label}' if kind == 'clcnet' else kind
                 fitted = fit[kind, rule]
                 if kind == 'clcnet' and label == 'trained':
-                    fitted = cascade_table(own, torch.stack([f.hits for f in features]), model.step_macs, rule)
+                    fitted = cascade_table(own, torch.stack([f.correct for f in features]), model.step_macs, rule)
                 row = found.setdefault((name, rule), [])
                 tops = [
                     table.evaluate(solve_thresholds(fitted, gmacs=(macs[0] + share * macs[1]) / 1e9))
@@ -119,9 +119,9 @@ def main():
             logits, target, macs = make(real())
             if path:
                 torch.save((logits, target, macs), path)
-        hits = (logits.argmax(dim=2) == target[:, None]).double().mean(dim=0)
+        correct = (logits.argmax(dim=2) == target[:, None]).double().mean(dim=0)
         print(f'\n{name}: {len(target)} images; alone ' + ', '.join(
-            f'{100 * h:.2f} % at {m / 1e9:.4f} GMACs' for h, m in zip(hits, macs)))
+            f'{100 * h:.2f} % at {m / 1e9:.4f} GMACs' for h, m in zip(correct, macs)))
         nets = {}
         if logits.shape[2] == 1000:
             for path in sorted((SHARED / 'parity/clcnet/official').glob('*.safetensors')):

@@ -5,9 +5,9 @@ import timm
 import torch
 from parity.test_gfnet import build_checkpoint
 
+from timm_dynamic.launch.build import build_optimizer, resolve_learning_rate
 from timm_dynamic.task import GlanceFocusTask, StageContext, create_recipe
 from timm_dynamic.task.gfnet_recipe import load_encoder, load_training_checkpoint
-from timm_dynamic.training.build import build_optimizer, resolve_learning_rate
 from timm_dynamic.training.run import TrainOptions
 from timm_dynamic.utils import CheckpointError, save_pretrained
 
@@ -47,8 +47,8 @@ def test_the_papers_settings(name):
         assert (args.smoothing, args.color_jitter, args.hflip, args.scale) == (0, 0, 0.5, [0.08, 1.0])
     assert (policy.epochs, policy.opt, policy.opt_betas, policy.sched) == (15, 'adam', [0.9, 0.999], 'none')
     assert resolve_learning_rate(policy, 256) == 3e-4
-    assert (policy.policy_gamma, policy.policy_clip, policy.policy_std, policy.policy_updates) == (0.7, 0.2, 0.1, 1)
-    assert (policy.policy_value_weight, policy.policy_entropy_weight) == (0.5, 0.01)
+    assert (policy.policy_gamma, policy.policy_epsilon, policy.policy_std, policy.policy_updates) == (0.7, 0.2, 0.1, 1)
+    assert (policy.policy_value_coeff, policy.policy_entropy_coeff) == (0.5, 0.01)
     sizes = [224] if 'efficientnet' in name else None
     assert all(args.train_img_sizes == sizes for args in (warmup, policy, finetune))
 

@@ -14,7 +14,7 @@ import timm_dynamic  # noqa: F401
 from timm_dynamic.exits import ExitTable, collect_exit_table, geometric_thresholds, solve_policy
 from timm_dynamic.training import anytime
 from timm_dynamic.training.evaluate import evaluate
-from timm_dynamic.training.report import check_plot, format_table, plot_accuracy_over_macs, read_rows, write_rows
+from timm_dynamic.utils.report import check_plot, format_table, plot_accuracy_over_macs, read_rows, write_rows
 
 
 @pytest.fixture(scope='module')
@@ -154,11 +154,11 @@ class TestRows:
         assert [(g, round(top1, 4)) for g, top1 in anytime.step_curve(table)] == [(r['gmacs'], r['top1']) for r in rows]
         assert 'top5' not in anytime.step_rows(make_table(top5=False))[0]
 
-    @pytest.mark.parametrize('method', ['thresholds', 'policy'])
+    @pytest.mark.parametrize('method', ['thresholds', 'value'])
     def test_budgets_are_fitted_on_one_and_judged_on_the_other(self, method):
         fit, judge = make_table(seed=0), make_table(300, seed=1)
-        rows = anytime.budget_rows(fit, judge, [1.5, 3.0], method, split='judged', fitted_on='fitted')
-        kept = anytime.budgets_to_keep(fit, judge, [1.5, 3.0], method, split='judged', fitted_on='fitted')
+        rows = anytime.budget_rows(fit, judge, [1.5, 3.0], method, split='evaluated', fitted_on='fitted')
+        kept = anytime.budgets_to_keep(fit, judge, [1.5, 3.0], method, split='evaluated', fitted_on='fitted')
         for row, keep, budget in zip(rows, kept, (1.5, 3.0)):
             assert row['budget'] == budget
             assert keep['gmacs'] == fit.evaluate(keep['policy']).gmacs <= budget
@@ -167,8 +167,8 @@ class TestRows:
                 (point.gmacs, point.top1, point.top5), abs=1e-4)
             assert row['exit_shares'] == pytest.approx(point.exit_shares.tolist(), abs=1e-4)
             assert ('thresholds' in row) == (method == 'thresholds')
-            assert (row['split'], row['fitted_on'], row['images']) == ('judged', 'fitted', 300)
-            assert keep['judged']['gmacs'] == row['gmacs']
+            assert (row['split'], row['fitted_on'], row['images']) == ('evaluated', 'fitted', 300)
+            assert keep['evaluated']['gmacs'] == row['gmacs']
         with pytest.raises(ValueError, match='5 GMACs is out of range: the first step costs 1, all steps 4'):
             anytime.budget_rows(fit, judge, [5])
 
@@ -191,7 +191,7 @@ class TestRows:
         try:
             model.store_budgets(anytime.budgets_to_keep(table, table, [budget], split='s', fitted_on='f'))
             chosen = model.set_budget(gmacs=budget)
-            assert chosen['judged']['fitted_on'] == 'f'
+            assert chosen['evaluated']['fitted_on'] == 'f'
             assert table.evaluate(chosen['policy']).gmacs <= budget
         finally:
             model.load_exit_cfg({})

@@ -334,7 +334,7 @@ def test_disk_full_keeps_the_last_state(image_folder, tmp_path, monkeypatch, cap
 
 
 def test_processes_that_do_not_see_each_other(image_folder, tmp_path, monkeypatch, capsys):
-    import timm_dynamic.training.accelerator as module
+    import timm_dynamic.launch.accelerator as module
 
     class Alone(module.Accelerator):
         def __init__(self, **kwargs):

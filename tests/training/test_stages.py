@@ -66,7 +66,7 @@ def test_all_stages(image_folder, tmp_path, caplog):
     assert rates['lr_min'] < rates['lr'] < rates['lr_max']
     row, = _rows(run / 'policy')
     assert 'lr_max' not in row
-    assert {'train_reward_patch1', 'train_reward_patch2', 'train_entropy', 'train_approx_kl', 'train_clipped',
+    assert {'train_reward_patch1', 'train_reward_patch2', 'train_entropy', 'train_approx_kl', 'train_clip_fraction',
             'train_spread'} <= row.keys()
     assert float(row['train_approx_kl']) > 0
 
@@ -214,7 +214,7 @@ def test_clcnet(image_folder, tmp_path, caplog):
         scores = torch.stack([net(both) for net in nets])[folds.repeat(2), torch.arange(66)]
         own = model.confidence_net(both)
     torch.testing.assert_close(table.confidence[:, 0], match_scores(scores, own, folds.repeat(2))[:33])
-    assert model.exit_cfg['budgets'][0]['judged']['fitted_on'] == 'val, out of fold'
+    assert model.exit_cfg['budgets'][0]['evaluated']['fitted_on'] == 'val, out of fold'
     assert {'train_loss', 'val_error'} <= _rows(run)[0].keys()
 
     # nothing is left to do; and the confidence net alone, from the authors' format

@@ -31,13 +31,14 @@ from timm.layers import DropPath
 from torch import nn
 
 from timm_dynamic.data import dataset_factory
-from timm_dynamic.training import build, run_training
+from timm_dynamic.launch import build
+from timm_dynamic.launch.options import create_train_parser
 from timm_dynamic.training import run as run_module
+from timm_dynamic.training import run_training
 from timm_dynamic.training import trainer as trainer_module
-from timm_dynamic.training.options import create_train_parser
-from timm_dynamic.training.report import read_rows
 from timm_dynamic.training.state import StateStore
 from timm_dynamic.utils import save_pretrained
+from timm_dynamic.utils.report import read_rows
 
 BASE = {
     '--data-dir': '{data}', '--model': 'test_resnet', '--num-classes': '3', '--img-size': '32', '-b': '4', '-j': '0',
@@ -825,9 +826,9 @@ OURS = {
     '--classifier-lr-scale': built(classifier_lr, '10', gives=[1.0], base=['--lr', '0.1']),
     '--policy-std': policy_update('std', '0.2', gives=0.2),
     '--policy-gamma': policy_update('gamma', '0.5', gives=0.5),
-    '--policy-clip': policy_update('clip', '0.3', gives=0.3),
-    '--policy-value-weight': policy_update('value_weight', '1', gives=1.0),
-    '--policy-entropy-weight': policy_update('entropy_weight', '0.1', gives=0.1),
+    '--policy-epsilon': policy_update('epsilon', '0.3', gives=0.3),
+    '--policy-value-coeff': policy_update('value_coeff', '1', gives=1.0),
+    '--policy-entropy-coeff': policy_update('entropy_coeff', '0.1', gives=0.1),
     '--policy-updates': policy_update('num_updates', '4', gives=4),
     '--save-patches': ran(lambda r: (r.folder / 'patches.png').exists(), '2', gives=True, base=[*GFNET, *WHOLE]),
     '--checkpoint-interval': TRAIN['--recovery-interval'],

@@ -63,7 +63,7 @@ def views(folder, split):
 def test_each_member_sees_its_own_view(folder, run, tmp_path):
     model, x, target, names = views(folder, 'val')
     assert [len(v[0, 0]) for v in x] == [16, 32]
-    expected = early_exit(model, x, model._stop_rule)
+    expected = early_exit(model, x, model.exit_policy)
     assert 0 < (expected.steps_used == 1).sum() < len(target)
     row = run('--save-predictions', tmp_path / 'answers.csv')[0]
     assert row['top1'] == pytest.approx(100 * (expected.logits.argmax(1) == target).double().mean().item(), abs=1e-3)
@@ -74,7 +74,7 @@ def test_each_member_sees_its_own_view(folder, run, tmp_path):
     assert [int(r['steps_used']) for r in rows] == expected.steps_used.tolist()
     assert [float(r['confidence']) for r in rows] == pytest.approx(expected.confidence.tolist(), abs=1e-4)
     # one tensor, as timm's own scripts give it, is something else: the small view is made of the large one
-    single = early_exit(model, x[1], model._stop_rule)
+    single = early_exit(model, x[1], model.exit_policy)
     assert not torch.allclose(single.confidence, expected.confidence, atol=1e-3)
 
 
@@ -153,7 +153,7 @@ def test_each_image_is_scored_by_the_net_that_has_not_seen_it(folder, run, fold_
     right = answers.gather(0, used[None] - 1)[0] == target
     assert rows[-1]['top1'] == pytest.approx(100 * right.double().mean().item(), abs=1e-3)
     # the exits kept in the model are in use for the file
-    used = table.steps_used(model._stop_rule)
+    used = table.steps_used(model.exit_policy)
     saved = list(csv.DictReader((tmp_path / 'answers.csv').open()))
     assert [r['file'] for r in saved] == names
     assert [int(r['steps_used']) for r in saved] == used.tolist()

@@ -207,7 +207,7 @@ def test_stored_exits_judged_where_they_were_fitted(run, tmp_path, caplog):
 
 
 def test_policies_can_be_kept(run, tmp_path):
-    fresh, = of(run('--budget', 0.0013, '--budget-rule', 'policy', '--save-budgets', tmp_path / 'kept'), 'budget')
+    fresh, = of(run('--budget', 0.0013, '--budget-rule', 'value', '--save-budgets', tmp_path / 'kept'), 'budget')
     again, = of(run('--stored-thresholds', model=tmp_path / 'kept'), 'stored')
     assert 'thresholds' not in again
     assert (again['top1'], again['exit_shares']) == (fresh['top1'], fresh['exit_shares'])

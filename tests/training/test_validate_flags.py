@@ -32,10 +32,11 @@ from helpers import make_images
 from timm_dynamic import ConfidenceNet
 from timm_dynamic.data import FoldMap, dataset_factory
 from timm_dynamic.exits import ExitTable
-from timm_dynamic.training import build, run_validation
+from timm_dynamic.launch import build
+from timm_dynamic.launch.options import create_validate_parser
 from timm_dynamic.training import evaluate as evaluate_module
+from timm_dynamic.training import run_validation
 from timm_dynamic.training import validation as validation_module
-from timm_dynamic.training.options import create_validate_parser
 
 BASE = {
     '--data-dir': '{data}', '--model': 'local-dir:{weights}', '--img-size': '32', '-b': '4', '-j': '0',
@@ -391,7 +392,7 @@ def save_budgets(lab, flag):
     model = timm.create_model(f'local-dir:{lab.tmp / "kept"}', pretrained=True)
     source = timm.create_model(f'local-dir:{lab.paths["{dynamic}"]}', pretrained=True)
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), source.state_dict().values()))
-    assert [b['judged']['top1'] for b in model.exit_cfg['budgets']] == [row['top1'] for row in rows[-2:]]
+    assert [b['evaluated']['top1'] for b in model.exit_cfg['budgets']] == [row['top1'] for row in rows[-2:]]
     assert model.set_budget(gmacs=0.001)['policy'] == pytest.approx(rows[-2]['thresholds'])
     grid = lab.evaluated(*DYNAMIC, flag, '{tmp}/grid').rows  # without --budget
     model = timm.create_model(f'local-dir:{lab.tmp / "grid"}', pretrained=True)
@@ -508,7 +509,7 @@ OURS = {
     '--anytime': anytime,
     '--budget': dynamic(lambda seen: [row.get('budget') for row in seen.rows][4:], '0.001', '0.0015',
                         gives=[0.001, 0.0015]),
-    '--budget-rule': dynamic(lambda seen: 'thresholds' in seen.rows[-1], 'policy', gives=False,
+    '--budget-rule': dynamic(lambda seen: 'thresholds' in seen.rows[-1], 'value', gives=False,
                              base=['--budget', '0.0015']),
     '--thresholds': dynamic(lambda seen: (points(seen)[-1], last('exit_shares')(seen)), '2', '0', '0',
                             gives=('thresholds', [0, 1, 0])),

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from timm_dynamic.utils import atomic_write, clean_partial_files, fold_seed, seeded, write_json
+from timm_dynamic.utils import atomic_write, clean_partial_files, derive_seed, seeded, write_json
 
 
 def test_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
@@ -24,9 +24,9 @@ def test_clean_partial_files(tmp_path):
 
 
 def test_fold_seed():
-    assert fold_seed(42, 'sample', 0, 1) == 7607830930076656651  # the same for ever: resumed runs rely on it
-    assert len({fold_seed(s, e, i) for s in range(5) for e in range(5) for i in range(5)}) == 125
-    assert fold_seed(1, 23) != fold_seed(12, 3)
+    assert derive_seed(42, 'sample', 0, 1) == 7607830930076656651  # the same for ever: resumed runs rely on it
+    assert len({derive_seed(s, e, i) for s in range(5) for e in range(5) for i in range(5)}) == 125
+    assert derive_seed(1, 23) != derive_seed(12, 3)
 
 
 def test_seeded_gives_the_same_numbers_and_leaves_the_generators_alone():

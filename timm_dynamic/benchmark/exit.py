@@ -13,10 +13,10 @@ import torch
 from timm.utils import ParseKwargs
 
 from ..exits import ExitStream, early_exit
-from ..layers import fold_batch_norm
+from ..launch.build import check_model_name
+from ..layers import fuse_conv_bn
 from ..models.dynamic_net import DynamicNet, State
 from ..training.anytime import count_macs
-from ..training.build import check_model_name
 from .timing import get_device, wait_for
 
 NAME, HELP = 'exit', 'throughput and latency of a static network, all steps, early_exit and ExitStream'
@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--device', default='cpu', metavar='DEVICE', help='(%(default)s)')
     parser.add_argument('--repeats', type=int, default=3, metavar='N', help='runs of each, by turns (%(default)s)')
     parser.add_argument('--channels-last', action='store_true', help='memory format of models and images')
-    parser.add_argument('--fold', action='store_true', help='fold batch normalisation into convolutions')
+    parser.add_argument('--fuse', action='store_true', help='fuse batch normalisation with convolutions')
     parser.add_argument('--amp', action='store_true', help='mixed precision')
     parser.add_argument('--amp-dtype', default='bfloat16', choices=['float16', 'bfloat16'], help='(%(default)s)')
     parser.add_argument('--torchcompile', action='store_true', help='compile the static network and each step')
@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     return benchmark_exit(
         args.model, args.exit_shares, args.batch_size, args.num_images, args.device, args.repeats, args.static,
-        args.model_kwargs, args.pretrained, args.channels_last, args.fold, args.amp_dtype if args.amp else None,
+        args.model_kwargs, args.pretrained, args.channels_last, args.fuse, args.amp_dtype if args.amp else None,
         args.torchcompile, args.cuda_graphs, args.latency_images)
 
 
@@ -65,7 +65,7 @@ def benchmark_exit(
         model_kwargs: dict[str, Any] | None = None,
         pretrained: bool = False,
         channels_last: bool = False,
-        fold: bool = False,
+        fuse: bool = False,
         amp_dtype: str | None = None,
         torchcompile: bool = False,
         cuda_graphs: bool = False,
@@ -108,11 +108,11 @@ def benchmark_exit(
     net.clear_exit()
     net = net.to(dev).eval()
     rival, rival_name = _create_static(net, static, pretrained, dev)
-    created = copy.deepcopy(rival) if fold or channels_last else None
-    if fold:
-        net.fold_batch_norm()
+    created = copy.deepcopy(rival) if fuse or channels_last else None
+    if fuse:
+        net.fuse_conv_bn()
         if rival is not None:
-            fold_batch_norm(rival, partial(rival, _static_input(net, rival, 1, dev)))
+            fuse_conv_bn(rival, partial(rival, _static_input(net, rival, 1, dev)))
     other = copy.deepcopy(net)  # steps are timed in both memory formats
     layouts = [torch.contiguous_format, torch.channels_last]
     layout, other_layout = layouts[channels_last], layouts[not channels_last]

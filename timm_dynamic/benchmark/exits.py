@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--rivals', metavar='FILE', help=(
         "JSON: a list of thresholds, or of objects with 'thresholds' (as validate.py writes to its --results-file) "
         "(default: the 39 points of GFNet's paper, fitted on the whole table)"))
-    parser.add_argument('--budget-rule', default='policy', choices=['thresholds', 'policy'], help='(%(default)s)')
+    parser.add_argument('--budget-rule', default='value', choices=['thresholds', 'value'], help='(%(default)s)')
     parser.add_argument(
         '--splits', type=int, default=5, metavar='N', help='random halves, each in both directions (%(default)s)')
     parser.add_argument('--no-oracle', action='store_true', help='do not solve on the half that is judged, too')
@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
 def benchmark_exits(
         table: ExitTable,
         rivals: Sequence[Any],
-        method: str = 'policy',
+        method: str = 'value',
         splits: int = 5,
         oracle: bool = True,
 ) -> list[dict[str, Any]]:
@@ -45,7 +45,7 @@ def benchmark_exits(
     Args:
         table: The table.
         rivals: Thresholds that were chosen otherwise.
-        method: 'policy' or 'thresholds'.
+        method: 'value' or 'thresholds'.
         splits: Number of random splits, each judged in both directions.
         oracle: Also solve on the half that is judged.
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..training.report import format_table, write_rows
 from ..training.run import run_script
+from ..utils.report import format_table, write_rows
 from . import confidence, crop, exit, exits, loader, thresholds, train_step, windows
 
 _logger = logging.getLogger(__name__)

@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..launch.build import check_model_name
 from ..models.dynamic_net import DynamicNet
 from ..models.gfnet import GFNet
 from ..task import FocusPickingTask, GlanceFocusTask
-from ..training.build import check_model_name
 from .timing import get_device, time_each
 
 NAME, HELP = 'train-step', (

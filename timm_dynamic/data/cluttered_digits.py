@@ -27,7 +27,7 @@ import numpy as np
 import torch.utils.data as data
 from PIL import Image, ImageDraw, ImageFilter
 
-from ..utils import atomic_write, fold_seed
+from ..utils import atomic_write, derive_seed
 
 __all__ = ['ClutteredDigits', 'save_preview']
 
@@ -263,7 +263,7 @@ class ClutteredDigits(data.Dataset):
         self._glyph = order[first[self.targets] + turn % counts[self.targets]]
 
     def _generator(self, *index: int) -> np.random.Generator:
-        return np.random.Generator(np.random.PCG64(fold_seed('cluttered_digits', self.split, self.seed, *index)))
+        return np.random.Generator(np.random.PCG64(derive_seed('cluttered_digits', self.split, self.seed, *index)))
 
     def _index(self, index: int) -> int:
         position = operator.index(index)

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from ..layers.confidence_net import check_probabilities
 from ..utils import atomic_write
 
-_FORMAT, _NAMES_IN_HEADER = 'timm_dynamic.confidence_features.2', 'timm_dynamic.confidence_features.1'
+_FORMAT = 'timm_dynamic.confidence_features.1'
 
 
 @dataclass
@@ -26,19 +26,19 @@ class ConfidenceFeatures:
 
     Attributes:
         probabilities: Sorted falling [N, n], float32.
-        hits: Whether the classifier was right [N], bool.
+        correct: Whether the classifier was right [N], bool.
         names: File names. Names may repeat: of images in different folders, or where features were merged.
     """
     probabilities: torch.Tensor
-    hits: torch.Tensor
+    correct: torch.Tensor
     names: list[str]
 
     def __post_init__(self) -> None:
         shape = list(self.probabilities.shape)
-        if len(shape) != 2 or list(self.hits.shape) != shape[:1] or len(self.names) != shape[0]:
+        if len(shape) != 2 or list(self.correct.shape) != shape[:1] or len(self.names) != shape[0]:
             raise ValueError(
-                f'Expected probabilities [N, classes], hits [N] and N names, got {shape}, {list(self.hits.shape)} and '
-                f'{len(self.names)}.')
+                f'Expected probabilities [N, classes], correct [N] and N names, got {shape}, '
+                f'{list(self.correct.shape)} and {len(self.names)}.')
 
     def __len__(self) -> int:
         return len(self.names)
@@ -60,7 +60,7 @@ class ConfidenceFeatures:
         if len(set(classes)) != 1:
             raise ValueError(f'Features of different numbers of classes cannot be merged: {classes}.')
         return cls(
-            torch.cat([f.probabilities for f in features]), torch.cat([f.hits for f in features]),
+            torch.cat([f.probabilities for f in features]), torch.cat([f.correct for f in features]),
             [name for f in features for name in f.names])
 
     def save(self, path: str | Path) -> None:
@@ -68,7 +68,7 @@ class ConfidenceFeatures:
         names = torch.frombuffer(bytearray(json.dumps(self.names).encode()), dtype=torch.uint8)
         with atomic_write(path) as tmp:
             save_file({
-                'probabilities': self.probabilities.contiguous(), 'hits': self.hits.contiguous(), 'names': names,
+                'probabilities': self.probabilities.contiguous(), 'correct': self.correct.contiguous(), 'names': names,
             }, tmp, metadata={'format': _FORMAT})
 
     @classmethod
@@ -82,14 +82,12 @@ class ConfidenceFeatures:
             return cls.load_csv(path)
         try:
             with safe_open(path, framework='pt') as f:
-                metadata = f.metadata() or {}
-                if metadata.get('format') not in (_FORMAT, _NAMES_IN_HEADER):
+                if (f.metadata() or {}).get('format') != _FORMAT:
                     raise ValueError(f'its format is not {_FORMAT}')
-                is_old = metadata['format'] == _NAMES_IN_HEADER
-                names = json.loads(metadata['names'] if is_old else bytes(f.get_tensor('names').numpy()))
-                features = cls(f.get_tensor('probabilities'), f.get_tensor('hits'), names)
-            if features.hits.dtype != torch.bool:
-                raise ValueError(f'its hits are {features.hits.dtype}, not bool')
+                names = json.loads(bytes(f.get_tensor('names').numpy()))
+                features = cls(f.get_tensor('probabilities'), f.get_tensor('correct'), names)
+            if features.correct.dtype != torch.bool:
+                raise ValueError(f"'correct' is {features.correct.dtype}, not bool")
             check_probabilities(features.probabilities, is_sorted=True)
         except (SafetensorError, OSError, KeyError, ValueError) as e:
             raise ValueError(f"'{path}' cannot be read as confidence features: {e}") from e
@@ -99,7 +97,7 @@ class ConfidenceFeatures:
         """Write a CSV as the authors' scripts do: no header, UTF-8 with BOM; base name, n probabilities, 0 or 1."""
         with atomic_write(path) as tmp, open(tmp, 'w', encoding='utf-8-sig', newline='') as f:
             writer = csv.writer(f)
-            for name, row, hit in zip(self.names, self.probabilities.numpy(), self.hits.tolist()):
+            for name, row, hit in zip(self.names, self.probabilities.numpy(), self.correct.tolist()):
                 writer.writerow([os.path.basename(name), *map(str, row), int(hit)])  # shortest that reads back the same
 
     @classmethod

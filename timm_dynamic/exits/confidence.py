@@ -5,17 +5,17 @@ from .table import ExitTable
 from .thresholds import solve_curve
 
 
-def auroc(scores: torch.Tensor, hits: torch.Tensor) -> float:
+def auroc(scores: torch.Tensor, correct: torch.Tensor) -> float:
     """Probability that a right answer has a higher score than a wrong one; ties count half.
 
     Args:
         scores: [N], floating point.
-        hits: Whether the answer is right [N], bool.
+        correct: Whether the answer is right [N], bool.
 
     Returns:
         0 to 1; NaN where all answers are right, or none.
     """
-    right, wrong = scores[hits].double(), scores[~hits].double().sort().values.contiguous()
+    right, wrong = scores[correct].double(), scores[~correct].double().sort().values.contiguous()
     if not len(right) or not len(wrong):
         return float('nan')
     below = torch.searchsorted(wrong, right) + torch.searchsorted(wrong, right, right=True)
@@ -24,7 +24,7 @@ def auroc(scores: torch.Tensor, hits: torch.Tensor) -> float:
 
 def cascade_table(
         confidence: torch.Tensor,
-        hits: torch.Tensor,
+        correct: torch.Tensor,
         step_macs: tuple[int, ...],
         final_rule: str = 'most_confident',
 ) -> ExitTable:
@@ -32,18 +32,18 @@ def cascade_table(
 
     Args:
         confidence: In each member's answer [T, N].
-        hits: Whether it is right [T, N], bool.
+        correct: Whether it is right [T, N], bool.
         step_macs: Cumulative cost of the members.
         final_rule: 'most_confident' or 'last', see `CLCNet`.
     """
     if final_rule == 'most_confident':
-        best = [torch.zeros_like(hits[0], dtype=torch.int64)]
-        for t in range(1, len(hits)):
+        best = [torch.zeros_like(correct[0], dtype=torch.int64)]
+        for t in range(1, len(correct)):
             so_far = confidence.gather(0, best[-1][None])[0]
             best.append(torch.where(confidence[t] > so_far, t, best[-1]))
         index = torch.stack(best)
-        confidence, hits = confidence.gather(0, index), hits.gather(0, index)
-    return ExitTable(confidence.T, hits.T, step_macs)
+        confidence, correct = confidence.gather(0, index), correct.gather(0, index)
+    return ExitTable(confidence.T, correct.T, step_macs)
 
 
 def curve_area(fit: ExitTable, judge: ExitTable, num: int = 48) -> float:

@@ -99,7 +99,7 @@ class StreamRun(Iterator[StreamResult]):
             pad: bool,
             batches: Iterable[Any],
     ) -> None:
-        self._model, self._stop_rule, self._pad = model, stop_rule, pad
+        self._model, self.exit_policy, self._pad = model, stop_rule, pad
         self._batch_size, self._max_pending = batch_size, max_pending
         self._device = next(model.parameters()).device
         self._queues = [_Queue(batch_size) for _ in range(model.num_steps)]
@@ -197,7 +197,7 @@ class StreamRun(Iterator[StreamResult]):
             stopping = torch.arange(n)
         else:
             history = confidence[:, None] if history is None else torch.cat([history, confidence[:, None]], dim=1)
-            stop = self._stop_rule(history)[:n].cpu()  # the one point where a GPU is waited for
+            stop = self.exit_policy(history)[:n].cpu()  # the one point where a GPU is waited for
             stopping, going = stop.nonzero().squeeze(1), (~stop).nonzero().squeeze(1)
             self._queues[t + 1].put({**state, _HISTORY: history}, tickets[going], going)
         if len(stopping):

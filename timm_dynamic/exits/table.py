@@ -56,7 +56,7 @@ class ExitTable:
         correct_top5: Whether the true class is among the five best after each step [N, T], bool.
 
     Raises:
-        ValueError: The table is empty, the shapes do not fit each other, hits are not bool, or costs fall.
+        ValueError: The table is empty, the shapes do not fit each other, `correct` is not bool, or costs fall.
     """
 
     def __init__(
@@ -72,8 +72,8 @@ class ExitTable:
             raise ValueError(
                 f'An exit table needs confidences [N, T] of at least one sample and one step, got a tensor of shape '
                 f'{shape}.')
-        self.correct = _hits(correct, 'correct', shape)
-        self.correct_top5 = None if correct_top5 is None else _hits(correct_top5, 'correct_top5', shape)
+        self.correct = _as_bool(correct, 'correct', shape)
+        self.correct_top5 = None if correct_top5 is None else _as_bool(correct_top5, 'correct_top5', shape)
         macs = [float(m) for m in step_macs]
         if len(macs) != shape[1] or any(m != int(m) for m in macs if abs(m) < float('inf')):
             raise ValueError(
@@ -229,7 +229,7 @@ class ExitTable:
 
         Args:
             path: What `save` wrote, or a table of winycg/AnchorNet (.pth: 'setup' str, 'thresholds' float32 [N, K],
-                'predictions' bool [N, K], which are the confidences and hits).
+                'predictions' bool [N, K], which are the confidences and `correct`).
             step_macs: Costs, for AnchorNet tables, which have none. By default what the setup's net costs in
                 AnchorNet's dynamic_inference.py: step 1 one pass, step t >= 2 `anchor_macs` and t passes.
             steps: Number of columns to read, from the first; by default all.
@@ -255,8 +255,8 @@ class ExitTable:
                 raise ValueError(f'{steps} steps asked for, confidences have shape {list(confidence.shape)}')
             _check_numbers(confidence, path)
             shape = list(confidence.shape)
-            correct = _hits(correct, 'correct', shape)
-            top5 = None if top5 is None else _hits(top5, 'correct_top5', shape)
+            correct = _as_bool(correct, 'correct', shape)
+            top5 = None if top5 is None else _as_bool(top5, 'correct_top5', shape)
             if steps is not None:
                 confidence, correct, macs = confidence[:, :steps], correct[:, :steps], macs[:steps]
                 top5 = None if top5 is None else top5[:, :steps]
@@ -278,17 +278,17 @@ def run_policy(policy: Callable[[torch.Tensor], torch.Tensor], confidence: torch
     return steps_used
 
 
-def _hits(value: Any, name: str, shape: list[int]) -> torch.Tensor:
-    hits = torch.as_tensor(value).detach()
-    if list(hits.shape) != shape or hits.dtype != torch.bool:
+def _as_bool(value: Any, name: str, shape: list[int]) -> torch.Tensor:
+    values = torch.as_tensor(value).detach()
+    if list(values.shape) != shape or values.dtype != torch.bool:
         raise ValueError(
-            f'Expected {name} as bool of shape {shape}, like the confidences, got {str(hits.dtype)[6:]} of shape '
-            f'{list(hits.shape)}.')
-    return hits.to('cpu', copy=True).contiguous()
+            f'Expected {name} as bool of shape {shape}, like the confidences, got {str(values.dtype)[6:]} of shape '
+            f'{list(values.shape)}.')
+    return values.to('cpu', copy=True).contiguous()
 
 
-def _percent(hits: torch.Tensor) -> float:
-    return 100 * int(hits.sum()) / len(hits)
+def _percent(values: torch.Tensor) -> float:
+    return 100 * int(values.sum()) / len(values)
 
 
 def _check_numbers(confidence: torch.Tensor, path: Any) -> None:

@@ -123,7 +123,7 @@ def solve_curve(
         table: ExitTable,
         gmacs: Iterable[float] | None = None,
         num: int = 48,
-        method: str = 'policy',
+        method: str = 'value',
 ) -> list[ExitPoint]:
     """Solve a grid of budgets at once.
 
@@ -132,7 +132,7 @@ def solve_curve(
         gmacs: The budgets. By default `num` evenly spaced ones, from the cost of the first step up to that of the
             policy that is most accurate without regard to cost.
         num: How many, by default.
-        method: 'policy' as `solve_policy`, 'thresholds' as `solve_thresholds`.
+        method: 'value' as `solve_policy`, 'thresholds' as `solve_thresholds`.
 
     Returns:
         For each budget, the policy found and what it gives on the table it was fitted on.
@@ -140,8 +140,8 @@ def solve_curve(
     Raises:
         ValueError: A budget is below the cost of the first step or above that of all; or there is no such method.
     """
-    if method not in ('policy', 'thresholds'):
-        raise ValueError(f"method must be 'policy' or 'thresholds', got {method!r}.")
+    if method not in ('value', 'thresholds'):
+        raise ValueError(f"method must be 'value' or 'thresholds', got {method!r}.")
     family = _family(table)
     if gmacs is None:
         top = family.macs_of[method][-1] / 1e9
@@ -150,7 +150,7 @@ def solve_curve(
         macs = [min(max(b * 1e9, table.step_macs[0]), table.step_macs[-1]) for b in budgets]
     else:
         macs = [_check_budget(table, g) for g in gmacs]
-    solve = family.policy_for if method == 'policy' else family.thresholds_for
+    solve = family.policy_for if method == 'value' else family.thresholds_for
     return [table.evaluate(solve(m)) for m in macs]
 
 
@@ -244,7 +244,7 @@ class _Family:
     macs_of: dict[str, list[float]]  # [M] mean multiply-adds on the table by method, made not to fall
 
     def policy_for(self, macs: float) -> ValuePolicy:
-        ends = self._bracket('policy', macs)
+        ends = self._bracket('value', macs)
         terms = []  # worth, cost, and the range of cost, for both ends
         for t in range(self.x.shape[1] - 1):
             basis = value_basis(self.x[:, :t + 1])
@@ -351,7 +351,7 @@ def _fit(table: ExitTable) -> _Family:
         coarse = coarse[-1:]
     result = solve(coarse)
     if steps > 1:
-        result = solve(_evenly_spaced(coarse, result['macs']['policy']))
+        result = solve(_evenly_spaced(coarse, result['macs']['value']))
     to_macs = {
         name: (macs[0] + cost.cummax(dim=0).values * (macs[-1] - macs[0])).tolist()
         for name, cost in result['macs'].items()}
@@ -379,7 +379,7 @@ def _backward(
         **{name: [torch.cat([c[name][t] for c in chunks], dim=1) for t in steps]
            for name in ('benefit', 'cost', 'cost_range')},
         'thresholds': torch.cat([c['thresholds'] for c in chunks]),
-        'macs': {name: torch.cat([c['macs'][name] for c in chunks]) for name in ('policy', 'thresholds')},
+        'macs': {name: torch.cat([c['macs'][name] for c in chunks]) for name in ('value', 'thresholds')},
     }
 
 
@@ -419,7 +419,7 @@ def _backward_chunk(
     thresholds, threshold_cost = _cut(confidence, margins[::-1], spent, order, scale, len(prices))
     return {
         'benefit': benefit[::-1], 'cost': cost[::-1], 'cost_range': cost_range[::-1], 'thresholds': thresholds,
-        'macs': {'policy': final_cost.mean(dim=0), 'thresholds': threshold_cost},
+        'macs': {'value': final_cost.mean(dim=0), 'thresholds': threshold_cost},
     }
 
 

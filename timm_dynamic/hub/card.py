@@ -6,7 +6,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from ..models._builder import DEFAULT_HUB_ORG
+from ..models.builder import DEFAULT_HUB_ORG
 from ..utils import atomic_write
 from ..utils.export import CONFIG
 from .catalog import Entry
@@ -201,7 +201,7 @@ def anytime_of(exit_cfg: Mapping[str, Any], entry: Entry) -> list[float]:
 def budgets_of(config: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Budgets kept in a config.json: cost and accuracy are those judged, where they were."""
     kept = config.get('model_args', {}).get('exit_cfg', {}).get('budgets', [])
-    return [{**b, **b.get('judged', {})} for b in kept]
+    return [{**b, **b.get('evaluated', {})} for b in kept]
 
 
 def _conversion(config: Mapping[str, Any], entry: Entry) -> str:
@@ -221,7 +221,7 @@ def _conversion(config: Mapping[str, Any], entry: Entry) -> str:
 
 
 def _draw(path: Path, config: Mapping[str, Any], entry: Entry) -> bool:
-    from ..training.report import plot_accuracy_over_macs  # what draws everywhere else
+    from ..utils.report import plot_accuracy_over_macs  # what draws everywhere else
 
     curves = {}
     steps, budgets = steps_of(config, entry), [b for b in budgets_of(config) if b.get('top1') is not None]

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from ..models._builder import hub_id
+from ..models.builder import hub_id
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import timm
 import torch
 
 from ..layers.confidence_net import read_confidence_net
-from ..models._builder import BUNDLED
+from ..models.builder import BUNDLED
 from ..models.dynamic_net import DynamicNet
 from ..utils import CheckpointError, copy_pretrained, read_checkpoint, save_pretrained, sha256_of, write_json
 from ..utils.export import CONFIG, WEIGHTS
@@ -137,7 +137,7 @@ def _numbers_of(model: Any, entry: Entry) -> dict[str, Any]:
     if anytime:
         metrics.setdefault('top1', anytime[-1])
     for budget in model.exit_cfg.get('budgets', ()):
-        judged = budget.get('judged', {})
+        judged = budget.get('evaluated', {})
         if judged.get('exit_shares', [0])[-1] == 1:  # the whole model, with nothing stopped early
             metrics.update({k: judged[k] for k in ('top1', 'top5') if k in judged and k not in metrics})
     return {'step_macs': list(model.step_macs), 'metrics': metrics}

@@ -1,5 +1,5 @@
 from .confidence_net import ConfidenceNet, SparseMasks
-from .fold import fold_batch_norm
+from .fuse import fuse_conv_bn
 from .patch_crop import crop_patches, crop_patches_bilinear, get_glance, get_patch_coords
 from .patch_policy import PatchPolicy
 from .step_classifier import ConcatStepClassifier, RecurrentStepClassifier, StepClassifier
@@ -17,7 +17,7 @@ __all__ = [
     'class_activation_map',
     'crop_patches',
     'crop_patches_bilinear',
-    'fold_batch_norm',
+    'fuse_conv_bn',
     'get_glance',
     'get_patch_coords',
 ]

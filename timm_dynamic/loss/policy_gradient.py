@@ -86,7 +86,7 @@ class PolicyGradientTerms(NamedTuple):
     value: torch.Tensor  # mean squared error of the critic
     entropy: torch.Tensor
     approx_kl: torch.Tensor  # of the new policy from the old one
-    clipped: torch.Tensor  # share of actions whose ratio is out of range
+    clip_fraction: torch.Tensor  # share of actions whose ratio is out of range
 
 
 def compute_ppo_terms(
@@ -95,9 +95,9 @@ def compute_ppo_terms(
         values: torch.Tensor,
         returns: torch.Tensor,
         std: float = 0.1,
-        clip: float = 0.2,
-        value_weight: float = 0.5,
-        entropy_weight: float = 0.01,
+        epsilon: float = 0.2,
+        value_coeff: float = 0.5,
+        entropy_coeff: float = 0.01,
 ) -> PolicyGradientTerms:
     """Clipped surrogate loss, with a critic.
 
@@ -107,19 +107,19 @@ def compute_ppo_terms(
         values: Returns as the critic expects them [S, B]; the advantage is what it did not expect.
         returns: Normalised returns [S, B].
         std: Standard deviation of the policy; it fixes the entropy, which is a constant and there for the record.
-        clip: Range of the ratio of new to old density that is learned from: 1 ± clip.
-        value_weight: Weight of the critic's mean squared error.
-        entropy_weight: Weight of the entropy.
+        epsilon: Range of the ratio of new to old density that is learned from: 1 ± epsilon.
+        value_coeff: Weight of the critic's mean squared error.
+        entropy_coeff: Weight of the entropy.
     """
     log_ratio = log_prob.float() - old_log_prob.detach().float()
     ratio = log_ratio.exp()
     values = values.float()
     advantage = returns - values.detach()
-    policy = -torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage).mean()
+    policy = -torch.minimum(ratio * advantage, ratio.clamp(1 - epsilon, 1 + epsilon) * advantage).mean()
     value = (values - returns).square().mean()
     entropy = torch.full_like(value, 1 + math.log(2 * math.pi) + 2 * math.log(std))  # of two coordinates
     with torch.no_grad():
         approx_kl = (ratio - 1 - log_ratio).mean()
-        clipped = ((ratio - 1).abs() > clip).float().mean()
-    loss = policy + value_weight * value - entropy_weight * entropy
-    return PolicyGradientTerms(loss, policy, value, entropy, approx_kl, clipped)
+        clip_fraction = ((ratio - 1).abs() > epsilon).float().mean()
+    loss = policy + value_coeff * value - entropy_coeff * entropy
+    return PolicyGradientTerms(loss, policy, value, entropy, approx_kl, clip_fraction)

@@ -28,7 +28,7 @@ from torch import nn
 
 from ..layers import check_iou_thresholds, choose_windows, class_activation_map, crop_patches, get_glance
 from ..utils import CheckpointError, read_state_dict
-from ._builder import build_dynamic_model, hub_id
+from .builder import build_dynamic_model, hub_id
 from .dynamic_net import DynamicNet, State, on_meta
 from .gfnet import check_pool, create_encoder
 

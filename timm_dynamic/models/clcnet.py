@@ -42,7 +42,7 @@ from torch import nn
 
 from ..layers.confidence_net import ConfidenceNet, confidence_net_filter_fn, read_confidence_net
 from ..utils import CheckpointError
-from ._builder import BUNDLED, build_dynamic_model, checkpoint_filter_of, hub_id
+from .builder import BUNDLED, build_dynamic_model, checkpoint_filter_of, hub_id
 from .dynamic_net import DynamicNet, State, on_meta
 
 __all__ = ['CLCNet']

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..layers.fold import fold_batch_norm
+from ..layers.fuse import fuse_conv_bn
 
 _logger = logging.getLogger(__name__)
 
@@ -97,7 +97,7 @@ class DynamicNet(nn.Module):
         self.in_chans = in_chans
         self.img_size = img_size
         self._step_macs: tuple[int, ...] | None = None
-        self._stop_rule: StopRule | None = None
+        self.exit_policy: StopRule | None = None
         self._compiled_steps: Sequence[Any] | None = None
         self.exit_cfg: dict[str, Any] = {} if exit_cfg is None else copy.deepcopy(_check_mapping(exit_cfg))
         self._model_args: dict[str, Any] = {}
@@ -186,15 +186,15 @@ class DynamicNet(nn.Module):
             _compile_step(t, cuda_graphs, dict(backend=backend, dynamic=False, **kwargs))
             for t in range(self.num_steps)]
 
-    def fold_batch_norm(self) -> int:
-        """Fold batch normalisation into convolutions, in place, for faster inference: see `layers.fold_batch_norm`.
+    def fuse_conv_bn(self) -> int:
+        """Fold batch normalisation into convolutions, in place, for faster inference: see `layers.fuse_conv_bn`.
 
         Returns:
             How many were folded.
         """
         parameter = next(self.parameters())
         x = self.example_input(device=parameter.device, dtype=parameter.dtype)
-        return fold_batch_norm(self, lambda: list(self.forward_steps(x)))
+        return fuse_conv_bn(self, lambda: list(self.forward_steps(x)))
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, '_compiled_steps': None}
@@ -288,7 +288,7 @@ class DynamicNet(nn.Module):
             raise TypeError(f"Only all_steps=True takes further arguments, got {', '.join(kwargs)}.")
         if self.training:
             return self.forward_train(x)
-        stop_rule = self._stop_rule
+        stop_rule = self.exit_policy
         if stop_rule is not None:
             return self.forward_exit(x, stop_rule).logits
         for logits in self.forward_steps(x):  # noqa: B007
@@ -307,7 +307,7 @@ class DynamicNet(nn.Module):
         Raises:
             ValueError: The policy does not fit the model.
         """
-        self._stop_rule = self.make_stop_rule(policy)
+        self.exit_policy = self.make_stop_rule(policy)
         kept = _to_json(policy)
         if kept is None:
             self.exit_cfg.pop('exit', None)
@@ -317,7 +317,7 @@ class DynamicNet(nn.Module):
 
     def clear_exit(self) -> None:
         """Let `forward` run all steps."""
-        self._stop_rule = None
+        self.exit_policy = None
         self.exit_cfg.pop('exit', None)
 
     def store_budgets(self, budgets: Iterable[Mapping[str, Any]]) -> None:
@@ -409,7 +409,7 @@ class DynamicNet(nn.Module):
 
     def _check_exit_cfg(self) -> None:
         """Set the policy that `exit_cfg` names; forget what was solved for other classes or steps."""
-        self._stop_rule = None
+        self.exit_policy = None
         self.exit_cfg.update(_finite(self.exit_cfg))  # older files hold Infinity, which is no JSON
         try:
             classes = self.exit_cfg.get('num_classes', self.num_classes)
@@ -419,7 +419,7 @@ class DynamicNet(nn.Module):
                 _check_gmacs(budget['gmacs'])
                 self.make_stop_rule(_from_json(budget['policy']))
             if 'exit' in self.exit_cfg:
-                self._stop_rule = self.make_stop_rule(_from_json(self.exit_cfg['exit']))
+                self.exit_policy = self.make_stop_rule(_from_json(self.exit_cfg['exit']))
         except (ValueError, TypeError, LookupError, AttributeError, OverflowError) as e:  # files may hold anything
             what = e if isinstance(e, ValueError) else f'they are not as the model keeps them ({type(e).__name__}: {e})'
             self._drop_exits(what)
@@ -430,7 +430,7 @@ class DynamicNet(nn.Module):
             _logger.warning(f'The exit policy and budgets kept with the model are dropped: {why}')
         for key in ('exit', 'budgets', 'num_classes'):
             self.exit_cfg.pop(key, None)
-        self._stop_rule = None
+        self.exit_policy = None
 
     def _classifier_changed(self) -> None:
         self._step_macs = None

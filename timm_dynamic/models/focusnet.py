@@ -16,7 +16,7 @@ from timm.models import generate_default_cfgs, register_model
 from timm.models.efficientnet import EfficientNet, mobilenetv2_100
 from timm.models.resnet import ResNet, resnet18, resnet34
 
-from ._builder import build_dynamic_model, hub_id
+from .builder import build_dynamic_model, hub_id
 
 
 def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: Any) -> dict[str, torch.Tensor]:

@@ -53,7 +53,7 @@ from ..layers import (
     get_patch_coords,
 )
 from ..utils import CheckpointError, read_checkpoint, read_state_dict
-from ._builder import build_dynamic_model, hub_id
+from .builder import build_dynamic_model, hub_id
 from .dynamic_net import DynamicNet, State, on_meta
 
 __all__ = ['GFNet']

@@ -9,8 +9,8 @@ from .confidence import (
     match_scores,
     score_folds,
 )
-from .focus_picking import FocusPickingTask, create_baseline
-from .glance_focus import EndToEndTask, GlanceFocusTask, PatchPolicyTask
+from .focusnet import FocusPickingTask, create_baseline
+from .gfnet import EndToEndTask, GlanceFocusTask, PatchPolicyTask
 from .recipe import RECIPES, create_recipe
 from .stage import Recipe, Stage, StageContext
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from ..layers import ConfidenceNet, SparseMasks
 from ..layers.confidence_net import GhostBatchNorm, check_probabilities
-from ..utils import fold_seed, seeded
+from ..utils import derive_seed, seeded
 from .base import OneModuleTask
 
 _logger = logging.getLogger(__name__)
@@ -104,19 +104,19 @@ class ConfidenceFit:
     history: list[dict[str, float]] = field(repr=False)
 
 
-def draw_batches(hits: torch.Tensor, batch_size: int, seed: int, epoch: int) -> Iterator[torch.Tensor]:
+def draw_batches(correct: torch.Tensor, batch_size: int, seed: int, epoch: int) -> Iterator[torch.Tensor]:
     """Indices of an epoch's batches: as many samples as there are, with replacement, wrong ones drawn twice as often.
 
     Args:
-        hits: Whether the classifier was right [N], bool.
+        correct: Whether the classifier was right [N], bool.
         batch_size: Size of a batch; the last one may be smaller, but has two samples at least.
         seed: Seed; each epoch has draws of its own.
         epoch: Epoch.
     """
-    weights = torch.where(hits.cpu(), 1.0, WRONG_WEIGHT).double().cumsum(0)
-    generator = torch.Generator().manual_seed(fold_seed(seed, 'confidence', epoch))
-    drawn = torch.rand(len(hits), dtype=torch.float64, generator=generator) * weights[-1]
-    order = torch.searchsorted(weights, drawn, right=True).clamp(max=len(hits) - 1)
+    weights = torch.where(correct.cpu(), 1.0, WRONG_WEIGHT).double().cumsum(0)
+    generator = torch.Generator().manual_seed(derive_seed(seed, 'confidence', epoch))
+    drawn = torch.rand(len(correct), dtype=torch.float64, generator=generator) * weights[-1]
+    order = torch.searchsorted(weights, drawn, right=True).clamp(max=len(correct) - 1)
     for batch in order.split(batch_size):
         if len(batch) > 1:  # a batch norm needs two
             yield batch
@@ -124,7 +124,7 @@ def draw_batches(hits: torch.Tensor, batch_size: int, seed: int, epoch: int) -> 
 
 def fit_confidence_net(
         probabilities: torch.Tensor,
-        hits: torch.Tensor,
+        correct: torch.Tensor,
         net: ConfidenceNet | None = None,
         epochs: int = 200,
         batch_size: int = 256,
@@ -143,7 +143,7 @@ def fit_confidence_net(
 
     Args:
         probabilities: Sorted falling [N, n], float32.
-        hits: Whether the classifier was right [N], bool.
+        correct: Whether the classifier was right [N], bool.
         net: Net to start from; by default a new one.
         epochs: At most so many.
         batch_size: Batch size.
@@ -158,17 +158,17 @@ def fit_confidence_net(
         ValueError: Shapes do not go together, these are no sorted probabilities, or there are too few samples for three
             parts.
     """
-    if probabilities.ndim != 2 or hits.shape != (len(probabilities),):
+    if probabilities.ndim != 2 or correct.shape != (len(probabilities),):
         raise ValueError(
-            f'Expected probabilities [N, classes] and hits [N], got {list(probabilities.shape)} and '
-            f'{list(hits.shape)}.')
+            f'Expected probabilities [N, classes] and correct [N], got {list(probabilities.shape)} and '
+            f'{list(correct.shape)}.')
     check_probabilities(probabilities, is_sorted=True)
-    sizes = [math.floor(len(hits) * share) for share in split]
-    sizes.append(len(hits) - sum(sizes))
+    sizes = [math.floor(len(correct) * share) for share in split]
+    sizes.append(len(correct) - sum(sizes))
     if min(sizes[0] - 1, *sizes[1:]) < 1:
-        raise ValueError(f'{len(hits)} samples are too few to be split into training, validation and test: {sizes}.')
-    order = torch.randperm(len(hits), generator=torch.Generator().manual_seed(fold_seed(seed, 'confidence split')))
-    parts = [(probabilities[rows], hits[rows].float()) for rows in order.split(sizes)]
+        raise ValueError(f'{len(correct)} samples are too few to be split into training, validation and test: {sizes}.')
+    order = torch.randperm(len(correct), generator=torch.Generator().manual_seed(derive_seed(seed, 'confidence split')))
+    parts = [(probabilities[rows], correct[rows].float()) for rows in order.split(sizes)]
 
     with seeded(seed, 'confidence weights'):
         task = ConfidenceTask(net or ConfidenceNet(), sparsity, verbose=False)
@@ -225,10 +225,10 @@ def _measure_statistics(
 
 
 @torch.no_grad()
-def _error(task: ConfidenceTask, probabilities: torch.Tensor, hits: torch.Tensor) -> float:
+def _error(task: ConfidenceTask, probabilities: torch.Tensor, correct: torch.Tensor) -> float:
     task.eval()
-    batches = zip(probabilities.split(1024), hits.split(1024))
-    return float(sum((task.net.score_sorted(x) - y).square().sum() for x, y in batches) / len(hits))
+    batches = zip(probabilities.split(1024), correct.split(1024))
+    return float(sum((task.net.score_sorted(x) - y).square().sum() for x, y in batches) / len(correct))
 
 
 def make_folds(num_samples: int, num_folds: int, seed: int = 0) -> torch.Tensor:
@@ -239,7 +239,7 @@ def make_folds(num_samples: int, num_folds: int, seed: int = 0) -> torch.Tensor:
     """
     if not 2 <= num_folds <= num_samples:
         raise ValueError(f'Expected 2 to {num_samples} folds, as many as there are samples, got {num_folds}.')
-    order = torch.randperm(num_samples, generator=torch.Generator().manual_seed(fold_seed(seed, 'confidence folds')))
+    order = torch.randperm(num_samples, generator=torch.Generator().manual_seed(derive_seed(seed, 'confidence folds')))
     folds = torch.empty(num_samples, dtype=torch.int64)
     folds[order] = torch.arange(num_samples) % num_folds
     return folds
@@ -247,7 +247,7 @@ def make_folds(num_samples: int, num_folds: int, seed: int = 0) -> torch.Tensor:
 
 def fit_folds(
         probabilities: torch.Tensor,
-        hits: torch.Tensor,
+        correct: torch.Tensor,
         folds: torch.Tensor,
         seed: int = 0,
         **kwargs: Any,
@@ -256,19 +256,19 @@ def fit_folds(
 
     Args:
         probabilities: See `fit_confidence_net`.
-        hits: Likewise.
+        correct: Likewise.
         folds: Fold of each sample [N] int64, from 0; each has samples. Rows of one image belong to one fold.
         seed: Seed.
         **kwargs: For `fit_confidence_net`.
     """
     num_folds = int(folds.max()) + 1
     empty = [k for k in range(num_folds) if not (folds == k).any()]
-    if folds.shape != hits.shape or empty or num_folds < 2:
+    if folds.shape != correct.shape or empty or num_folds < 2:
         raise ValueError(
-            f'Expected a fold for each of {len(hits)} samples and none empty, got shape {list(folds.shape)}, '
+            f'Expected a fold for each of {len(correct)} samples and none empty, got shape {list(folds.shape)}, '
             f'{num_folds} folds, empty: {empty}.')
     return [
-        fit_confidence_net(probabilities[folds != k], hits[folds != k], seed=fold_seed(seed, 'fold', k), **kwargs)
+        fit_confidence_net(probabilities[folds != k], correct[folds != k], seed=derive_seed(seed, 'fold', k), **kwargs)
         for k in range(num_folds)]
 
 

@@ -11,7 +11,7 @@ import torch
 from timm.models import is_model
 from timm.task import ClassificationTask, TrainingTask
 
-from ..models._builder import checkpoint_filter_of
+from ..models.builder import checkpoint_filter_of
 from ..models.gfnet import (
     GFNet,
     checkpoint_filter_fn,
@@ -20,7 +20,7 @@ from ..models.gfnet import (
     training_state_from_checkpoint,
 )
 from ..utils import CheckpointError, load_weights, read_state_dict, read_task_state
-from .glance_focus import OWN_FIRST_HEADS, EndToEndTask, GlanceFocusTask, PatchPolicyTask
+from .gfnet import OWN_FIRST_HEADS, EndToEndTask, GlanceFocusTask, PatchPolicyTask
 from .stage import Recipe, Stage, StageContext
 
 _logger = logging.getLogger(__name__)
@@ -96,8 +96,8 @@ def create_policy_task(model: GFNet, args: argparse.Namespace, context: StageCon
     if args.grad_accum_steps > 1:
         _logger.warning('Rewards are compared within a batch: with --grad-accum-steps, within each part of it.')
     return PatchPolicyTask(
-        model, args.policy_updates, args.policy_gamma, args.policy_std, args.policy_clip, args.policy_value_weight,
-        args.policy_entropy_weight, device=context.device, dtype=context.dtype, verbose=context.verbose)
+        model, args.policy_updates, args.policy_gamma, args.policy_std, args.policy_epsilon, args.policy_value_coeff,
+        args.policy_entropy_coeff, device=context.device, dtype=context.dtype, verbose=context.verbose)
 
 
 def create_end_to_end_task(model: GFNet, args: argparse.Namespace, context: StageContext) -> TrainingTask:

@@ -22,7 +22,7 @@ from ..models.clcnet import CLCNet
 from ..models.gfnet import GFNet
 from .anchornet_recipe import create_anchornet_recipe
 from .clcnet_recipe import create_clcnet_recipe
-from .focus_picking import FocusPickingTask
+from .focusnet import FocusPickingTask
 from .gfnet_recipe import create_end_to_end_recipe, create_gfnet_recipe
 from .stage import Recipe, Stage, StageContext
 

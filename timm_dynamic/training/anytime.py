@@ -1,4 +1,4 @@
-"""Accuracy over cost: a dynamic model is run once, and judged at every budget."""
+"""Accuracy over cost: a dynamic model is run once, and evaluated at every budget."""
 import copy
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -94,7 +94,7 @@ def evaluate_dynamic(
     model = unwrap_model(model)
     table = collect_exit_table(_Observed(model, on_output, classes), batches, accelerator)
     metrics = dict(evaluator.compute(distributed=accelerator.num_processes > 1))
-    rule = model._stop_rule
+    rule = model.exit_policy
     gmacs = model.step_macs[-1] / 1e9 if rule is None else table.evaluate(rule).gmacs
     return {**metrics, 'count': len(table), 'gmacs': gmacs}, table
 
@@ -162,8 +162,8 @@ class _Observed:
             self._history = torch.cat([self._history, confidence[:, None]], dim=1)
         if self._t == self._model.num_steps - 1:
             self._on_output(self._output)
-        elif self._model._stop_rule is not None:
-            self._going = self._going & ~self._model._stop_rule(self._history)
+        elif self._model.exit_policy is not None:
+            self._going = self._going & ~self._model.exit_policy(self._history)
         return confidence
 
 
@@ -218,9 +218,9 @@ def budget_rows(
 
     Args:
         calibration: The table that they are fitted on: of other images than `table`.
-        table: The table that they are judged on.
+        table: The table that they are evaluated on.
         budgets: What an image may cost on average, in 10⁹ multiply-adds. By default `num` ones, evenly spaced.
-        method: 'thresholds', or 'policy' for policies that look at the confidences of all steps so far.
+        method: 'thresholds', or 'value' for policies that look at the confidences of all steps so far.
         num: How many, by default.
         **more: Further entries of every row, e.g. 'split' and 'fitted_on'.
 
@@ -268,16 +268,16 @@ def budgets_to_keep(
 
     Returns:
         For each budget 'gmacs', what it costs on the data it was fitted on, its 'policy', 'confidence_range' where
-        confidences are not all between 0 and 1, and 'judged': a dict of what it gives on `table` and the further
+        confidences are not all between 0 and 1, and 'evaluated': a dict of what it gives on `table` and the further
         entries.
     """
     kept = []
     low, high = calibration.confidence.min().item(), calibration.confidence.max().item()
     scale = {'confidence_range': [low, high]} if low < 0 or high > 1 else {}  # to interpolate in
     for _, point in _solve(calibration, budgets, method, num):
-        judged = point_row('budget', table.evaluate(point.policy), **more)
-        judged = {k: v for k, v in judged.items() if k not in ('point', 'thresholds')}
-        kept.append({'gmacs': point.gmacs, 'policy': point.policy, **scale, 'judged': judged})
+        evaluated = point_row('budget', table.evaluate(point.policy), **more)
+        evaluated = {k: v for k, v in evaluated.items() if k not in ('point', 'thresholds')}
+        kept.append({'gmacs': point.gmacs, 'policy': point.policy, **scale, 'evaluated': evaluated})
     return kept
 
 

@@ -13,6 +13,7 @@ from torchvision.datasets import VisionDataset
 from ..data.dataset_factory import TRAIN_SPLITS, VALIDATION_SPLITS
 from ..exits import ExitTable
 from ..models.dynamic_net import DynamicNet, _from_json
+from ..utils.report import Curve, format_table
 from .anytime import (
     Row,
     budget_curve,
@@ -23,7 +24,6 @@ from .anytime import (
     step_curve,
     step_rows,
 )
-from .report import Curve, format_table
 
 _logger = logging.getLogger(__name__)
 
@@ -322,7 +322,7 @@ def report_points(
     caption = (f'exits fitted on {calibration.fitted_on} ({len(fit)} images), judged on '
                f'{calibration.judged_on} ({len(judge)} images).{calibration.note}')
     if args.budget or args.save_budgets:
-        rule = ', looking at all steps so far' if args.budget_rule == 'policy' else ''
+        rule = ', looking at all steps so far' if args.budget_rule == 'value' else ''
         rows = budget_rows(fit, judge, args.budget, args.budget_rule, **more)
         report.add(name, f'{label}, budgets{rule}: {caption}', rows)
     if args.geometric:
@@ -341,11 +341,11 @@ def report_points(
 def stored_policies(model: DynamicNet, name: str, table: ExitTable, split: str) -> list[Row]:
     """Judge the exits that a model keeps, as rows."""
     rows = []
-    if model._stop_rule is not None:
-        rows.append(policy_row(table, model._stop_rule, 'in use', split=split, fitted_on='kept in the model'))
+    if model.exit_policy is not None:
+        rows.append(policy_row(table, model.exit_policy, 'in use', split=split, fitted_on='kept in the model'))
     budgets = model.exit_cfg.get('budgets')
     for budget in budgets or ():
-        fitted_on = budget.get('judged', {}).get('fitted_on', 'kept in the model')
+        fitted_on = budget.get('evaluated', {}).get('fitted_on', 'kept in the model')
         policy = _from_json(budget['policy'])
         rows.append(policy_row(table, policy, 'stored', budget=budget['gmacs'], split=split, fitted_on=fitted_on))
     if not budgets:  # the authors', where nobody knows what they cost
@@ -357,7 +357,7 @@ def stored_policies(model: DynamicNet, name: str, table: ExitTable, split: str) 
 def check_stored(model: DynamicNet, name: str) -> None:
     """Raise a ValueError if a model keeps no exits."""
     origin = model.exit_cfg.get('origin', {})
-    if model._stop_rule is None and not model.exit_cfg.get('budgets') and not origin.get('dynamic_threshold'):
+    if model.exit_policy is None and not model.exit_cfg.get('budgets') and not origin.get('dynamic_threshold'):
         raise ValueError(
             f'--stored-thresholds: {name} keeps no exits. Fit some with --budget, and keep them with --save-budgets.')
 
@@ -381,7 +381,8 @@ def stored_rows(model: DynamicNet, name: str) -> list[Row]:
         gmacs, policy = round(budget['gmacs'], 6), budget['policy']
         row = {'point': 'budget', 'budget': gmacs, 'gmacs': gmacs}
         row.update({k: budget[k] for k in ('top1', 'top5') if k in budget})
-        row.update(budget.get('judged') or ({'split': "the authors'", 'fitted_on': "the authors'"} if origin else {}))
+        authors = {'split': "the authors'", 'fitted_on': "the authors'"} if origin else {}
+        row.update(budget.get('evaluated') or authors)
         if isinstance(policy, list):
             row['thresholds'] = policy
         rows.append(row)

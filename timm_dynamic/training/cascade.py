@@ -18,8 +18,16 @@ from safetensors.torch import save_file
 
 from ..data import ConfidenceFeatures, FoldMap, fold_names
 from ..exits.confidence import auroc
+from ..launch.build import (
+    build_eval_loader,
+    build_model,
+    eval_views,
+    model_dtype,
+    training_data_config,
+    uses_demo_data,
+)
 from ..layers.confidence_net import read_confidence_net
-from ..models._builder import checkpoint_filter_of
+from ..models.builder import checkpoint_filter_of
 from ..models.clcnet import CLCNet, checkpoint_filter_fn, fetch_members
 from ..task import (
     NUM_FOLDS,
@@ -33,18 +41,10 @@ from ..task import (
     score_folds,
 )
 from ..utils import atomic_write, copy_pretrained, load_weights, read_json, save_pretrained, seeded, write_json
-from .build import (
-    build_eval_loader,
-    build_model,
-    eval_views,
-    model_dtype,
-    training_data_config,
-    uses_demo_data,
-)
+from ..utils.report import format_table, write_rows
+from ..utils.signals import Stopped, StopRequest
 from .confidences import FOLDS_FILE, advice, compare_out_of_fold, image_names, tables_out_of_fold
 from .evaluate import progress_bar
-from .report import format_table, write_rows
-from .signals import Stopped, StopRequest
 
 _logger = logging.getLogger(__name__)
 
@@ -287,8 +287,8 @@ def train_confidence(
         folder.mkdir(parents=True, exist_ok=True)
         how = dict(epochs=args.epochs, lr=args.lr, clip_grad=args.clip_grad, patience=args.patience_epochs)
         folds = _choose_folds(args, merged.names)
-        fit = fit_confidence_net(merged.probabilities, merged.hits, seed=args.seed, **how)
-        fits = [] if folds is None else fit_folds(merged.probabilities, merged.hits, folds, seed=args.seed, **how)
+        fit = fit_confidence_net(merged.probabilities, merged.correct, seed=args.seed, **how)
+        fits = [] if folds is None else fit_folds(merged.probabilities, merged.correct, folds, seed=args.seed, **how)
         nets = [fold.net for fold in fits]
         result = {'val_error': fit.val_error, 'test_error': fit.test_error, 'best': fit.val_error,
                   'best_epoch': fit.best_epoch}
@@ -316,7 +316,7 @@ def train_confidence(
             (folder / CALIBRATION).unlink(missing_ok=True)
             (folder / 'confidences.csv').unlink(missing_ok=True)
             if folds is not None:
-                area = auroc(score_folds(nets, merged.probabilities, folds), merged.hits)
+                area = auroc(score_folds(nets, merged.probabilities, folds), merged.correct)
                 result['auroc_all_members'] = area
                 _logger.info(f'AUROC of the answers being right, out of {len(nets)} folds: {area:.4f}')
             else:

@@ -177,8 +177,8 @@ def replay_members(
             parts.append((done.confidence.T, rank < 1, rank < 5, done.logits.argmax(dim=2).T))
     out = {}
     for key, parts in found.items():
-        confidence, hits, top5, answers = (torch.cat(values).cpu() for values in zip(*parts))
-        out[key] = Replayed(ExitTable(confidence, hits, step_macs[key[0]], top5), answers)
+        confidence, correct, top5, answers = (torch.cat(values).cpu() for values in zip(*parts))
+        out[key] = Replayed(ExitTable(confidence, correct, step_macs[key[0]], top5), answers)
     return out
 
 
@@ -220,13 +220,13 @@ def tables_out_of_fold(
     Returns:
         By confidence and final rule.
     """
-    hits, tables = torch.stack([f.hits for f in features]), {}
+    correct, tables = torch.stack([f.correct for f in features]), {}
     for kind in ('max_prob', 'margin', 'entropy', 'clcnet'):
         confidence = scores
         if kind != 'clcnet':
             confidence = torch.stack([model.measure(f.probabilities, kind) for f in features])
         step_macs = model.step_macs_of(kind)
-        tables.update({(kind, rule): cascade_table(confidence, hits, step_macs, rule) for rule in FINAL_RULES})
+        tables.update({(kind, rule): cascade_table(confidence, correct, step_macs, rule) for rule in FINAL_RULES})
     return tables
 
 

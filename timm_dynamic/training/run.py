@@ -22,10 +22,23 @@ from timm.utils import setup_default_logging
 
 from .. import hub
 from ..exits import ExitTable
+from ..launch.accelerator import create_accelerator
+from ..launch.build import (
+    DEMO_DATASET,
+    build_eval_loader,
+    build_model,
+    check_model_name,
+    eval_views,
+    model_dtype,
+    training_data_config,
+    uses_demo_data,
+)
+from ..launch.options import create_train_parser, given_options, read_config, typed_value
 from ..models.dynamic_net import DynamicNet
 from ..task import Recipe, Stage, StageContext, create_baseline, create_recipe
 from ..utils import CheckpointError, clean_partial_files, save_exit_cfg
-from .accelerator import create_accelerator
+from ..utils.report import format_table, plot_accuracy_over_macs, write_rows, write_yaml
+from ..utils.signals import Stopped, StopRequest
 from .anytime import (
     budget_curve,
     budget_rows,
@@ -36,21 +49,8 @@ from .anytime import (
     step_rows,
 )
 from .budgets import same_split, split_in_halves
-from .build import (
-    DEMO_DATASET,
-    build_eval_loader,
-    build_model,
-    check_model_name,
-    eval_views,
-    model_dtype,
-    training_data_config,
-    uses_demo_data,
-)
 from .cascade import CALIBRATION, RUNNERS
 from .evaluate import evaluate
-from .options import create_train_parser, given_options, read_config, typed_value
-from .report import format_table, plot_accuracy_over_macs, write_rows, write_yaml
-from .signals import Stopped, StopRequest
 from .state import StateError, StateStore
 from .trainer import NonFiniteLoss, Trainer, check_identity
 

@@ -18,7 +18,19 @@ from timm.task import TrainingTask, evaluation_sample_limit
 from timm.utils import dispatch_clip_grad, distribute_bn, unwrap_model
 from torch import nn
 
-from ..models._builder import checkpoint_filter_of
+from ..launch.accelerator import create_control_channel
+from ..launch.build import (
+    build_eval_loader,
+    build_optimizer,
+    build_train_loader,
+    build_training_model,
+    check_same_classes,
+    model_dtype,
+    place_model,
+    resolve_learning_rate,
+    training_data_config,
+)
+from ..models.builder import checkpoint_filter_of
 from ..models.dynamic_net import DynamicNet
 from ..task import Stage, StageContext
 from ..utils import (
@@ -30,22 +42,10 @@ from ..utils import (
     save_pretrained,
     seeded,
 )
-from .accelerator import create_control_channel
-from .build import (
-    build_eval_loader,
-    build_optimizer,
-    build_train_loader,
-    build_training_model,
-    check_same_classes,
-    model_dtype,
-    place_model,
-    resolve_learning_rate,
-    training_data_config,
-)
+from ..utils.report import plot_curve, read_rows, write_rows, write_yaml
+from ..utils.signals import Stopped, StopRequest
 from .evaluate import StepRecorder, evaluate, progress_bar
 from .patches import draw_patches
-from .report import plot_curve, read_rows, write_rows, write_yaml
-from .signals import Stopped, StopRequest
 from .state import StateStore
 
 _logger = logging.getLogger(__name__)

@@ -18,11 +18,14 @@ from timm.utils import check_batch_size_retry, decay_batch_step, reparameterize_
 from torch import nn
 
 from ..exits import ExitTable
-from ..models._builder import checkpoint_filter_of
+from ..launch.accelerator import create_accelerator
+from ..launch.build import build_eval_loader, build_model, eval_views, model_dtype, uses_demo_data
+from ..launch.options import create_validate_parser
+from ..models.builder import checkpoint_filter_of
 from ..models.clcnet import CONFIDENCES, CLCNet
 from ..models.dynamic_net import DynamicNet
 from ..utils import CheckpointError, load_weights, read_checkpoint, save_pretrained, seeded
-from .accelerator import create_accelerator
+from ..utils.report import check_plot, format_table, plot_accuracy_over_macs, write_rows
 from .anytime import count_macs, evaluate_dynamic
 from .budgets import (
     Calibration,
@@ -43,12 +46,9 @@ from .budgets import (
     stored_rows,
     take_samples,
 )
-from .build import build_eval_loader, build_model, eval_views, model_dtype, uses_demo_data
 from .cascade import load_cascade
 from .confidences import FoldNets, MemberRecorder, Replayed, advice, compare_confidences, image_names, replay_members
 from .evaluate import evaluate
-from .options import create_validate_parser
-from .report import check_plot, format_table, plot_accuracy_over_macs, write_rows
 from .run import run_script
 
 _logger = logging.getLogger(__name__)
@@ -377,7 +377,7 @@ def _save_predictions(
     """Write a row an image, as the policy in use answers, or all steps: one of `answers` [N, T], or these [N]."""
     if not accelerator.is_main_process:
         return
-    rule = model._stop_rule
+    rule = model.exit_policy
     steps = torch.full((len(table),), table.num_steps) if rule is None else table.steps_used(rule)
     confidence = table.confidence.gather(1, steps[:, None] - 1)[:, 0]
     if answers.ndim == 2:

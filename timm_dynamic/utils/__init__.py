@@ -2,16 +2,16 @@ from .checkpoint import CheckpointError, describe_mismatch, load_weights, read_c
 from .download import fetch_weights, is_transient
 from .export import copy_pretrained, read_task_state, save_exit_cfg, save_pretrained
 from .files import atomic_write, clean_partial_files, read_json, sha256_of, write_json
-from .seeding import fold_seed, seeded
+from .seeding import derive_seed, seeded
 
 __all__ = [
     'CheckpointError',
     'atomic_write',
     'clean_partial_files',
     'copy_pretrained',
+    'derive_seed',
     'describe_mismatch',
     'fetch_weights',
-    'fold_seed',
     'is_transient',
     'load_weights',
     'read_checkpoint',

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 
-def fold_seed(*parts: int | str) -> int:
+def derive_seed(*parts: int | str) -> int:
     """Fold integers and words into one well-mixed 63 bit seed, the same on every platform.
 
     Args:
@@ -36,12 +36,12 @@ def seeded(*parts: int | str, device: torch.device | None = None, keep: bool = F
     """Run a block with Python's, numpy's and torch's global generators seeded from `parts`.
 
     Args:
-        parts: See `fold_seed`.
+        parts: See `derive_seed`.
         device: Accelerator whose generator the block may use. The CPU's is always seeded.
         keep: Leave the generators as the block leaves them. Saves the copying of states where nobody relies on them
             (workers; training steps, each of which begins with its own seed).
     """
-    seed = fold_seed(*parts)
+    seed = derive_seed(*parts)
     if keep:
         _seed_all(seed, device)
         yield

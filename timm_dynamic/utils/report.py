@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from ..utils import atomic_write, write_json
+from .files import atomic_write, write_json
 
 
 def format_table(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 
 @torch.inference_mode(False)  # or the new weights could be used in inference mode only
-def fold_batch_norm(model: nn.Module, run: Callable[[], Any]) -> int:
+def fuse_conv_bn(model: nn.Module, run: Callable[[], Any]) -> int:
     """Fold batch normalisations into the convolutions before them, in place. Outputs change by rounding only.
 
     Which convolution a normalisation follows is seen in a run: it is folded if it is given just what one convolution

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import timm_dynamic  # noqa: F401
-from timm_dynamic.layers import fold_batch_norm
+from timm_dynamic.layers import fuse_conv_bn
 
 
 def shake(model):
@@ -26,7 +26,7 @@ def test_families_say_the_same_after_all_steps(name):
     model = shake(timm.create_model(name))
     folded = copy.deepcopy(model)
     before = sum(isinstance(m, nn.BatchNorm2d) for m in model.modules())
-    assert folded.fold_batch_norm() == before > 0
+    assert folded.fuse_conv_bn() == before > 0
     assert not any(isinstance(m, nn.BatchNorm2d) for m in folded.modules())
     x = torch.randn(3, 3, model.img_size, model.img_size)
     with torch.no_grad():
@@ -41,7 +41,7 @@ def test_backbones_of_timm(name):
     x = torch.randn(2, 3, 96, 96)
     with torch.no_grad():
         expected = model(x)
-        assert (fold_batch_norm(model, lambda: model(x)) > 0) == (name != 'test_convnext')
+        assert (fuse_conv_bn(model, lambda: model(x)) > 0) == (name != 'test_convnext')
         torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)
 
 
@@ -64,7 +64,7 @@ def test_only_what_belongs_together():
     model, x = shake(Shared()), torch.randn(2, 3, 4, 4)
     with torch.no_grad():
         expected = model(x)
-        assert fold_batch_norm(model, lambda: model(x)) == 1
+        assert fuse_conv_bn(model, lambda: model(x)) == 1
         torch.testing.assert_close(model(x), expected)
     assert [type(m) for m in model.norms] == [nn.BatchNorm2d] * 3 + [nn.Identity]
 
@@ -72,7 +72,7 @@ def test_only_what_belongs_together():
 def test_in_inference_mode_for_use_outside_of_it():
     model, x = shake(Shared()), torch.randn(2, 3, 4, 4)
     with torch.inference_mode():
-        assert fold_batch_norm(model, lambda: model(torch.ones(2, 3, 4, 4))) == 1
+        assert fuse_conv_bn(model, lambda: model(torch.ones(2, 3, 4, 4))) == 1
     model(x).sum().backward()
 
 
@@ -102,7 +102,7 @@ def test_not_what_is_used_otherwise_too(mode):
     model, x = shake(UsedTwice()), torch.randn(2, 3, 4, 4)
     with mode():
         expected = model(x)
-        assert fold_batch_norm(model, lambda: model(x)) == 0
+        assert fuse_conv_bn(model, lambda: model(x)) == 0
         torch.testing.assert_close(model(x), expected)
 
 
@@ -111,7 +111,7 @@ def test_backbone_with_shortcuts_around_its_first_normalisations():
     x = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         expected = model(x)
-        assert fold_batch_norm(model, lambda: model(x)) > 0
+        assert fuse_conv_bn(model, lambda: model(x)) > 0
         torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)
 
 
@@ -124,7 +124,7 @@ def test_groups_and_norms_without_weights():
     x = torch.randn(2, 4, 8, 8)
     with torch.no_grad():
         expected = model(x)
-        assert fold_batch_norm(model, lambda: model(x)) == 1
+        assert fuse_conv_bn(model, lambda: model(x)) == 1
         torch.testing.assert_close(model(x), expected)
 
 
@@ -134,4 +134,4 @@ def test_in_train_mode(part):
     if part:
         model.eval().norms[0].train()
     with pytest.raises(ValueError, match='eval mode'):
-        fold_batch_norm(model, lambda: None)
+        fuse_conv_bn(model, lambda: None)

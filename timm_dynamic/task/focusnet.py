@@ -13,7 +13,7 @@ from timm.utils import unwrap_model
 from torch import nn
 
 from ..loss import FocusPickingLoss
-from ..models._builder import checkpoint_filter_of
+from ..models.builder import checkpoint_filter_of
 from ..utils import load_weights
 from .base import OneModuleTask
 

@@ -32,7 +32,7 @@ from ..data import (
     create_train_loader,
     worker_context,
 )
-from ..models._builder import checkpoint_filter_of
+from ..models.builder import checkpoint_filter_of
 from ..models.dynamic_net import DynamicNet
 from ..task.recipe import mixes
 from ..utils import load_weights, seeded

@@ -171,9 +171,9 @@ def create_train_parser() -> argparse.ArgumentParser:
                    help="the classifier's learning rate, as a multiple of --lr (%(default)s)")
     g.add_argument('--policy-std', type=float, default=0.1, metavar='S', help='standard deviation of actions in training (%(default)s)')
     g.add_argument('--policy-gamma', type=float, default=0.7, metavar='G', help='discount of later rewards (%(default)s)')
-    g.add_argument('--policy-clip', type=float, default=0.2, metavar='E', help='range of PPO ratios that count (%(default)s)')
-    g.add_argument('--policy-value-weight', type=float, default=0.5, metavar='W', help="of the critic's loss (%(default)s)")
-    g.add_argument('--policy-entropy-weight', type=float, default=0.01, metavar='W', help='(%(default)s)')
+    g.add_argument('--policy-epsilon', type=float, default=0.2, metavar='E', help='range of PPO ratios that count (%(default)s)')
+    g.add_argument('--policy-value-coeff', type=float, default=0.5, metavar='W', help="of the critic's loss (%(default)s)")
+    g.add_argument('--policy-entropy-coeff', type=float, default=0.01, metavar='W', help='(%(default)s)')
     g.add_argument('--policy-updates', type=int, default=1, metavar='K', help='policy updates per batch (%(default)s)')
     g.add_argument('--save-patches', type=int, default=0, metavar='N',
                    help='after every validation, draw where a GFNet looks in N images')
@@ -385,7 +385,7 @@ def create_validate_parser() -> argparse.ArgumentParser:
         '  on other images than they are judged on; the output says on which.'))
     g.add_argument('--anytime', action='store_true', help='accuracy and cost after every step (what dynamic models get anyway)')
     g.add_argument('--budget', type=float, nargs='+', metavar='G', help='fit exits that cost so much on average, and judge them')
-    g.add_argument('--budget-rule', default='thresholds', choices=['thresholds', 'policy'],
+    g.add_argument('--budget-rule', default='thresholds', choices=['thresholds', 'value'],
                    help='fit thresholds, or a rule on the confidences of all steps so far (%(default)s)')
     g.add_argument('--thresholds', type=float, nargs='+', action='append', metavar='T', help='judge these thresholds, one a step; may be given several times')
     g.add_argument('--strict', action='store_true', help='--thresholds must be exceeded, not reached, as in the original AnchorNet')

@@ -142,7 +142,7 @@ def test_policy_terms():
     # The first update has a ratio of one everywhere: what is left is the mean advantage, returns having a mean of 0.
     surrogate = result['loss'].detach() + 0.01 * result['entropy'] - 0.5 * result['value']
     assert surrogate.item() == pytest.approx(task.module(memory['maps'])['values'].mean().item(), abs=1e-5)
-    assert task.diagnose() == {'approx_kl': 0, 'clipped': 0}
+    assert task.diagnose() == {'approx_kl': 0, 'clip_fraction': 0}
     assert task._memory == {}
 
 

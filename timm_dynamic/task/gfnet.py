@@ -329,9 +329,9 @@ class PatchPolicyTask(_GlanceFocusTask):
         num_updates: Updates per batch (K of the paper).
         gamma: Discount of later rewards.
         std: Standard deviation of the policy's actions.
-        clip: See `compute_ppo_terms`.
-        value_weight: See `compute_ppo_terms`.
-        entropy_weight: See `compute_ppo_terms`.
+        epsilon: See `compute_ppo_terms`.
+        value_coeff: See `compute_ppo_terms`.
+        entropy_coeff: See `compute_ppo_terms`.
         device: Device of the task.
         dtype: Dtype of the task.
         verbose: Log what is used.
@@ -343,9 +343,9 @@ class PatchPolicyTask(_GlanceFocusTask):
             num_updates: int = 1,
             gamma: float = 0.7,
             std: float = 0.1,
-            clip: float = 0.2,
-            value_weight: float = 0.5,
-            entropy_weight: float = 0.01,
+            epsilon: float = 0.2,
+            value_coeff: float = 0.5,
+            entropy_coeff: float = 0.01,
             device: torch.device | None = None,
             dtype: torch.dtype | None = None,
             verbose: bool = True,
@@ -355,7 +355,7 @@ class PatchPolicyTask(_GlanceFocusTask):
             raise ValueError(f'num_updates must be at least 1, got {num_updates}.')
         self.num_updates = num_updates
         self.gamma, self.std = gamma, std
-        self.clip, self.value_weight, self.entropy_weight = clip, value_weight, entropy_weight
+        self.epsilon, self.value_coeff, self.entropy_coeff = epsilon, value_coeff, entropy_coeff
         self.frozen += (self.module,)
         self._memory: dict[str, torch.Tensor] = {}
 
@@ -397,10 +397,10 @@ class PatchPolicyTask(_GlanceFocusTask):
 
     @torch.no_grad()
     def diagnose(self) -> dict[str, torch.Tensor]:
-        """How far the updates on the last batch have moved the policy: 'approx_kl' and 'clipped', scalars."""
+        """How far the updates on the last batch have moved the policy: 'approx_kl' and 'clip_fraction', scalars."""
         terms = self._ask_again()
         self._memory = {}
-        return {'approx_kl': terms.approx_kl, 'clipped': terms.clipped}
+        return {'approx_kl': terms.approx_kl, 'clip_fraction': terms.clip_fraction}
 
     def _ask_again(self) -> PolicyGradientTerms:
         out = self.trainable_module(self._memory['maps'])
@@ -408,8 +408,8 @@ class PatchPolicyTask(_GlanceFocusTask):
 
     def _terms(self, log_prob: torch.Tensor, values: torch.Tensor) -> PolicyGradientTerms:
         return compute_ppo_terms(
-            log_prob, self._memory['log_prob'], values, self._memory['returns'], self.std, self.clip,
-            self.value_weight, self.entropy_weight)
+            log_prob, self._memory['log_prob'], values, self._memory['returns'], self.std, self.epsilon,
+            self.value_coeff, self.entropy_coeff)
 
 
 def _sum_over_processes(values: torch.Tensor) -> torch.Tensor:
