@@ -21,12 +21,12 @@ from torch.nn import functional as F
 
 from .data import create_dataset
 from .exits.table import run_policy
-from .launch.build import check_model_name
+from .launch.script import run_script
 from .layers import choose_windows, class_activation_map
 from .models.anchornet import AnchorNet
+from .models.builder import check_model_name
 from .models.dynamic_net import DynamicNet
 from .training.patches import to_pixels
-from .training.run import run_script
 from .utils import atomic_write
 
 _logger = logging.getLogger(__name__)

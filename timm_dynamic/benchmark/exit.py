@@ -13,8 +13,8 @@ import torch
 from timm.utils import ParseKwargs
 
 from ..exits import ExitStream, early_exit
-from ..launch.build import check_model_name
 from ..layers import fuse_conv_bn
+from ..models.builder import check_model_name
 from ..models.dynamic_net import DynamicNet, State
 from ..training.anytime import count_macs
 from .timing import get_device, wait_for

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..training.run import run_script
+from ..launch.script import run_script
 from ..utils.report import format_table, write_rows
 from . import confidence, crop, exit, exits, loader, thresholds, train_step, windows
 

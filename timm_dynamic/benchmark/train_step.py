@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..launch.build import check_model_name
+from ..models.builder import check_model_name
 from ..models.dynamic_net import DynamicNet
 from ..models.gfnet import GFNet
 from ..task import FocusPickingTask, GlanceFocusTask

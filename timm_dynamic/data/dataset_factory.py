@@ -1,10 +1,10 @@
 """Datasets by name: the embedded demo set, and all of timm's."""
-import difflib
 import os
 from typing import Any
 
 from timm.data import create_dataset as create_timm_dataset
 
+from ..utils import did_you_mean
 from .cluttered_digits import ClutteredDigits
 
 DEMO_DATASET = 'cluttered_digits'
@@ -34,11 +34,9 @@ def create_dataset(name: str, root: str | None = None, split: str = 'validation'
     for key in _DEMO_ARGS[:3]:
         kwargs.pop(key, None)
     if name and '/' not in name:
-        near = difflib.get_close_matches(name, [DEMO_DATASET], n=1)
-        hint = f' Did you mean {near[0]}?' if near else ''
         raise ValueError(
             f"Unknown dataset '{name}': expected '{DEMO_DATASET}', a name with prefix (torch/, hfds/, hfids/, wds/, "
-            f'tfds/), or none for a folder or tar file.{hint}')
+            f'tfds/), or none for a folder or tar file.{did_you_mean(name, [DEMO_DATASET])}')
     if not name:
         if not root:
             raise ValueError('A folder of images needs a path (--data-dir).')

@@ -14,7 +14,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 
-from ..utils import CheckpointError, fetch_weights, is_transient, read_json, sha256_of
+from ..utils import CheckpointError, UserError, fetch_weights, is_transient, read_json, sha256_of
 from ..utils.download import download_file
 from ..utils.export import CONFIG, WEIGHTS
 from .card import CARD, PICTURE
@@ -30,7 +30,7 @@ _WAITS = (1, 2, 4, 8, 8, 8)  # seconds between tries
 _CONFLICT = 412  # the branch moved between the comparison and the commit
 
 
-class PublishError(RuntimeError):
+class PublishError(UserError, RuntimeError):
     """A folder cannot be published, or what was published is not what was meant."""
 
 

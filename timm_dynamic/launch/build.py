@@ -1,6 +1,5 @@
 """Models, data and optimizers from options, with timm's factories."""
 import argparse
-import difflib
 import logging
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -10,7 +9,7 @@ import timm
 import torch
 from timm.data import AugMixDataset, FastCollateMixup, Mixup, create_loader, resolve_data_config
 from timm.layers import convert_splitbn_model, convert_sync_batchnorm, set_fast_norm
-from timm.models import is_model, list_models, parse_model_name, resolve_model_input_args
+from timm.models import parse_model_name, resolve_model_input_args
 from timm.optim import (
     create_optimizer_v2,
     optimizer_kwargs,
@@ -32,7 +31,7 @@ from ..data import (
     create_train_loader,
     worker_context,
 )
-from ..models.builder import checkpoint_filter_of
+from ..models.builder import check_model_name, checkpoint_filter_of
 from ..models.dynamic_net import DynamicNet
 from ..task.recipe import mixes
 from ..utils import load_weights, seeded
@@ -43,14 +42,6 @@ _logger = logging.getLogger(__name__)
 def uses_demo_data(args: argparse.Namespace) -> bool:
     """Whether the options name no data, or the embedded demo set."""
     return args.dataset == DEMO_DATASET or not (args.dataset or args.data_dir or args.data)
-
-
-def check_model_name(name: str) -> None:
-    """Raise a ValueError that names the nearest models if timm knows none of this name."""
-    source, model_id = parse_model_name(name)
-    if source is None and not is_model(model_id.split('.')[0]):
-        near = difflib.get_close_matches(model_id, list_models(), n=3)
-        raise ValueError(f"There is no model '{name}'." + (f" Did you mean {' or '.join(near)}?" if near else ''))
 
 
 def model_dtype(args: argparse.Namespace) -> torch.dtype | None:

@@ -4,7 +4,6 @@ An option's value comes from, in rising order: timm's default, the recipe's defa
 command line.
 """
 import argparse
-import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -14,6 +13,7 @@ from timm.utils import ParseKwargs
 
 from ..models.clcnet import CONFIDENCES, FINAL_RULES
 from ..task import NUM_FOLDS
+from ..utils import did_you_mean
 
 _INTERPOLATIONS = ['nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos']
 # Options of timm that have no place here, and what takes it.
@@ -59,9 +59,9 @@ class _Parser(argparse.ArgumentParser):
         if message.startswith('unrecognized arguments'):
             known = [s for a in self._actions for s in a.option_strings]
             for word in message.split(': ', 1)[1].split():
-                near = difflib.get_close_matches(word.split('=')[0], known, n=1) if word.startswith('--') else []
+                near = did_you_mean(word.split('=')[0], known) if word.startswith('--') else ''
                 if near:
-                    message += f' (did you mean {near[0]}?)'
+                    message += f'.{near}'
                     break
         super().error(message)
 
@@ -466,8 +466,7 @@ def read_config(parser: argparse.ArgumentParser, path: str) -> dict[str, Any]:
         if key in refused:
             parser.error(f"--config: {key}: {REFUSED_TRAIN['--' + key.replace('_', '-')]}")
         if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            parser.error(f"--config: '{path}' sets '{key}', which is no option" + (f' (did you mean {near[0]}?).' if near else '.'))
+            parser.error(f"--config: '{path}' sets '{key}', which is not an option.{did_you_mean(key, known)}")
     return {k: typed_value(parser, k, v) for k, v in values.items()}
 
 

@@ -9,10 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timm.models import PretrainedCfg, get_model_traits, model_entrypoint, resolve_pretrained_cfg
+from timm.models import (
+    PretrainedCfg,
+    get_model_traits,
+    is_model,
+    list_models,
+    model_entrypoint,
+    parse_model_name,
+    resolve_pretrained_cfg,
+)
 from torch import nn
 
-from ..utils import CheckpointError, fetch_weights, load_weights, read_json, read_state_dict
+from ..utils import CheckpointError, did_you_mean, fetch_weights, load_weights, read_json, read_state_dict
 from .dynamic_net import DynamicNet
 
 _logger = logging.getLogger(__name__)
@@ -33,6 +41,13 @@ HUB_ORG = os.environ.get('TIMM_DYNAMIC_HUB_ORG') or DEFAULT_HUB_ORG
 def hub_id(name: str) -> str:
     """Full Hub id of a model and tag. timm completes ids for its own organisation only, so ours are spelled out."""
     return f'{HUB_ORG}/{name}'
+
+
+def check_model_name(name: str) -> None:
+    """Raise a ValueError that suggests the closest names if timm knows no model of this name."""
+    source, model_id = parse_model_name(name)
+    if source is None and not is_model(model_id.split('.')[0]):
+        raise ValueError(f"There is no model '{name}'.{did_you_mean(model_id, list_models())}")
 
 
 def checkpoint_filter_of(model_name: str) -> FilterFn | None:

@@ -11,7 +11,6 @@ Departures from the released code (https://github.com/yaoching0/CLCNet-Rethinkin
 * The cost of the confidence net is counted (0.0001 GMACs a member with 1000 classes). The original takes it as free.
 * A member whose weights differ from the other members' in their classes is an error, in place of a shape mismatch.
 """
-import difflib
 import json
 import logging
 import math
@@ -41,7 +40,7 @@ from timm.models import (
 from torch import nn
 
 from ..layers.confidence_net import ConfidenceNet, confidence_net_filter_fn, read_confidence_net
-from ..utils import CheckpointError
+from ..utils import CheckpointError, did_you_mean
 from .builder import BUNDLED, build_dynamic_model, checkpoint_filter_of, hub_id
 from .dynamic_net import DynamicNet, State, on_meta
 
@@ -171,8 +170,7 @@ def _check_view(view: Mapping[str, Any]) -> None:
 
 def _registered_cfg(name: str) -> dict[str, Any]:
     if not is_model(name.split('.')[0]):
-        near = difflib.get_close_matches(name, list_models(), n=3)
-        raise ValueError(f"Unknown model '{name}'." + (f" Did you mean {' or '.join(near)}?" if near else ''))
+        raise ValueError(f"Unknown model '{name}'.{did_you_mean(name, list_models())}")
     try:
         cfg = get_pretrained_cfg(name)
     except RuntimeError as e:

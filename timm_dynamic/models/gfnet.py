@@ -17,7 +17,6 @@ Departures from the released code (https://github.com/blackfeather-wang/GFNet-Py
 * The prediction heads of the global encoder are part of the step classifier, as what they are: the heads of step 1.
 * The glance of a family is scaled the same way in training as at inference (the original's training is always bicubic).
 """
-import difflib
 import logging
 import re
 from collections.abc import Iterable, Mapping
@@ -52,7 +51,7 @@ from ..layers import (
     get_glance,
     get_patch_coords,
 )
-from ..utils import CheckpointError, read_checkpoint, read_state_dict
+from ..utils import CheckpointError, did_you_mean, read_checkpoint, read_state_dict
 from .builder import build_dynamic_model, hub_id
 from .dynamic_net import DynamicNet, State, on_meta
 
@@ -72,8 +71,7 @@ def create_encoder(backbone: str, in_chans: int, patch_size: int, num_classes: i
     """
     name = backbone.split('.')[0]
     if name not in _BACKBONES and not is_model(name):
-        near = difflib.get_close_matches(backbone, [*list_models(), *_BACKBONES], n=3)
-        raise ValueError(f"Unknown backbone '{backbone}'." + (f" Did you mean {' or '.join(near)}?" if near else ''))
+        raise ValueError(f"Unknown backbone '{backbone}'.{did_you_mean(backbone, [*list_models(), *_BACKBONES])}")
     cfg = get_pretrained_cfg(backbone)
     if cfg is not None and cfg.fixed_input_size:
         kwargs = {'img_size': patch_size, **kwargs}

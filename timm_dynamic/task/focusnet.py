@@ -1,6 +1,4 @@
 """FocusNet training: a net learns to tell the right class from those that a frozen baseline confuses it with."""
-import difflib
-import hashlib
 import logging
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,7 @@ from torch import nn
 
 from ..loss import FocusPickingLoss
 from ..models.builder import checkpoint_filter_of
-from ..utils import load_weights
+from ..utils import did_you_mean, hash_weights, load_weights
 from .base import OneModuleTask
 
 _logger = logging.getLogger(__name__)
@@ -51,10 +49,9 @@ def create_baseline(source: str | Path | nn.Module, model: nn.Module) -> Any:
     elif is_model(label.split('.')[0]):
         baseline = timm.create_model(label, pretrained=True)
     else:
-        near = difflib.get_close_matches(label, list_models(), n=3)
         raise ValueError(
             f"There is no baseline '{label}': neither a file or folder, nor a timm model."
-            + (f" Did you mean {' or '.join(near)}?" if near else ''))
+            f'{did_you_mean(label, list_models())}')
 
     for what in ('num_classes', 'in_chans'):
         ours, theirs = getattr(focus, what, None), getattr(baseline, what, None)
@@ -101,7 +98,7 @@ class FocusPickingTask(OneModuleTask):
         self.criterion = criterion if criterion is not None else FocusPickingLoss()
         self.baseline: Any = create_baseline(baseline, model)
         self.frozen = (self.baseline,)
-        self.baseline_hash = _fingerprint(self.baseline)
+        self.baseline_hash = hash_weights(self.baseline.state_dict())[:16]
         self.baseline.to(device=self.device, memory_format=torch.channels_last)
 
         cfg = getattr(unwrap_model(model), 'pretrained_cfg', {})
@@ -182,11 +179,3 @@ class FocusPickingTask(OneModuleTask):
         output = self.trainable_module(input)
         terms = self.criterion.terms(output, target, self.baseline_logits(input))
         return {'loss': self.criterion.total(terms), 'output': output, **terms._asdict()}
-
-
-def _fingerprint(model: nn.Module) -> str:
-    digest = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()[:16]

@@ -5,9 +5,7 @@ import json
 import logging
 import os
 import shutil
-import signal
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,6 @@ import yaml
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from timm.models import is_model_in_modules, parse_model_name, safe_model_name
-from timm.utils import setup_default_logging
 
 from .. import hub
 from ..exits import ExitTable
@@ -34,11 +31,12 @@ from ..launch.build import (
     uses_demo_data,
 )
 from ..launch.options import create_train_parser, given_options, read_config, typed_value
+from ..launch.script import run_script
 from ..models.dynamic_net import DynamicNet
 from ..task import Recipe, Stage, StageContext, create_baseline, create_recipe
-from ..utils import CheckpointError, clean_partial_files, save_exit_cfg
+from ..utils import CheckpointError, UserError, clean_partial_files, save_exit_cfg
 from ..utils.report import format_table, plot_accuracy_over_macs, write_rows, write_yaml
-from ..utils.signals import Stopped, StopRequest
+from ..utils.signals import StopRequest
 from .anytime import (
     budget_curve,
     budget_rows,
@@ -51,15 +49,15 @@ from .anytime import (
 from .budgets import same_split, split_in_halves
 from .cascade import CALIBRATION, RUNNERS
 from .evaluate import evaluate
-from .state import StateError, StateStore
-from .trainer import NonFiniteLoss, Trainer, check_identity
+from .state import StateStore
+from .trainer import Trainer, check_identity
 
 _logger = logging.getLogger(__name__)
 
 _OUTPUT = 'output/train'
 
 # What a user can mend: shown as one line, not as a traceback.
-_USER_ERRORS = (ValueError, FileNotFoundError, CheckpointError, NonFiniteLoss, StateError, hub.PublishError)
+_USER_ERRORS = (ValueError, FileNotFoundError, UserError)
 
 
 class TrainOptions:
@@ -528,30 +526,6 @@ def _push_to_hub(
             f"{folder / 'hub'}{' --private' if base.hub_private else ''}") from e
     _logger.info(f"Published: {report['url']} (commit {report['commit']})\n"
                  f"Load it with: timm.create_model('hf-hub:{base.push_to_hub}', pretrained=True)")
-
-
-def run_script(script: Callable[[], int]) -> int:
-    """Run a script's body, with logging to the terminal and what a user can mend as one line.
-
-    Returns:
-        Exit status: the body's, 1 for what the user can mend, 128 + signal number if stopped by a signal.
-    """
-    if not logging.root.handlers:
-        setup_default_logging()
-        for handler in logging.root.handlers:
-            handler.setStream(sys.stdout)  # type: ignore[attr-defined]
-    try:
-        return script()
-    except _USER_ERRORS as e:
-        print(f'{type(e).__name__}: {e}', file=sys.stderr)
-        return 1
-    except Stopped as e:
-        name = signal.Signals(e.signum).name
-        print(f'Stopped by {name}; the state is saved. Continue with --resume auto.', file=sys.stderr)
-        return 128 + e.signum
-    finally:
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError
 
-from ..utils import CheckpointError, atomic_write, clean_partial_files
+from ..utils import CheckpointError, UserError, atomic_write, clean_partial_files
 from ..utils.files import fsync_dir, partial_name
 
 _POINTER = 'latest'
@@ -66,7 +66,7 @@ def unflatten_state(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
     return tuple(items) if kind == 'tuple' else items
 
 
-class StateError(RuntimeError):
+class StateError(UserError, RuntimeError):
     """A state could not be written."""
 
 

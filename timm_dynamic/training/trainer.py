@@ -35,6 +35,7 @@ from ..models.dynamic_net import DynamicNet
 from ..task import Stage, StageContext
 from ..utils import (
     CheckpointError,
+    UserError,
     copy_pretrained,
     load_weights,
     read_checkpoint,
@@ -51,7 +52,7 @@ from .state import StateStore
 _logger = logging.getLogger(__name__)
 
 
-class NonFiniteLoss(RuntimeError):
+class NonFiniteLoss(UserError, RuntimeError):
     """The loss is NaN or infinite."""
 
 

@@ -21,6 +21,7 @@ from ..exits import ExitTable
 from ..launch.accelerator import create_accelerator
 from ..launch.build import build_eval_loader, build_model, eval_views, model_dtype, uses_demo_data
 from ..launch.options import create_validate_parser
+from ..launch.script import run_script
 from ..models.builder import checkpoint_filter_of
 from ..models.clcnet import CONFIDENCES, CLCNet
 from ..models.dynamic_net import DynamicNet
@@ -49,7 +50,6 @@ from .budgets import (
 from .cascade import load_cascade
 from .confidences import FoldNets, MemberRecorder, Replayed, advice, compare_confidences, image_names, replay_members
 from .evaluate import evaluate
-from .run import run_script
 
 _logger = logging.getLogger(__name__)
 

@@ -5,6 +5,7 @@ gives up strictness when the number of classes differs, so that a foreign file e
 Here nothing in a file is ever executed, and every key is accounted for or named in an error.
 """
 import argparse
+import hashlib
 import logging
 import pickle
 import re
@@ -18,6 +19,8 @@ import safetensors.torch
 import torch
 from timm.models import clean_state_dict, get_model_traits, load_pretrained
 from torch import nn
+
+from .errors import UserError
 
 _logger = logging.getLogger(__name__)
 
@@ -36,7 +39,7 @@ _SAFE_GLOBALS: list[Any] = [
 ]
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(UserError, RuntimeError):
     """A file of weights is missing, broken, unsafe, or made for something else."""
 
 
@@ -119,6 +122,15 @@ def read_state_dict(path: str | Path, use_ema: bool = True) -> dict[str, torch.T
         held = ', '.join(map(str, names))
         raise CheckpointError(f"'{path}' holds no weights: expected tensors by name, found {held or 'nothing'}.")
     return clean_state_dict(dict(checkpoint))
+
+
+def hash_weights(state_dict: Mapping[str, torch.Tensor]) -> str:
+    """SHA-256 over the names and values of weights, in hexadecimal. It does not depend on their order."""
+    digest = hashlib.sha256()
+    for name, value in sorted(state_dict.items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def describe_mismatch(missing: list[str], unexpected: list[str], shapes: list[str] = ()) -> str:  # type: ignore[assignment]

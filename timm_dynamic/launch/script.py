@@ -1,0 +1,35 @@
+"""What every script does around its work: logging, errors as one line, the exit status."""
+import logging
+import signal
+import sys
+from collections.abc import Callable
+
+import torch
+from timm.utils import setup_default_logging
+
+from ..utils import UserError
+from ..utils.signals import Stopped
+
+
+def run_script(script: Callable[[], int]) -> int:
+    """Run a script's body. It logs to the terminal, and errors that the user can act on are one line.
+
+    Returns:
+        Exit status: the body's; 1 for an error; 128 + signal number if a signal stopped it.
+    """
+    if not logging.root.handlers:
+        setup_default_logging()
+        for handler in logging.root.handlers:
+            handler.setStream(sys.stdout)  # type: ignore[attr-defined]
+    try:
+        return script()
+    except (UserError, ValueError, FileNotFoundError) as e:
+        print(f'{type(e).__name__}: {e}', file=sys.stderr)
+        return 1
+    except Stopped as e:
+        name = signal.Signals(e.signum).name
+        print(f'Stopped by {name}; the state is saved. Continue with --resume auto.', file=sys.stderr)
+        return 128 + e.signum
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
