@@ -7,8 +7,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.flop_counter import FlopCounterMode
 
 import timm_dynamic  # noqa: F401
-from timm_dynamic.exits import ExitTable, solve_policy
-from timm_dynamic.exits.engine import collect_exit_table, early_exit
+from timm_dynamic.exits import ExitTable, collect_exit_table, early_exit, solve_policy
 from timm_dynamic.models.dynamic_net import DynamicNet
 
 
@@ -165,7 +164,7 @@ from timm.data.distributed_sampler import OrderedDistributedSampler
 from torch.utils.data import DataLoader, TensorDataset
 import timm, timm_dynamic.models.gfnet
 from timm_dynamic.exits import ExitTable, solve_policy
-from timm_dynamic.exits.engine import collect_exit_table
+from timm_dynamic.exits import collect_exit_table
 
 accelerator = Accelerator(cpu=True)
 model = timm.create_model('test_gfnet').eval()

@@ -1,4 +1,5 @@
-from .engine import collect_exit_table, early_exit
+from .collect import collect_exit_table
+from .engine import early_exit
 from .policy import ExitPolicy, ValuePolicy
 from .stream import ExitStream, StreamResult, StreamRun
 from .table import ExitPoint, ExitTable

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..models.dynamic_net import DynamicNet, ExitResult, State, StopRule, num_rows
-from .engine import _ready, _to
+from .collect import check_ready, move_images
 
 _HISTORY = 'confidences so far'  # travels with the states, whose own names are identifiers
 _PENDING_BATCHES = 64
@@ -56,7 +56,7 @@ class ExitStream:
         max_pending = _PENDING_BATCHES * batch_size if max_pending is None else max_pending
         if batch_size < 1 or max_pending < 1:
             raise ValueError(f'Expected a positive batch size and max_pending, got {batch_size} and {max_pending}.')
-        self.model = _ready(model)
+        self.model = check_ready(model)
         self.stop_rule = self.model.make_stop_rule(policy)
         self.batch_size, self.max_pending, self.pad = batch_size, max_pending, pad
 
@@ -78,7 +78,7 @@ class ExitStream:
             ValueError: The model is in train mode.
         """
         pad = self.model.has_compiled_steps if self.pad is None else self.pad
-        return StreamRun(_ready(self.model), self.stop_rule, self.batch_size, self.max_pending, pad, batches)
+        return StreamRun(check_ready(self.model), self.stop_rule, self.batch_size, self.max_pending, pad, batches)
 
 
 class StreamRun(Iterator[StreamResult]):
@@ -151,7 +151,7 @@ class StreamRun(Iterator[StreamResult]):
         if self._device.type == 'cuda':
             moved = _copy_ahead(pairs, self._device)
         else:
-            moved = ((_to(x, self._device), target) for x, target in pairs)
+            moved = ((move_images(x, self._device), target) for x, target in pairs)
         for x, target in moved:
             yield self._model.init_state(x), target
 
@@ -357,6 +357,14 @@ def _split_batch(batch: Any) -> tuple[Any, Any]:
     return batch, None
 
 
+def _copy_pinned(x: Any, device: torch.device) -> Any:
+    """Copy images to a GPU without waiting for it."""
+    if isinstance(x, (tuple, list)):
+        return tuple(_copy_pinned(view, device) for view in x)
+    pinned = isinstance(x, torch.Tensor) and not x.is_cuda
+    return x.pin_memory().to(device, non_blocking=True) if pinned else move_images(x, device)
+
+
 def _copy_ahead(pairs: Iterable[tuple[Any, Any]], device: torch.device) -> Iterator[tuple[Any, Any]]:
     """Copy images to a GPU, those of the next batch while the ones before are worked on."""
     stream = torch.cuda.Stream(device)
@@ -376,7 +384,7 @@ def _copy_ahead(pairs: Iterable[tuple[Any, Any]], device: torch.device) -> Itera
             x, target = next(pairs)
             stream.wait_stream(torch.cuda.current_stream(device))  # a source may have made them on the device
             with torch.cuda.stream(stream):
-                copies = _to(x, device, pin=True)
+                copies = _copy_pinned(x, device)
         except StopIteration:
             break
         except Exception as e:  # the batch before comes first

@@ -11,8 +11,8 @@ from timm.utils import natural_key
 
 from ..data import ConfidenceFeatures, FoldMap
 from ..exits import ExitTable
+from ..exits.collect import interleave, rank_of
 from ..exits.confidence import auroc, cascade_table, cross_area, curve_area
-from ..exits.engine import interleave, rank_of
 from ..layers import ConfidenceNet
 from ..models.clcnet import CONFIDENCES, FINAL_RULES, CLCNet
 from ..task import score_folds
