@@ -159,7 +159,7 @@ def _check_exits_hold(model: DynamicNet, exported: Mapping[str, Any]) -> None:
     own = model._model_args
     other = [k for k, v in exported.items() if k != 'exit_cfg' and k in own and _as_json(v) != _as_json(own[k])]
     if other:
-        model._drop_exits(f"they hold for another {' and '.join(other)}.")
+        model.drop_exits(f"they are for another {' and '.join(other)}.")
 
 
 def _as_json(value: Any) -> str:

@@ -12,7 +12,8 @@ from torchvision.datasets import VisionDataset
 
 from ..data.dataset_factory import TRAIN_SPLITS, VALIDATION_SPLITS
 from ..exits import ExitTable
-from ..models.dynamic_net import DynamicNet, _from_json
+from ..models.dynamic_net import DynamicNet
+from ..models.exit_cfg import policy_from_json
 from ..utils.report import Curve, format_table
 from .anytime import (
     Row,
@@ -346,7 +347,7 @@ def stored_policies(model: DynamicNet, name: str, table: ExitTable, split: str) 
     budgets = model.exit_cfg.get('budgets')
     for budget in budgets or ():
         fitted_on = budget.get('evaluated', {}).get('fitted_on', 'kept in the model')
-        policy = _from_json(budget['policy'])
+        policy = policy_from_json(budget['policy'])
         rows.append(policy_row(table, policy, 'stored', budget=budget['gmacs'], split=split, fitted_on=fitted_on))
     if not budgets:  # the authors', where nobody knows what they cost
         for thresholds in model.exit_cfg.get('origin', {}).get('dynamic_threshold', ()):
