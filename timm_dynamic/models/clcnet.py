@@ -275,9 +275,6 @@ class CLCNet(DynamicNet):
             member, size = next(pair for pair, k in zip(zip(members, self.view_sizes), self.member_of_step) if k == i)
             nets.append(member.create(size, num_classes, in_chans, **(kwargs if member.source else {})))
         self.members: Any = nn.ModuleList(nets)
-        self._recorded: dict[str, Any] = {
-            **self._recorded, **_record(members), 'networks': list(self.member_of_step), 'confidence': confidence,
-            'final_rule': final_rule}
         if confidence == 'clcnet':
             self.confidence_net = ConfidenceNet(device=device, dtype=dtype)
 
@@ -293,16 +290,10 @@ class CLCNet(DynamicNet):
         if any(m.fixed_size for m in members):
             self._traits['img_size'] = (height, height)
 
-    # What timm records and exports: what members are, not where they came from
-
-    def _get_model_args(self) -> dict[str, Any]:
-        return self._recorded
-
-    def _set_model_args(self, args: Mapping[str, Any]) -> None:
-        own = {k: v for k, v in self.__dict__.get('_recorded', {}).items() if k in _RECORDED}
-        object.__setattr__(self, '_recorded', {**args, **own})
-
-    _model_args: Any = property(_get_model_args, _set_model_args)
+    def recorded_args(self) -> dict[str, Any]:
+        return {
+            **super().recorded_args(), **_record(self.specs), 'networks': list(self.member_of_step),
+            'confidence': self.confidence_kind, 'final_rule': self.final_rule}
 
     @property
     def reference_view(self) -> dict[str, Any]:
@@ -520,7 +511,6 @@ class CLCNet(DynamicNet):
         if (confidence, rule) != (self.confidence_kind, self.final_rule) or net is not None:
             self.drop_exits('its confidence changes.')
         self.confidence_kind, self.final_rule, self._step_macs = confidence, rule, None
-        self._recorded.update(confidence=confidence, final_rule=rule)
 
     # Running it
 
@@ -611,9 +601,6 @@ class CLCNet(DynamicNet):
                     inner = pattern.replace('^', '')
                     out.setdefault(name, []).append((rf'^members\.{i}\.(?:{inner})', suffix))
         return out
-
-
-_RECORDED = ('models', 'member_args', 'views', 'networks', 'confidence', 'final_rule')
 
 
 def _resolve_members(models: Any, member_args: Any, views: Any) -> list[_Member]:
