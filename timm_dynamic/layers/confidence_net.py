@@ -455,7 +455,7 @@ def _args_of(state_dict: Mapping[str, torch.Tensor]) -> dict[str, int]:
         num_shared=count(r'shared\.(\d+)\.'), num_independent=len(layers))
 
 
-def read_confidence_net(path: str | Path) -> dict[str, torch.Tensor]:
+def read_confidence_net(path: str | Path, use_ema: bool = True) -> dict[str, torch.Tensor]:
     """Read weights, also from the authors' zip (a network.pt beside their parameters), without executing anything.
 
     Raises:
@@ -472,7 +472,7 @@ def read_confidence_net(path: str | Path) -> dict[str, torch.Tensor]:
     except Exception as e:  # of damaged archives, whatever comes first
         if name:
             raise CheckpointError(f"Cannot read {name} in '{path}': {e}") from e
-    return read_state_dict(path)
+    return read_state_dict(path, use_ema)
 
 
 def _locate(source: str | Path, cache_dir: str | Path | None) -> Path:

@@ -673,53 +673,68 @@ def _check_pool(global_pool: str) -> None:
         raise ValueError(f"Pooling is the members': global_pool must be 'avg', got {global_pool!r}.")
 
 
-def checkpoint_filter_fn(
-        state_dict: Mapping[str, Any],
-        model: Any,
-        absent: list[int] | None = None,
-) -> dict[str, torch.Tensor]:
-    """Map weights onto the model's keys: of a whole cascade, of a confidence net (ours or the authors'), or of parts.
+def read_checkpoint_fn(path: str | Path, use_ema: bool = True) -> dict[str, torch.Tensor]:
+    """Read weights, also from the authors' zip of a confidence net."""
+    return read_confidence_net(path, use_ema)
 
-    Members that are not there are left as they are in the model.
+
+def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: Any) -> dict[str, torch.Tensor]:
+    """Map weights onto the model's keys: of a whole cascade, of a confidence net (ours or the authors'), or by part.
 
     Args:
-        state_dict: Weights; or weights by part, which are 'confidence_net' and members by name or by number, from 0.
+        state_dict: Weights; or weights by part: 'confidence_net', and members by name or by number, from 0.
         model: The model.
-        absent: If given, the numbers in `model.members` of members that are not there are added to it, and a confidence
-            net that is not there is an error.
+
+    Returns:
+        Weights of the parts that are there. A confidence net that the model does not use is left out.
 
     Raises:
-        CheckpointError: A part is not known, or does not fit.
+        CheckpointError: A part is unknown, or does not fit.
     """
-    parts = all(isinstance(v, Mapping) for v in state_dict.values())
-    if not parts and any(k.startswith('members.') for k in state_dict):
+    if _is_whole(state_dict):
         unused = '' if hasattr(model, 'confidence_net') else 'confidence_net.'
         return {k: v for k, v in state_dict.items() if not unused or not k.startswith(unused)}
-    by_part: dict[str, Any] = dict(state_dict) if parts else {'confidence_net': state_dict}
+    parts, unknown = _split_parts(state_dict, model)
+    if unknown:
+        raise CheckpointError(
+            f"it has the parts {', '.join(unknown)}; expected confidence_net, names of members, or their numbers")
     out: dict[str, torch.Tensor] = {}
-    net_state = confidence_net_filter_fn(by_part.pop('confidence_net', {}))
+    net_state = confidence_net_filter_fn(parts.pop('confidence_net', {}))
     if hasattr(model, 'confidence_net'):
-        if not net_state and absent is not None:
-            raise CheckpointError("it holds no confidence_net, which the confidence 'clcnet' needs")
-        net_state = net_state or model.confidence_net.state_dict()
         out.update({f'confidence_net.{k.removeprefix("confidence_net.")}': v for k, v in net_state.items()})
     elif net_state:
         _logger.info(f"The confidence net is left out: the cascade's confidence is '{model.confidence_kind}'.")
+    for index, weights in parts.items():
+        weights = _map_member(weights, model.specs[model.member_of_step.index(index)], model.members[index])
+        out.update({f'members.{index}.{k}': v for k, v in weights.items()})
+    return out
+
+
+def find_absent_members(state_dict: Mapping[str, Any], model: Any) -> list[int]:
+    """Numbers in `model.members` of the members that there are no weights for, see `checkpoint_filter_fn`."""
+    if _is_whole(state_dict):
+        return []
+    parts, _ = _split_parts(state_dict, model)
+    return [index for index in range(len(model.members)) if index not in parts]
+
+
+def _is_whole(state_dict: Mapping[str, Any]) -> bool:
+    return any(key.startswith('members.') for key in state_dict)
+
+
+def _split_parts(state_dict: Mapping[str, Any], model: Any) -> tuple[dict[Any, Any], list[str]]:
+    """Weights by part: 'confidence_net', and numbers in `model.members`; and the names of unknown parts."""
+    if not all(isinstance(v, Mapping) for v in state_dict.values()):
+        state_dict = {'confidence_net': state_dict}
+    given = dict(state_dict)
+    out: dict[Any, Any] = {'confidence_net': given.pop('confidence_net')} if 'confidence_net' in given else {}
     for index in range(len(model.members)):
         steps = [t for t, i in enumerate(model.member_of_step) if i == index]
         spec = model.specs[steps[0]]
-        names = [n for n in (*map(str, steps), spec.source, spec.model) if isinstance(n, str) and n in by_part]
-        if names:
-            member_state = _map_member(by_part.pop(names[0]), spec, model.members[index])
-        else:
-            member_state = model.members[index].state_dict()
-            if absent is not None:
-                absent.append(index)
-        out.update({f'members.{index}.{k}': v for k, v in member_state.items()})
-    if by_part:
-        raise CheckpointError(
-            f"it has the parts {', '.join(by_part)}; known are confidence_net, the members' names, and their numbers")
-    return out
+        name = next((n for n in (*map(str, steps), spec.source, spec.model) if isinstance(n, str) and n in given), None)
+        if name is not None:
+            out[index] = given.pop(name)
+    return out, list(given)
 
 
 def _map_member(state_dict: Any, spec: _Member, net: Any) -> dict[str, torch.Tensor]:
@@ -729,19 +744,19 @@ def _map_member(state_dict: Any, spec: _Member, net: Any) -> dict[str, torch.Ten
 
 
 def fetch_members(model: CLCNet, absent: Sequence[int], cache_dir: str | Path | None) -> None:
-    """Give members the weights that timm has for them. Modules have theirs.
+    """Load the weights that timm has into members, by their numbers in `model.members`. Modules keep theirs.
 
     Raises:
-        CheckpointError: They cannot be had, or some are for other classes than the cascade's and some are not.
+        CheckpointError: They are not available, or not all members are for the same classes.
     """
     specs = {index: (model.specs[t], model.view_sizes[t]) for t, index in enumerate(model.member_of_step)}
-    # Those that bring weights bring them for the cascade's classes.
+    # Members with weights of their own have them for the classes of the cascade.
     classes = {spec.label: spec.num_classes if index in absent else model.num_classes
                for index, (spec, _) in specs.items()}
     if model.num_classes in classes.values() and len(set(classes.values())) > 1:
         raise CheckpointError(
-            f'The members have weights for different numbers of classes ({_listed(classes)}): they cannot answer '
-            'together.')
+            f'The members have weights for different numbers of classes ({_listed(classes)}) and do not form a '
+            'cascade.')
     for index in absent:
         spec, size = specs[index]
         if spec.source is None:
@@ -755,8 +770,8 @@ def fetch_members(model: CLCNet, absent: Sequence[int], cache_dir: str | Path | 
             raise
         except (RuntimeError, OSError, HfHubHTTPError, ValueError) as e:  # timm's and the Hub's
             raise CheckpointError(
-                f'The weights of the member {spec.label} cannot be had ({str(e).splitlines()[0]}). Files of your own '
-                f"load with pretrained_cfg_overlay=dict(file={{'confidence_net': FILE, '{spec.source}': FILE}})."
+                f'The weights of the member {spec.label} are not available ({str(e).splitlines()[0]}). Load your own '
+                f"files with pretrained_cfg_overlay=dict(file={{'confidence_net': FILE, '{spec.source}': FILE}})."
             ) from e
         model.members[index].load_state_dict(net.state_dict())
 
@@ -817,18 +832,13 @@ def _create(pretrained: bool = False, pretrained_cfg: Any = None, variant: str =
 def _create_clcnet(variant: str, pretrained: bool = False, **kwargs: Any) -> CLCNet:
     if kwargs.pop('features_only', False):
         raise RuntimeError('features_only is not implemented for CLCNet models: the maps are of several networks.')
-    absent: list[int] = []
-    if pretrained:
+    if pretrained and kwargs.get('confidence', 'clcnet') != 'clcnet':
         cfg = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay'))
-        source = cfg.file or cfg.state_dict is not None or cfg.source in ('hf-hub', 'local-dir') or \
+        has_source = cfg.file or cfg.state_dict is not None or cfg.source in ('hf-hub', 'local-dir') or \
             (BUNDLED / f'{variant}.{cfg.tag}').is_dir()
-        if not source and kwargs.get('confidence', 'clcnet') != 'clcnet':  # all weights are the members'
+        if not has_source:  # without a confidence net, all weights are those of the members
             kwargs['pretrained_cfg_overlay'] = {**(kwargs.get('pretrained_cfg_overlay') or {}), 'state_dict': {}}
-    model: CLCNet = build_dynamic_model(
-        partial(_create, variant=variant), variant, pretrained, filter_fn=partial(checkpoint_filter_fn, absent=absent),
-        read_fn=read_confidence_net, **kwargs)
-    fetch_members(model, absent, kwargs.get('cache_dir'))
-    return model
+    return build_dynamic_model(partial(_create, variant=variant), variant, pretrained, **kwargs)
 
 
 @register_model

@@ -11,15 +11,9 @@ import torch
 from timm.models import is_model
 from timm.task import ClassificationTask, TrainingTask
 
-from ..models.builder import checkpoint_filter_of
-from ..models.gfnet import (
-    GFNet,
-    checkpoint_filter_fn,
-    create_encoder,
-    read_gfnet_checkpoint,
-    training_state_from_checkpoint,
-)
-from ..utils import CheckpointError, load_weights, read_state_dict, read_task_state
+from ..models.builder import checkpoint_filter_of, load_checkpoint
+from ..models.gfnet import GFNet, create_encoder
+from ..utils import CheckpointError, load_weights, read_state_dict
 from .gfnet import OWN_FIRST_HEADS, EndToEndTask, GlanceFocusTask, PatchPolicyTask
 from .stage import Recipe, Stage, StageContext
 
@@ -121,13 +115,7 @@ def load_training_checkpoint(model: GFNet, source: str | Path, needs_policy: boo
     Raises:
         CheckpointError: It cannot be read or does not fit.
     """
-    path = Path(str(source).removeprefix('local-dir:'))
-    checkpoint = read_gfnet_checkpoint(path)
-    load_weights(
-        model, checkpoint, partial(checkpoint_filter_fn, needs_policy=needs_policy), label=f"'{path}'")
-    if 'model_prime_state_dict' in checkpoint:
-        return training_state_from_checkpoint(checkpoint)
-    return read_task_state(path if path.is_dir() else path.parent)
+    return load_checkpoint(model, source, optional=() if needs_policy else ('policy',))
 
 
 def load_encoder(encoder: Any, source: str | Path, model: Any) -> dict[str, torch.Tensor]:

@@ -6,7 +6,6 @@ import logging
 import shutil
 import signal
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +25,8 @@ from ..launch.build import (
     training_data_config,
     uses_demo_data,
 )
-from ..layers.confidence_net import read_confidence_net
-from ..models.builder import checkpoint_filter_of
-from ..models.clcnet import CLCNet, checkpoint_filter_fn, fetch_members
+from ..models.builder import checkpoint_filter_of, load_checkpoint
+from ..models.clcnet import CLCNet, fetch_members
 from ..task import (
     NUM_FOLDS,
     Stage,
@@ -101,12 +99,7 @@ def load_cascade(model: CLCNet, source: Any, **kwargs: Any) -> None:
     Raises:
         CheckpointError: They do not fit, or a member's weights are not to be had.
     """
-    absent: list[int] = []
-    if not isinstance(source, Mapping) and Path(source).suffix == '.zip':
-        kwargs.setdefault('label', f"'{source}'")
-        source = read_confidence_net(source)
-    load_weights(model, source, partial(checkpoint_filter_fn, absent=absent), **kwargs)
-    fetch_members(model, absent, None)
+    load_checkpoint(model, source, **kwargs)
 
 
 # What the members say
