@@ -272,7 +272,7 @@ class TestMembers:
         (dict(models=['test_resnet', 'resnet51']), r"Unknown model 'resnet51'. Did you mean \w*resnet\w* or"),
         (dict(models=['test_resnet', 'resnet18.nothing']), "Unknown weights in 'resnet18.nothing'"),
         (dict(member_args=[{}]), 'Expected member_args for 2 members, got 1'),
-        (dict(member_args=[dict(width=3), None]), r"'test_efficientnet' cannot be made with \{'width': 3\}"),
+        (dict(member_args=[dict(width=3), None]), r"'test_efficientnet' cannot be created with \{'width': 3\}"),
         (dict(views=[dict(mode=3), None]), 'A view has size, interpolation.* got mode'),
         (dict(confidence='oracle'), "confidence must be one of 'clcnet', .*, got 'oracle'"),
         (dict(final_rule='first'), "final_rule must be one of 'most_confident', 'last', got 'first'"),

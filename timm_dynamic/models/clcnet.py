@@ -11,12 +11,9 @@ Departures from the released code (https://github.com/yaoching0/CLCNet-Rethinkin
 * The cost of the confidence net is counted (0.0001 GMACs a member with 1000 classes). The original takes it as free.
 * A member whose weights differ from the other members' in their classes is an error, in place of a shape mismatch.
 """
-import json
 import logging
 import math
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,21 +24,18 @@ import torch.nn.functional as F
 from huggingface_hub.errors import HfHubHTTPError
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import (
-    PretrainedCfg,
     build_model_with_cfg,
     generate_default_cfgs,
-    get_model_input_config,
     get_pretrained_cfg,
-    is_model,
-    list_models,
     register_model,
     resolve_pretrained_cfg,
 )
 from torch import nn
 
-from ..layers.confidence_net import ConfidenceNet, confidence_net_filter_fn, read_confidence_net
-from ..utils import CheckpointError, did_you_mean
+from ..utils import CheckpointError
 from .builder import BUNDLED, build_dynamic_model, checkpoint_filter_of, hub_id
+from .cascade_members import Member, number_networks, record_members, resolve_members
+from .confidence_net import ConfidenceNet, confidence_net_filter_fn, read_confidence_net
 from .dynamic_net import DynamicNet, State, on_meta
 
 __all__ = ['CLCNet']
@@ -50,10 +44,6 @@ _logger = logging.getLogger(__name__)
 
 CONFIDENCES = ('clcnet', 'max_prob', 'margin', 'entropy', 'agreement')
 FINAL_RULES = ('most_confident', 'last')
-# How a member sees the image, if neither it nor the user says so.
-_VIEW: dict[str, Any] = dict(
-    size=224, interpolation='bicubic', crop_pct=0.875, crop_mode='center', mean=IMAGENET_DEFAULT_MEAN,
-    std=IMAGENET_DEFAULT_STD)
 
 
 class CascadeAnswers(NamedTuple):
@@ -62,146 +52,10 @@ class CascadeAnswers(NamedTuple):
     confidence: torch.Tensor  # [T, B]
 
 
-@dataclass
-class _Member:
-    """What is known of a member before it is created."""
-    model: Any  # registered name, or module
-    source: str | None  # what timm loads its weights by; None of a module, which has them
-    args: dict[str, Any]
-    view: dict[str, Any]
-    num_classes: int
-    own_size: int
-    fixed_size: bool
-    label_names: tuple[str, ...] | None
-
-    @property
-    def label(self) -> str:
-        return f"'{self.source}'" if self.source else type(self.model).__name__
-
-    def create(self, size: int, num_classes: int, in_chans: int, **kwargs: Any) -> Any:
-        """Create the network for images of a size. A module is taken as it is."""
-        if isinstance(self.model, nn.Module):
-            wanted = {'num_classes': num_classes, 'in_chans': in_chans}
-            found = {k: getattr(self.model, k, v) for k, v in wanted.items()}
-            if self.fixed_size:
-                wanted['img_size'], found['img_size'] = size, self.own_size
-            if found != wanted:
-                raise ValueError(f'The member {self.label} has {found}, the cascade needs {wanted}.')
-            return self.model
-        args = dict(self.args, img_size=size) if self.fixed_size else self.args
-        try:
-            return timm.create_model(self.model, num_classes=num_classes, in_chans=in_chans, **args, **kwargs)
-        except TypeError as e:
-            raise ValueError(f'The member {self.label} cannot be made with {args}: {e}') from e
-
-
-def _resolve(model: str | nn.Module, args: Mapping[str, Any] | None, view: Mapping[str, Any] | None) -> _Member:
-    """Find out what a member is: a name, 'name@size', 'local-dir:FOLDER', 'hf-hub:ORG/NAME', or a module.
-
-    Raises:
-        ValueError: There is no such model.
-    """
-    args, view = dict(args or {}), dict(view or {})
-    source: str | None = None
-    if isinstance(model, str):
-        match = re.fullmatch(r'(.+)@(\d+)', model)
-        if match:
-            model = match[1]
-            view.setdefault('size', int(match[2]))
-        source = model
-    if isinstance(model, nn.Module) or ':' in model:
-        net: Any = model
-        if not isinstance(model, nn.Module):
-            with torch.device('meta'):
-                net = timm.create_model(model)
-        elif args:
-            raise ValueError(f'A member given as a module takes no arguments, got {args}.')
-        cfg = getattr(net, 'pretrained_cfg', {})
-        config = get_model_input_config(net) if cfg else {}
-        if not isinstance(model, nn.Module):
-            recorded = {k: v for k, v in net._model_args.items() if k not in ('num_classes', 'in_chans', 'img_size')}
-            model, args = cfg['architecture'], {**recorded, **args}
-        if not isinstance(getattr(net, 'num_classes', None), int):
-            raise ValueError(
-                f'A member given as a module needs a num_classes: {type(net).__name__} has none.')
-        num_classes = net.num_classes
-        size, fixed = config.get('input_size', (3, 224, 224))[1:], bool(config.get('fixed_input_size'))
-    else:
-        cfg = _registered_cfg(model)
-        num_classes = cfg['num_classes'] - (cfg['label_offset'] or 0)
-        size, fixed = args.get('img_size') or cfg['input_size'][1:], cfg['fixed_input_size']
-    height, width = (size, size) if isinstance(size, int) else tuple(size)
-    if height != width and 'size' not in view:
-        raise ValueError(f'Members take square images, {source or type(model).__name__} takes {height}x{width}.')
-    _check_view(view)
-    own = {k: cfg[k] for k in _VIEW if cfg.get(k) is not None}
-    labels = cfg.get('label_names')
-    return _Member(
-        model, source, args, {**_VIEW, **own, 'size': height, **view}, num_classes, height, fixed,
-        tuple(labels) if labels else None)
-
-
-def _check_view(view: Mapping[str, Any]) -> None:
-    """Raise a ValueError if an image cannot be prepared so."""
-    unknown = view.keys() - _VIEW.keys()
-    if unknown:
-        raise ValueError(f"A view has {', '.join(_VIEW)}; got {', '.join(sorted(unknown))}.")
-
-    def is_number(value: Any) -> bool:
-        return isinstance(value, (int, float)) and math.isfinite(value)
-
-    def are_numbers(values: Any) -> bool:
-        return isinstance(values, (list, tuple)) and len(values) > 0 and all(map(is_number, values))
-
-    checks = {
-        'size': ('a whole number of pixels', lambda v: type(v) is int and v > 0),
-        'crop_pct': ('a share above 0', lambda v: is_number(v) and v > 0),
-        'mean': ('a number for each channel', are_numbers),
-        'std': ('a number above 0 for each channel', lambda v: are_numbers(v) and min(v) > 0),
-        'crop_mode': ('center, squash or border', lambda v: v in ('center', 'squash', 'border')),
-        'interpolation': ('bilinear, bicubic, nearest, box, hamming or lanczos', lambda v: v in (
-            'bilinear', 'bicubic', 'nearest', 'box', 'hamming', 'lanczos')),
-    }
-    for name, value in view.items():
-        expected, fits = checks[name]
-        if not fits(value):
-            raise ValueError(f'{name} of a view: expected {expected}, got {value!r}.')
-
-
-def _registered_cfg(name: str) -> dict[str, Any]:
-    if not is_model(name.split('.')[0]):
-        raise ValueError(f"Unknown model '{name}'.{did_you_mean(name, list_models())}")
-    try:
-        cfg = get_pretrained_cfg(name)
-    except RuntimeError as e:
-        raise ValueError(f"Unknown weights in '{name}': {e}") from e
-    return vars(cfg or PretrainedCfg())
-
-
-def _per_member(name: str, values: Sequence[Any] | None, count: int) -> list[Any]:
-    values = [None] * count if values is None else list(values)
-    if len(values) != count:
-        raise ValueError(f'Expected {name} for {count} members, got {len(values)}.')
-    return values
-
-
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> str:
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}.")
     return value
-
-
-def _check_members(members: Sequence[_Member]) -> None:
-    if len(members) < 2:
-        raise ValueError(f'A cascade has at least two members, got {len(members)}.')
-    known = [m for m in members if m.label_names]
-    for other in known[1:]:
-        if other.label_names != known[0].label_names:
-            pairs = enumerate(zip(known[0].label_names or (), other.label_names or ()))
-            first = next((f'class {i} is {a!r} and {b!r}' for i, (a, b) in pairs if a != b), 'their numbers differ')
-            raise ValueError(
-                f'The members {known[0].label} and {other.label} were trained on other classes, or in another order: '
-                f'{first}.')
 
 
 class CLCNet(DynamicNet):
@@ -254,7 +108,7 @@ class CLCNet(DynamicNet):
             device: torch.device | str | None = None,
             dtype: torch.dtype | None = None,
     ) -> None:
-        members = _resolve_members(models, member_args, views)
+        members = resolve_members(models, member_args, views)
         _check_choice('confidence', confidence, CONFIDENCES)
         _check_choice('final_rule', final_rule, FINAL_RULES)
         _check_pool(global_pool)
@@ -269,7 +123,7 @@ class CLCNet(DynamicNet):
 
         kwargs: dict[str, Any] = {k: v for k, v in dict(
             drop_rate=drop_rate, drop_path_rate=drop_path_rate, device=device, dtype=dtype).items() if v}
-        self.member_of_step = _number_networks(members, self.view_sizes, networks)
+        self.member_of_step = number_networks(members, self.view_sizes, networks)
         nets = []
         for i in range(max(self.member_of_step) + 1):
             member, size = next(pair for pair, k in zip(zip(members, self.view_sizes), self.member_of_step) if k == i)
@@ -292,7 +146,7 @@ class CLCNet(DynamicNet):
 
     def recorded_args(self) -> dict[str, Any]:
         return {
-            **super().recorded_args(), **_record(self.specs), 'networks': list(self.member_of_step),
+            **super().recorded_args(), **record_members(self.specs), 'networks': list(self.member_of_step),
             'confidence': self.confidence_kind, 'final_rule': self.final_rule}
 
     @property
@@ -603,56 +457,6 @@ class CLCNet(DynamicNet):
         return out
 
 
-def _resolve_members(models: Any, member_args: Any, views: Any) -> list[_Member]:
-    if isinstance(models, (str, nn.Module)):
-        raise ValueError(f'Expected a list of members, got {models!r}.')
-    models = list(models)
-    args, views = (_per_member(n, v, len(models)) for n, v in (('member_args', member_args), ('views', views)))
-    members = [_resolve(*values) for values in zip(models, args, views)]
-    _check_members(members)
-    return members
-
-
-def _number_networks(
-        members: Sequence[_Member],
-        sizes: Sequence[int],
-        given: Sequence[int] | None,
-) -> tuple[int, ...]:
-    """Number of each member's network, see `CLCNet`."""
-    alike = [(member.model if member.source else id(member.model),
-              json.dumps(member.args, sort_keys=True, default=repr), member.fixed_size and size)
-             for member, size in zip(members, sizes)]
-    keys: list[Any] = [(member.source, *key) for member, key in zip(members, alike)]
-    if given is not None:
-        keys = _per_member('networks', given, len(members))
-        numbers = list(dict.fromkeys(keys))
-        if numbers != list(range(len(numbers))):
-            raise ValueError(f'networks: expected numbers from 0 in the order in which they appear, got {keys}.')
-        for number in numbers:
-            named = {key for key, k in zip(alike, keys) if k == number}
-            if len(named) > 1:
-                labels = ', '.join(member.label for member, k in zip(members, keys) if k == number)
-                raise ValueError(f'networks: {labels} cannot be one network: they are made otherwise.')
-        modules = {(id(member.model), k) for member, k in zip(members, keys) if not member.source}
-        if len(modules) > len({module for module, _ in modules}):
-            raise ValueError('networks: a module that is given twice is one network.')
-    order = list(dict.fromkeys(keys))
-    return tuple(order.index(key) for key in keys)
-
-
-def _record(members: Sequence[_Member]) -> dict[str, Any]:
-    """Arguments that make the same members anywhere: a folder they came from is no part of what they are."""
-    models, args = [], []
-    for member in members:
-        cfg = getattr(member.model, 'pretrained_cfg', {})
-        known = isinstance(member.model, nn.Module) and cfg.get('architecture')
-        models.append(cfg['architecture'] if known else member.model)
-        args.append({k: v for k, v in getattr(member.model, '_model_args', {}).items()
-                     if k not in ('num_classes', 'in_chans')} if known else member.args)
-    views = [{k: list(v) if isinstance(v, tuple) else v for k, v in m.view.items()} for m in members]
-    return dict(models=models, member_args=args, views=views)
-
-
 def _renormalisation(old: Mapping[str, Any], new: Mapping[str, Any], in_chans: int) -> tuple[Any, Any]:
     """Scale and shift per channel that turn images normalised in one way into such normalised in the other."""
     old_mean, old_std, new_mean, new_std = (
@@ -737,7 +541,7 @@ def _split_parts(state_dict: Mapping[str, Any], model: Any) -> tuple[dict[Any, A
     return out, list(given)
 
 
-def _map_member(state_dict: Any, spec: _Member, net: Any) -> dict[str, torch.Tensor]:
+def _map_member(state_dict: Any, spec: Member, net: Any) -> dict[str, torch.Tensor]:
     """Weights of a member from a file; our own families know foreign keys."""
     filter_fn = checkpoint_filter_of(spec.model) if isinstance(spec.model, str) else None
     return dict(filter_fn(state_dict, net) if filter_fn else state_dict)
@@ -845,7 +649,7 @@ def _create_clcnet(variant: str, pretrained: bool = False, **kwargs: Any) -> CLC
 def clcnet(pretrained: bool = False, **kwargs: Any) -> CLCNet:
     """Cascade of the timm models `models`, MobileNetV3-Small and ResNet-50 if none are named."""
     if 'num_classes' not in kwargs and kwargs.get('models'):
-        members = _resolve_members(kwargs['models'], kwargs.get('member_args'), kwargs.get('views'))
+        members = resolve_members(kwargs['models'], kwargs.get('member_args'), kwargs.get('views'))
         classes = {m.label: m.num_classes for m in members}
         if len(set(classes.values())) > 1:
             raise ValueError(

@@ -13,7 +13,7 @@ from ..data import ConfidenceFeatures, FoldMap
 from ..exits import ExitTable
 from ..exits.collect import interleave, rank_of
 from ..exits.confidence import auroc, cascade_table, cross_area, curve_area
-from ..layers import ConfidenceNet
+from ..models import ConfidenceNet
 from ..models.clcnet import CONFIDENCES, FINAL_RULES, CLCNet
 from ..task import score_folds
 
