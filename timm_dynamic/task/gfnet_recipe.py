@@ -12,7 +12,8 @@ from timm.models import is_model
 from timm.task import ClassificationTask, TrainingTask
 
 from ..models.builder import checkpoint_filter_of, load_checkpoint
-from ..models.gfnet import GFNet, create_encoder
+from ..models.gfnet import GFNet
+from ..models.networks import create_encoder
 from ..utils import CheckpointError, load_weights, read_state_dict
 from .gfnet import OWN_FIRST_HEADS, EndToEndTask, GlanceFocusTask, PatchPolicyTask
 from .stage import Recipe, Stage, StageContext
