@@ -95,6 +95,28 @@ def test_exit_by_hand():
     torch.testing.assert_close(result.logits[:, 0], torch.tensor([3., 3., 0., 1.]))
 
 
+@torch.no_grad()
+def test_steps_of_many_models_are_compiled():
+    graphs = []
+
+    def count(graph, example_inputs):
+        graphs.append(graph)
+        return graph
+
+    torch._dynamo.reset()
+    x = torch.randn(2, 4, 1, 1)
+    for _ in range(15):
+        model = Refiner().eval()
+        state = model.init_state(x)
+        expected = list(model.forward_steps(x))
+        model.compile_steps(backend=count)
+        for t in range(3):
+            logits, _, state = model.run_step(t, state)
+            torch.testing.assert_close(logits, expected[t])
+    assert len(graphs) == 15 * 3
+    torch._dynamo.reset()
+
+
 @pytest.mark.parametrize('batch', [0, 1, 7])
 @pytest.mark.parametrize('thresholds', [[0., 0., 0.], [2., 2., 2.], [0.42, 0.45, torch.nan]])
 def test_exit_is_simulated_exit(model, batch, thresholds):

@@ -174,23 +174,23 @@ class DynamicNet(nn.Module):
         return self._compiled_steps is not None
 
     def compile_steps(self, cuda_graphs: bool = False, backend: str = 'inductor', **kwargs: Any) -> None:
-        """Compile every step by itself, its confidence included, for batches of constant shape.
+        """Compile each step with its confidence, for batches of constant shape.
 
-        `ExitStream` runs the compiled steps, and pads its last batches, so that each step is compiled once for a batch
-        size and image size. `early_exit` and `forward`, whose batches shrink, stay as they are. Compilation is when a
-        step is first run. Kernels that are fused round otherwise: expect logits that are close, not equal. A copy of
-        the model, or one that was saved whole, is not compiled.
+        `ExitStream` runs the compiled steps and pads its last batches, so that each step is compiled once per batch
+        size and image size. `early_exit` and `forward` are not compiled, because their batches shrink. A step is
+        compiled when it is first run. Fused kernels round differently: logits are close, not equal. Copies and pickles
+        of the model are not compiled.
 
         Args:
             cuda_graphs: Record the kernels of a step as a CUDA graph (mode 'reduce-overhead').
-            backend: Of torch.compile. 'eager' and 'aot_eager' help to find out what fails.
+            backend: Backend of torch.compile. 'eager' and 'aot_eager' help to find the cause of errors.
             **kwargs: For torch.compile, e.g. `mode` or `options`.
         """
         if cuda_graphs:
             kwargs = {'mode': 'reduce-overhead', **kwargs}
-        self._compiled_steps = [
-            _compile_step(t, cuda_graphs, dict(backend=backend, dynamic=False, **kwargs))
-            for t in range(self.num_steps)]
+        # Without isolation, variants of all steps and models count against one limit, beyond which torch runs eagerly.
+        kwargs = {'backend': backend, 'dynamic': False, 'isolate_recompiles': True, **kwargs}
+        self._compiled_steps = [_compile_step(t, cuda_graphs, kwargs) for t in range(self.num_steps)]
 
     def fuse_conv_bn(self) -> int:
         """Fold batch normalisation into convolutions, in place, for faster inference: see `layers.fuse_conv_bn`.
@@ -421,12 +421,10 @@ def _compile_step(t: int, cuda_graphs: bool, kwargs: dict[str, Any]) -> Callable
     def run(model: DynamicNet, state: State) -> tuple[torch.Tensor, torch.Tensor, State]:
         return _run_step(model, t, state)
 
-    # torch.compile counts by code object, and after eight shapes runs a function as it is: so each step has its own.
-    run.__code__ = run.__code__.replace(co_name=f'step_{t}')
     compiled = torch.compile(run, **kwargs)
 
     def begin_and_run(model: DynamicNet, state: State) -> tuple[torch.Tensor, torch.Tensor, State]:
-        torch.compiler.cudagraph_mark_step_begin()  # what the step before gave has been copied: it may be overwritten
+        torch.compiler.cudagraph_mark_step_begin()  # outputs of the step before were copied: overwrite them
         return compiled(model, state)
 
     return begin_and_run if cuda_graphs else compiled
