@@ -65,7 +65,7 @@ def test_forward_is_the_last_step_and_the_mean_in_training(model):
     torch.testing.assert_close(model(x), torch.stack(steps).mean(dim=0))
     model(x).sum().backward()
     assert all(p.grad is not None for p in model.parameters())
-    with pytest.raises(TypeError, match='all_steps=True takes further arguments, got actions'):
+    with pytest.raises(TypeError, match='Further arguments need all_steps=True, got actions'):
         model(x, actions=None)
 
 
@@ -386,3 +386,12 @@ def test_the_rule_in_use_can_be_set_on_another_model(model):
     two.num_steps = 2
     with pytest.raises(ValueError, match='Expected a policy for 2 steps, got one for 3'):
         two.set_exit(model.exit_policy)
+
+
+def test_public_names():
+    from timm_dynamic.models import AnchorNet, AnchorNetPatch, CLCNet, ConfidenceNet, ExitResult, GFNet
+    from timm_dynamic.models import DynamicNet as Base
+    assert all(issubclass(family, Base) for family in (AnchorNetPatch, CLCNet, GFNet))
+    assert not any(issubclass(net, Base) for net in (AnchorNet, ConfidenceNet))
+    assert Base is DynamicNet
+    assert ExitResult._fields == ('logits', 'steps_used', 'confidence')
