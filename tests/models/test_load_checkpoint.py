@@ -321,10 +321,24 @@ class TestExits:
         load_checkpoint(model, folder)
         assert model.exit_cfg == {}
 
-    def test_a_config_that_cannot_be_read(self, folder):
-        (folder / 'config.json').write_text('[')
-        with pytest.raises(CheckpointError, match=r'config.json'):
-            load_checkpoint(FAMILIES['gfnet'](), folder)
+    @pytest.mark.parametrize(('text', 'message'), [
+        ('[', r'config.json'),
+        ('{"architecture": "test_gfnet", "model_args": {"exit_cfg": [1]}}', r'config.json. must be a dict, got list'),
+    ])
+    def test_a_damaged_config(self, folder, text, message):
+        (folder / 'config.json').write_text(text)
+        model = FAMILIES['gfnet']()
+        before = weights(model)
+        with pytest.raises(CheckpointError, match=message):
+            load_checkpoint(model, folder)
+        assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+    def test_damaged_results_of_the_authors(self):
+        model = FAMILIES['gfnet']()
+        before = weights(model)
+        with pytest.raises(CheckpointError, match=r'The results in The backup are damaged \(TypeError'):
+            load_checkpoint(model, authors_checkpoint(model, 'test_resnet', steps=3, flops=7), label='The backup')
+        assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
     def test_create_model_takes_the_callers(self, folder):
         create = partial(timm.create_model, pretrained=True)

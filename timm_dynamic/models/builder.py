@@ -99,13 +99,6 @@ def checkpoint_filter_of(model_name: str) -> FilterFn | None:
     return Family.of(model_name).checkpoint_filter_fn
 
 
-class _Checkpoint(NamedTuple):
-    """What was read from a source."""
-    content: Any
-    label: str
-    folder: Path | None  # with the config.json that is about these weights
-
-
 def load_checkpoint(
         model: nn.Module,
         source: Source,
@@ -120,8 +113,8 @@ def load_checkpoint(
 ) -> dict[str, dict[str, torch.Tensor]]:
     """Load weights from outside into a model, all of them or none.
 
-    Exits are fitted to weights. So those of a dynamic model are replaced by what the source says about exits, or
-    dropped if it says nothing.
+    Exits are fitted to weights. So the exits of a dynamic model are replaced by those of the source, or dropped if it
+    has none.
 
     Args:
         model: A model made by timm's builder, of this package or of timm.
@@ -142,33 +135,38 @@ def load_checkpoint(
     Raises:
         CheckpointError: The source cannot be read or does not fit, or weights of a member are not available.
     """
-    family = Family.of(getattr(model, 'pretrained_cfg', {}).get('architecture') or '')
-    checkpoint = _read_source(source, family, use_ema)
-    if label:
-        checkpoint = checkpoint._replace(label=label)
-    absent = family.find_absent_members(checkpoint.content, model) if family.find_absent_members else []
+    architecture = getattr(model, 'pretrained_cfg', {}).get('architecture') or ''
+    family = Family.of(architecture)
+    # Everything is read before the model is changed.
+    content, name, folder = _read_source(source, family, use_ema)
+    label = label or name
+    exits = _read_exits(content, folder, family, architecture, label)
+    state = family.training_state_from_checkpoint(content) if family.training_state_from_checkpoint else {}
+    state = state or (read_task_state(folder) if folder else {})
+    absent = family.find_absent_members(content, model) if family.find_absent_members else []
     load_weights(
-        model, checkpoint.content, family.checkpoint_filter_fn, adapt=adapt, reset_head=reset_head,
-        optional=[*optional, *(f'members.{index}' for index in absent)], label=checkpoint.label)
+        model, content, family.checkpoint_filter_fn, adapt=adapt, reset_head=reset_head,
+        optional=[*optional, *(f'members.{index}' for index in absent)], label=label)
     if family.fetch_members:
         family.fetch_members(model, absent, cache_dir)
     if take_exits and isinstance(model, DynamicNet):
-        _take_exits(model, family, checkpoint)
-    state = family.training_state_from_checkpoint(checkpoint.content) if family.training_state_from_checkpoint else {}
-    return state or (read_task_state(checkpoint.folder) if checkpoint.folder else {})
+        if not exits.exit_cfg:
+            model.drop_exits(f'{label} has none.')
+        model.load_exit_cfg(exits.exit_cfg)
+        _check_exits_match(model, exits.model_args)
+    return state
 
 
-def _read_source(source: Source, family: Family, use_ema: bool) -> _Checkpoint:
+def _read_source(source: Source, family: Family, use_ema: bool) -> tuple[Any, str, Path | None]:
+    """Content of a source, its name in messages, and the folder with the config.json that is about these weights."""
     def read(path: str | Path) -> Any:
         return family.read_checkpoint_fn(Path(str(path).removeprefix('local-dir:')), use_ema)
 
     if not isinstance(source, Mapping):
-        path = Path(str(source).removeprefix('local-dir:'))
-        return _Checkpoint(read(path), f"'{source}'", _exported_folder(path))
+        return read(source), f"'{source}'", _exported_folder(Path(str(source).removeprefix('local-dir:')))
     if source and all(isinstance(value, (str, Path)) for value in source.values()):
-        return _Checkpoint(
-            {part: read(path) for part, path in source.items()}, ', '.join(f"'{v}'" for v in source.values()), None)
-    return _Checkpoint(source, 'The state dict', None)
+        return {part: read(path) for part, path in source.items()}, ', '.join(f"'{v}'" for v in source.values()), None
+    return source, 'The state dict', None
 
 
 def _exported_folder(path: Path) -> Path | None:
@@ -182,26 +180,32 @@ def _exported_folder(path: Path) -> Path | None:
         return None
 
 
-def _take_exits(model: Any, family: Family, checkpoint: _Checkpoint) -> None:
-    exit_cfg = family.exit_cfg_from_checkpoint(checkpoint.content) if family.exit_cfg_from_checkpoint else {}
-    exported: dict[str, Any] = {}
-    if not exit_cfg and checkpoint.folder is not None:
-        exported = _read_exported_args(checkpoint.folder, model.pretrained_cfg['architecture'])
-        exit_cfg = exported.get('exit_cfg') or {}
-    if not exit_cfg:
-        model.drop_exits(f'{checkpoint.label} has none.')
-    model.load_exit_cfg(exit_cfg)
-    _check_exits_match(model, exported)
+class _Exits(NamedTuple):
+    """What a source says about exits."""
+    exit_cfg: dict[str, Any]
+    model_args: dict[str, Any]  # constructor arguments of the model that they are for
 
 
-def _read_exported_args(folder: Path, architecture: str) -> dict[str, Any]:
-    """Constructor arguments in config.json; empty if it is about another model."""
+def _read_exits(content: Any, folder: Path | None, family: Family, architecture: str, label: str) -> _Exits:
+    if family.exit_cfg_from_checkpoint:
+        try:
+            exit_cfg = family.exit_cfg_from_checkpoint(content)
+        except (TypeError, ValueError, LookupError, AttributeError) as e:  # a file may hold anything
+            raise CheckpointError(f'The results in {label} are damaged ({type(e).__name__}: {e}).') from e
+        if exit_cfg:
+            return _Exits(exit_cfg, {})
+    if folder is None:
+        return _Exits({}, {})
     try:
         config = read_json(folder / CONFIG)
     except (OSError, ValueError) as e:
         raise CheckpointError(str(e)) from e
     args = config.get('model_args') if config.get('architecture') == architecture else None
-    return args if isinstance(args, dict) else {}
+    args = args if isinstance(args, dict) else {}
+    exit_cfg = args.get('exit_cfg') or {}
+    if not isinstance(exit_cfg, dict):
+        raise CheckpointError(f"exit_cfg in '{folder / CONFIG}' must be a dict, got {type(exit_cfg).__name__}.")
+    return _Exits(exit_cfg, args)
 
 
 def _check_exits_match(model: DynamicNet, exported: Mapping[str, Any]) -> None:
