@@ -7,7 +7,7 @@
 """
 import sys
 
-from timm_dynamic.training import validate_main
+from timm_dynamic.evaluation import validate_main
 
 if __name__ == '__main__':
     sys.exit(validate_main())

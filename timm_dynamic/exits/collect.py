@@ -30,10 +30,9 @@ def predict_steps(model: Any, x: Any) -> dict[str, torch.Tensor]:
     Returns:
         'logits' [T, B, num_classes] and 'confidence' [T, B].
     """
-    if not hasattr(model, 'num_steps'):
+    if not hasattr(model, 'init_state'):
         logits = model(x)
-        logits = logits[0] if isinstance(logits, (tuple, list)) else logits
-        return {'logits': logits[None], 'confidence': logits.float().softmax(dim=-1).amax(dim=-1)[None]}
+        return with_confidence((logits[0] if isinstance(logits, (tuple, list)) else logits)[None])
     state = model.init_state(x)
     logits, confidence = [], []
     for t in range(model.num_steps):
@@ -41,6 +40,11 @@ def predict_steps(model: Any, x: Any) -> dict[str, torch.Tensor]:
         logits.append(step_logits)
         confidence.append(model.confidence(step_logits, state))
     return {'logits': torch.stack(logits), 'confidence': torch.stack(confidence)}
+
+
+def with_confidence(logits: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Outputs of steps that are known by their logits [T, B, num_classes]: their confidence is the top probability."""
+    return {'logits': logits, 'confidence': logits.float().softmax(dim=-1).amax(dim=-1)}
 
 
 @torch.no_grad()

@@ -31,10 +31,10 @@ from ..data import (
     create_train_loader,
     worker_context,
 )
-from ..models.builder import check_model_name, checkpoint_filter_of
+from ..models.builder import check_model_name, load_checkpoint
 from ..models.dynamic_net import DynamicNet
-from ..task.recipe import mixes
-from ..utils import load_weights, seeded
+from ..task.classification import mixes
+from ..utils import seeded
 
 _logger = logging.getLogger(__name__)
 
@@ -95,11 +95,10 @@ def build_training_model(args: argparse.Namespace) -> Any:
             bn_momentum=args.bn_momentum,
             bn_eps=args.bn_eps,
         )
-    filter_fn = checkpoint_filter_of(model.pretrained_cfg['architecture'])
     if args.pretrained_path:
-        load_weights(model, args.pretrained_path, filter_fn, adapt=True, reset_head=True)
+        load_checkpoint(model, args.pretrained_path, adapt=True, reset_head=True)
     if args.initial_checkpoint:
-        load_weights(model, args.initial_checkpoint, filter_fn)
+        load_checkpoint(model, args.initial_checkpoint)
     if args.head_init_scale is not None or args.head_init_bias is not None:
         heads = model.get_classifier()
         with torch.no_grad():
@@ -284,6 +283,7 @@ def build_eval_loader(
         batch_size: int | None = None,
         views: Sequence[Mapping[str, Any]] | None = None,
         indices: Sequence[int] | None = None,
+        random_samples: int | None = None,
         **kwargs: Any,
 ) -> Any:
     """Create a loader to evaluate with (both scripts).
@@ -299,11 +299,17 @@ def build_eval_loader(
         batch_size: Per process (default: the options').
         views: For each member of a cascade how it wants its images, see `eval_views`: they come as tuples.
         indices: Give these images only, in this order.
+        random_samples: Give so many random images only; of iterable datasets `samples` images are given.
         **kwargs: Further arguments of timm's `create_loader`.
     """
     dataset = _open_dataset(args, split, data_config, False, samples)
     check_classes(dataset, num_classes, f"'{split}'")
     workers, whole = args.workers, dataset
+    if random_samples is not None and not isinstance(dataset, torch.utils.data.IterableDataset):
+        if random_samples < world_size:
+            raise ValueError(f'{random_samples} images cannot be shared by {world_size} processes: use more.')
+        order = torch.randperm(len(whole), generator=torch.Generator().manual_seed(args.seed))
+        indices = order[:random_samples].sort().values.tolist()
     if indices is not None:
         dataset = torch.utils.data.Subset(dataset, indices)
     if world_size > 1 and isinstance(dataset, torch.utils.data.IterableDataset):
@@ -336,7 +342,7 @@ def build_eval_loader(
         loader = MultiViewLoader(loader, views, device, model_dtype(args) or torch.float32)
     elif indices is not None:
         whole.transform = dataset.transform
-    loader.class_to_idx = class_to_idx(whole)
+    loader.class_to_idx, loader.views = class_to_idx(whole), views
     return loader
 
 

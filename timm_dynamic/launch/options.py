@@ -1,18 +1,13 @@
 """Command line options of train.py: timm's, by name, meaning and default, and ours.
-
-An option's value comes from, in rising order: timm's default, the recipe's default, the YAML file of --config, the
-command line.
 """
 import argparse
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any, NoReturn
 
-import yaml
 from timm.utils import ParseKwargs
 
 from ..models.clcnet import CONFIDENCES, FINAL_RULES
-from ..task import NUM_FOLDS
+from ..task.clcnet import NUM_FOLDS
 from ..utils import did_you_mean
 
 _INTERPOLATIONS = ['nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos']
@@ -431,62 +426,3 @@ def create_validate_parser() -> argparse.ArgumentParser:
     _device_options(g)
     p.refuse(REFUSED_VALIDATE)
     return p
-
-
-def given_options(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> dict[str, Any]:
-    """Parse `argv` and return only the options that were really given."""
-    args = parser.parse_args(argv)
-    marker = object()
-    blank = argparse.Namespace(**{a.dest: marker for a in parser._actions if a.dest != argparse.SUPPRESS})
-    given = parser.parse_args(argv, namespace=blank)
-    return {k: getattr(args, k) for k, v in vars(given).items() if v is not marker and k in vars(args)}
-
-
-def read_config(parser: argparse.ArgumentParser, path: str) -> dict[str, Any]:
-    """Read a YAML file of options, e.g. the args.yaml of a run.
-
-    Raises:
-        SystemExit: The file is missing, no mapping, or names an option that does not exist, as `parser.error` does.
-    """
-    try:
-        values = yaml.safe_load(Path(path).read_text(encoding='utf-8')) or {}
-    except (OSError, yaml.YAMLError) as e:
-        parser.error(f"--config: cannot read '{path}': {e}")
-    if not isinstance(values, dict):
-        parser.error(f"--config: '{path}' must map options to values, found {type(values).__name__}.")
-    values = {str(k).replace('-', '_'): v for k, v in values.items()}
-    known = {a.dest for a in parser._actions}
-    aliases = {s.lstrip('-').replace('-', '_'): a.dest for a in parser._actions for s in a.option_strings}
-    refused = {name.lstrip('-').replace('-', '_') for name in REFUSED_TRAIN}
-    # timm's args.yaml holds every option, so a refused one at its default (off) is no request.
-    off = {k for k in refused if k.startswith('naflex') and not values.get('naflex_loader')}
-    off |= {k for k in refused if values.get(k) in (None, False, '', [], ())}
-    values = {aliases.get(k, k): v for k, v in values.items() if k not in off}
-    for key in values:
-        if key in refused:
-            parser.error(f"--config: {key}: {REFUSED_TRAIN['--' + key.replace('_', '-')]}")
-        if key not in known:
-            parser.error(f"--config: '{path}' sets '{key}', which is not an option.{did_you_mean(key, known)}")
-    return {k: typed_value(parser, k, v) for k, v in values.items()}
-
-
-def typed_value(parser: argparse.ArgumentParser, name: str, value: Any) -> Any:
-    """Give a value that was read as YAML the type of its option (1e-3 is text to YAML, one tag no list).
-
-    Raises:
-        SystemExit: It is no value for this option, as `parser.error` does.
-    """
-    action = next(a for a in parser._actions if a.dest == name)
-    if value is None:
-        return None
-    many = isinstance(value, list) or action.nargs in ('+', 3)
-    values = value if isinstance(value, list) else [value]
-    for v in values:
-        if action.choices is not None and v not in action.choices:
-            parser.error(f"{name}: '{v}' is none of {', '.join(map(repr, action.choices))}.")
-    if action.type in (int, float):
-        try:
-            values = [action.type(str(v)) for v in values]
-        except ValueError:
-            parser.error(f"{name}: expected {action.type.__name__}, got '{value}'.")
-    return values if many else values[0]

@@ -1,4 +1,5 @@
 """What the tasks of this package have in common."""
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -6,8 +7,30 @@ from timm.task import TrainingTask
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ..exits.collect import predict_steps
 
-class OneModuleTask(TrainingTask):
+
+class TaskHooks:
+    """What the trainer asks of a task beside timm's `TrainingTask`."""
+
+    def predict(self, model: nn.Module, x: Any) -> dict[str, torch.Tensor]:
+        """Outputs to validate by: 'logits' [T, B, num_classes] and 'confidence' [T, B], see `predict_steps`."""
+        return predict_steps(model, x)
+
+    def num_predictions(self, model: nn.Module) -> int:
+        """Number of steps T that `predict` gives."""
+        return getattr(model, 'num_steps', 1)
+
+    def further_losses(self) -> Iterator[torch.Tensor]:
+        """Losses of further updates on the batch just learned from, each computed after the update before it."""
+        return iter(())
+
+    def diagnose(self) -> dict[str, torch.Tensor]:
+        """Scalars to log after the last update on a batch."""
+        return {}
+
+
+class OneModuleTask(TaskHooks, TrainingTask):
     """A task with one module that learns: only that is wrapped.
 
     Attributes:

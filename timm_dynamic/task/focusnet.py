@@ -1,4 +1,5 @@
 """FocusNet training: a net learns to tell the right class from those that a frozen baseline confuses it with."""
+import argparse
 import logging
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ import timm
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import get_model_input_config, is_model, list_models
+from timm.task import TrainingTask
 from timm.utils import unwrap_model
 from torch import nn
 
@@ -14,6 +16,8 @@ from ..loss import FocusPickingLoss
 from ..models.builder import checkpoint_filter_of
 from ..utils import did_you_mean, hash_weights, load_weights
 from .base import OneModuleTask
+from .classification import LOSS_OPTIONS, create_classification_task
+from .stage import Recipe, Stage, StageContext
 
 _logger = logging.getLogger(__name__)
 
@@ -179,3 +183,55 @@ class FocusPickingTask(OneModuleTask):
         output = self.trainable_module(input)
         terms = self.criterion.terms(output, target, self.baseline_logits(input))
         return {'loss': self.criterion.total(terms), 'output': output, **terms._asdict()}
+
+
+# The recipe
+
+def create_focus_task(model: nn.Module, args: argparse.Namespace, context: StageContext) -> TrainingTask:
+    """FocusNet training beside `--focus-baseline`, or beside the net of the stage 'baseline'."""
+    baseline = args.focus_baseline
+    if baseline == 'scratch':
+        baseline = str(context.stage_weights['baseline'])
+    criterion = FocusPickingLoss(
+        smoothing=args.smoothing, temperature=args.focus_temperature,
+        attention_weight=args.focus_attention_weight, negentropy_weight=args.focus_negentropy_weight)
+    return FocusPickingTask(
+        model, baseline, criterion, mean=context.data_config.get('mean'), std=context.data_config.get('std'),
+        device=context.device, dtype=context.dtype, verbose=context.verbose)
+
+
+# The paper's: 90 epochs, batch 256, SGD without Nesterov and with weight decay on everything, only crops and flips.
+_FOCUS_PAPER = dict(
+    epochs=90, global_batch_size=256, opt='momentum', momentum=0.9, lr_base=0.1, lr_base_size=256, weight_decay=1e-4,
+    opt_kwargs={'filter_bias_and_bn': False}, sched='step', decay_epochs=30, decay_rate=0.1, warmup_epochs=0,
+    color_jitter=0., train_interpolation='bilinear',
+)
+# For minutes on a CPU with the embedded demo set. Digits must not be flipped, nor cropped away.
+_FOCUS_DEMO = dict(
+    epochs=5, global_batch_size=64, opt='adamw', lr=3e-3, weight_decay=0.05, sched='cosine', warmup_epochs=1,
+    warmup_lr=1e-3, color_jitter=0., train_interpolation='bilinear', hflip=0., scale=[0.75, 1.0], ratio=[0.9, 1.1],
+    demo_digit_scale=[24, 44], demo_clutter=0.5, workers=2, channels_last=True,
+)
+
+
+def create_focusnet_recipe(args: argparse.Namespace, demo: bool, model: Any) -> Recipe:
+    """A focus net; before it the baseline and a plain net, if they are asked for."""
+    if args.focus_baseline is None:
+        raise ValueError(
+            'The recipe focusnet needs a baseline: --focus-baseline MODEL (e.g. resnet18.tv_in1k), or '
+            '--focus-baseline scratch to train one first.')
+    defaults = _FOCUS_DEMO if demo else _FOCUS_PAPER
+    scratch = args.focus_baseline == 'scratch'
+    stages = []
+    if scratch:
+        stages.append(Stage(
+            'baseline', create_classification_task, defaults, label='baseline (frozen)', seed_offset=1))
+    if args.focus_plain:
+        stages.append(Stage('plain', create_classification_task, defaults, label='plain cross-entropy'))
+    for option in LOSS_OPTIONS:
+        if getattr(args, option) and not stages:
+            raise ValueError(
+                f"--{option.replace('_', '-')} has no effect: the focus net has a loss of its own. It is for "
+                '--focus-baseline scratch and --focus-plain.')
+    stages.append(Stage('focus', create_focus_task, defaults, label='focus net'))
+    return Recipe('focusnet', tuple(stages), {} if scratch else {'baseline (frozen)': args.focus_baseline})

@@ -9,7 +9,7 @@ Papers:
 T steps of which S = T - 1 see a patch; B images, C classes, F features.
 """
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from timm.layers import get_device_dtype
 from timm.utils import unwrap_model
 from torch import nn
 
+from ..exits.collect import with_confidence
 from ..loss.policy_gradient import (
     PolicyGradientTerms,
     compute_log_prob,
@@ -276,10 +277,11 @@ class GlanceFocusTask(_GlanceFocusTask):
         return self._classification_terms(
             self.trainable_module(input, **self._look(input)), target, self.aux_weight)
 
-    def forward_eval(self, model: GFNet, x: torch.Tensor) -> torch.Tensor:
-        """Logits of all steps [T, B, C] to validate by: in stage 1, too, there is no policy yet."""
-        actions = self._look(x)['actions'] if self.positions == 'random' else None
-        return model.forward_all(x, actions)['logits']
+    def predict(self, model: nn.Module, x: Any) -> dict[str, torch.Tensor]:
+        """See `TaskHooks.predict`. Stage 1 has no policy yet: patches are where they are in training."""
+        if self.positions != 'random':
+            return super().predict(model, x)
+        return with_confidence(model.forward_all(x, **self._look(x))['logits'])  # type: ignore[operator]
 
 
 class EndToEndTask(_GlanceFocusTask):
@@ -391,9 +393,10 @@ class PatchPolicyTask(_GlanceFocusTask):
             **_step_accuracy(out['logits'], target),
         }
 
-    def replay(self) -> torch.Tensor:
-        """Loss of a further update on the last batch, a scalar."""
-        return self._ask_again().loss
+    def further_losses(self) -> Iterator[torch.Tensor]:
+        """See `TaskHooks.further_losses`."""
+        for _ in range(self.num_updates - 1):
+            yield self._ask_again().loss
 
     @torch.no_grad()
     def diagnose(self) -> dict[str, torch.Tensor]:

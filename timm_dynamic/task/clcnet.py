@@ -1,0 +1,525 @@
+"""The recipe of CLCNet cascades: members, what they say of held-out images, the confidence net.
+
+Paper: `CLCNet: Rethinking of Ensemble Modeling with Classification Confidence Network` - Yao et al., 2022,
+https://arxiv.org/abs/2205.09612
+"""
+import argparse
+import hashlib
+import json
+import logging
+import shutil
+import signal
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import broadcast_object_list
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from ..data import ConfidenceFeatures, FoldMap, fold_names
+from ..data.image_names import image_names
+from ..exits import ExitTable
+from ..exits.collect import Outputs, run_loader
+from ..exits.confidence import auroc, cascade_table, cross_area, curve_area
+from ..models.builder import load_checkpoint
+from ..models.clcnet import FINAL_RULES, CLCNet, fetch_members
+from ..utils import (
+    atomic_write,
+    copy_pretrained,
+    hash_weights,
+    read_json,
+    save_pretrained,
+    seeded,
+    write_json,
+)
+from ..utils.report import format_table, write_rows
+from ..utils.signals import Stopped
+from .confidence_net import fit_confidence_net, fit_folds, make_folds, match_scores, score_folds
+from .stage import Recipe, Stage, StageContext
+from .static import DEMO_COMMON, STATIC_PAPER, create_static_task
+
+_logger = logging.getLogger(__name__)
+
+CALIBRATION = 'calibration.safetensors'
+FOLDS_FILE = 'folds.csv'
+NUM_FOLDS = 5  # the paper's
+_DEMO_EPOCHS = 12, 8  # of the first member, and of the dearer ones
+_BATCHES_PER_PART = 50  # what a killed run loses, at most
+# The paper's, for the confidence net; its batches have 256 rows.
+_CONFIDENCE: dict[str, Any] = dict(epochs=200, lr=0.02, clip_grad=1., patience_epochs=50)
+
+Choice = tuple[str, str]  # a confidence and a final rule
+
+
+# The recipe
+
+def create_clcnet_recipe(args: argparse.Namespace, demo: bool, model: Any) -> Recipe:
+    """Members that are trained from scratch; then features, then the confidence net."""
+    _check(args, model)
+    stages = []
+    for index, source in enumerate(member_sources(args, demo, model)):
+        if source == 'scratch':
+            stages.append(_member_stage(index, demo, model))
+    collect: dict[str, Any] = {
+        k: v for k, v in DEMO_COMMON.items() if k.startswith('demo_') or k in ('global_batch_size', 'workers')
+    } if demo else {}
+    if not args.features:
+        stages.append(Stage('features', None, collect, run=collect_features, shown=False))
+    stages.append(Stage('confidence', None, {**collect, **_CONFIDENCE}, run=train_confidence, label=args.model))
+    return Recipe('clcnet', tuple(stages))
+
+
+def _check(args: argparse.Namespace, model: Any) -> None:
+    if not isinstance(model, CLCNet):
+        raise ValueError(f"The recipe 'clcnet' is for cascades, e.g. --model clcnet; got '{args.model}'.")
+    if args.folds is not None and (args.folds < 0 or args.folds == 1):
+        raise ValueError(f'--folds: expected at least 2, or 0 for none, got {args.folds}.')
+    if args.fold_dir and args.folds is not None:
+        raise ValueError('--fold-dir says how many folds there are: leave out --folds.')
+    if model.confidence_kind == 'agreement' and not args.confidence:
+        raise ValueError(
+            "The cascade's confidence is 'agreement', which needs the answers of several members: give another one "
+            'with --confidence here, and choose it with validate.py.')
+    for path in args.features or ():
+        if not Path(path).is_file():
+            raise ValueError(f"--features: there is no file '{path}'.")
+    if args.fold_dir:
+        FoldMap.read(args.fold_dir)  # its errors come early
+    if args.confidence == 'all' and (args.features or args.folds == 0):
+        raise ValueError('--confidence all compares out of fold: it needs the features stage and folds.')
+
+
+def member_sources(args: argparse.Namespace, demo: bool, model: CLCNet) -> list[str]:
+    """Where each member's weights come from: 'scratch', 'pretrained', or a path.
+
+    Raises:
+        ValueError: There are not as many as members.
+    """
+    trained = args.pretrained or args.initial_checkpoint or ':' in args.model
+    default = 'scratch' if demo and not trained else 'pretrained'
+    given = list(args.init_members or [default])
+    count = len(model.members)
+    if len(given) == 1:
+        given *= count
+    if len(given) != count:
+        raise ValueError(f'--init-members: expected one source, or one for each of {count} members, got {len(given)}.')
+    return given
+
+
+def _member_name(index: int) -> str:
+    return f'member{index + 1}'
+
+
+def _member_stage(index: int, demo: bool, model: CLCNet) -> Stage:
+    """Train a member by itself."""
+    steps = [t for t, i in enumerate(model.member_of_step) if i == index]
+    spec, sizes = model.specs[steps[0]], [model.view_sizes[t] for t in steps]
+    defaults: dict[str, Any] = dict(DEMO_COMMON, epochs=_DEMO_EPOCHS[index > 0]) if demo else STATIC_PAPER
+    if not isinstance(spec.model, str):
+        raise ValueError(f'--init-members scratch: {spec.label} is a module and is not trained here.')
+    view: dict[str, Any] = dict(
+        img_size=max(sizes), input_size=None, crop_pct=spec.view['crop_pct'],
+        interpolation=spec.view['interpolation'], mean=list(spec.view['mean']), std=list(spec.view['std']),
+        demo_img_size=model.img_size)
+    if len(sizes) > 1:  # one network at several sizes sees all of them
+        view['train_img_sizes'] = sorted(sizes)
+    return Stage(
+        _member_name(index), create_static_task, defaults, model=spec.model, model_kwargs=spec.args, options=view,
+        label=f'{spec.model} at {max(sizes)}', seed_offset=index + 1)
+
+
+def build_cascade(args: argparse.Namespace, context: StageContext) -> CLCNet:
+    """Create a cascade with its members' weights; the confidence net has initial values.
+
+    Raises:
+        CheckpointError: A member's weights are not available, or do not fit.
+    """
+    whole = args.pretrained or ':' in args.model
+    with seeded(args.seed, 'model'):
+        model: CLCNet = context.build_model(pretrained=whole)
+    if args.initial_checkpoint:
+        load_checkpoint(model, args.initial_checkpoint)
+        whole = True
+    absent = []
+    for index, source in enumerate(member_sources(args, context.demo, model)):
+        spec: Any = model.specs[model.member_of_step.index(index)]
+        if source == 'pretrained':
+            if not whole and spec.num_classes != model.num_classes:
+                raise ValueError(
+                    f'The member {spec.label} has weights for {spec.num_classes} classes, the cascade is for '
+                    f'{model.num_classes}: name weights for these with --init-members, or train it first '
+                    '(--init-members scratch).')
+            absent += [] if whole else [index]
+            continue
+        path = context.stage_weights.get(_member_name(index)) if source == 'scratch' else Path(source)
+        if path is None or (source == 'scratch' and not path.exists()):
+            raise ValueError(
+                f"The weights of the cascade's member {index + 1} are not at '{path}': run the stage "
+                f"'{_member_name(index)}' first, or name weights with --init-members.")
+        load_checkpoint(model.members[index], path, label=f"'{path}' (of member {index + 1})")
+    fetch_members(model, absent, None)
+    return model
+
+
+# What the members say
+
+def collect_features(args: argparse.Namespace, context: StageContext) -> dict[str, Any]:
+    """Run the members once over a split, and keep what they say: see `ConfidenceFeatures`, a file for each member.
+
+    Parts are kept on the way. A run that was killed goes on with the images that are in none.
+
+    Raises:
+        ValueError: There is no split, or its images have no order.
+        Stopped: A signal came; what is done is kept.
+    """
+    accelerator, folder = context.accelerator, context.folder
+    split = args.feature_split or args.val_split
+    if not split:
+        raise ValueError('A confidence net is trained on images that its members were not: name some, --feature-split.')
+    model = build_cascade(args, context).eval().to(device=context.device, dtype=context.dtype)
+    first = context.open_loader(model, split, [0])
+    whole = first.dataset.dataset
+    if isinstance(whole, torch.utils.data.IterableDataset):
+        raise ValueError(f"Features need images that can be counted; '{split}' of this dataset can only be iterated.")
+    names = image_names(whole, split)
+    if args.fold_dir:
+        _given_folds(args.fold_dir, names)  # its errors come early
+    parts = _Parts(folder, [
+        hash_weights(model.members.state_dict()), split, names, first.views, str(context.dtype),
+        accelerator.mixed_precision])
+    done = parts.begin(accelerator)
+    left = [i for i in range(len(whole)) if i not in done]
+    if done and left:
+        _logger.info(f'Features of {len(done)} images are here already, {len(left)} are left.')
+    mine = left[accelerator.process_index::accelerator.num_processes]
+    if mine:
+        _run_members(model, context.open_loader(model, split, mine), mine, parts, context, f'features of {split}')
+    accelerator.wait_for_everyone()
+    result: dict[str, Any] = {'split': split, 'images': len(whole)}
+    if accelerator.is_main_process:
+        logits, target = parts.read()
+        for t in range(model.num_steps):
+            ConfidenceFeatures.from_logits(logits[:, t], target, names).save(folder / f'member{t + 1}.safetensors')
+            result[f'top1_member{t + 1}'] = round(100 * float((logits[:, t].argmax(1) == target).float().mean()), 4)
+        write_json(folder / 'index.json', {
+            'label_names': _label_names(first.class_to_idx, model.num_classes), 'split': split, 'images': len(whole),
+            'classes': model.num_classes,
+            'members': {f'member{t + 1}.safetensors': spec.label for t, spec in enumerate(model.specs)}})
+        parts.remove()
+        _logger.info(f'Features of {len(whole)} images of {split}: {folder}')
+    accelerator.wait_for_everyone()
+    return result
+
+
+def _label_names(class_to_idx: Mapping[str, int] | None, num_classes: int) -> list[str] | None:
+    if class_to_idx is None or len(class_to_idx) != num_classes:
+        return None
+    return sorted(class_to_idx, key=lambda name: class_to_idx[name])
+
+
+def _run_members(
+        model: CLCNet,
+        loader: Any,
+        indices: Sequence[int],
+        parts: '_Parts',
+        context: StageContext,
+        desc: str,
+) -> None:
+    waiting: list[tuple[torch.Tensor, torch.Tensor]] = []
+    begin = end = batches = 0
+
+    def on_batch(outputs: Outputs, target: torch.Tensor, x: Any) -> None:
+        nonlocal begin, end, batches
+        waiting.append((outputs['member_logits'].float().transpose(0, 1).cpu(), target.cpu()))
+        end, batches = end + len(target), batches + 1
+        if batches % _BATCHES_PER_PART == 0 or end == len(indices) or context.stop:
+            logits, targets = (torch.cat(values) for values in zip(*waiting))
+            parts.write(indices[begin:end], logits, targets)
+            waiting.clear()
+            begin = end
+        if context.stop and end < len(indices):
+            raise Stopped(context.stop.signum or signal.SIGTERM)
+
+    run_loader(model.forward_all, loader, on_batch, context.device, context.accelerator, desc=desc)
+
+
+class _Parts:
+    """Features of some images each, in files that a killed run leaves behind.
+
+    Args:
+        folder: Where they are.
+        key: What they depend on: parts of anything else are removed.
+    """
+
+    def __init__(self, folder: Path, key: Any) -> None:
+        self.folder = folder
+        self.fingerprint = hashlib.sha256(json.dumps(key, default=str).encode()).hexdigest()
+
+    def _paths(self) -> list[Path]:
+        return sorted(self.folder.glob('part-*.safetensors'))
+
+    def begin(self, accelerator: Any) -> set[int]:
+        """Remove foreign parts; the numbers of the images that are done, the same in every process."""
+        if accelerator.is_main_process:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for path in self._paths():
+                if self._read(path) is None:
+                    path.unlink()
+        accelerator.wait_for_everyone()
+        done = {i for path in self._paths() for i in self._indices(path)}
+        accelerator.wait_for_everyone()  # all have seen the same parts
+        return done
+
+    def write(self, indices: Sequence[int], logits: torch.Tensor, target: torch.Tensor) -> None:
+        path = self.folder / f'part-{indices[0]:08d}-{len(indices)}.safetensors'
+        tensors = {'index': torch.tensor(indices), 'logits': logits.contiguous(), 'target': target.contiguous()}
+        with atomic_write(path) as tmp:
+            save_file(tensors, tmp, metadata={'of': self.fingerprint})
+
+    def read(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits [N, T, C] and targets [N] of all images, in the order of the dataset."""
+        parts = [part for path in self._paths() if (part := self._read(path)) is not None]
+        order = torch.cat([part['index'] for part in parts]).argsort()
+        return torch.cat([part['logits'] for part in parts])[order], torch.cat([p['target'] for p in parts])[order]
+
+    def _read(self, path: Path) -> dict[str, torch.Tensor] | None:
+        """A part; None if it depends on something else, or is damaged."""
+        try:
+            with safe_open(path, framework='pt') as f:
+                if (f.metadata() or {}).get('of') == self.fingerprint:
+                    return {name: f.get_tensor(name) for name in ('index', 'logits', 'target')}
+        except (SafetensorError, OSError):
+            pass
+        return None
+
+    def _indices(self, path: Path) -> list[int]:
+        with safe_open(path, framework='pt') as f:
+            return f.get_tensor('index').tolist()
+
+    def remove(self) -> None:
+        for path in self._paths():
+            path.unlink()
+
+
+# The confidence net
+
+def train_confidence(args: argparse.Namespace, context: StageContext) -> dict[str, Any]:
+    """Train the confidence net on features, and export the cascade with it.
+
+    Out of fold, each image is scored by a net that has not seen it, on the scale of the exported net, which has seen
+    all: confidences are compared by that, and the exit table that exits are fitted on is made of it.
+
+    Raises:
+        ValueError: There are no features, or they do not fit each other, the folds or the cascade.
+    """
+    model = build_cascade(args, context).eval()
+    result: dict[str, Any] = {}
+    if context.accelerator.is_main_process:
+        context.folder.mkdir(parents=True, exist_ok=True)
+        features = _read_features(args, context.stage_weights, model)
+        merged = ConfidenceFeatures.merge(features)
+        how = dict(epochs=args.epochs, lr=args.lr, clip_grad=args.clip_grad, patience=args.patience_epochs)
+        folds = _choose_folds(args, merged.names)
+        fit = fit_confidence_net(merged.probabilities, merged.correct, seed=args.seed, **how)
+        nets = [] if folds is None else [
+            fold.net for fold in fit_folds(merged.probabilities, merged.correct, folds, seed=args.seed, **how)]
+        result = {'val_error': fit.val_error, 'test_error': fit.test_error, 'best': fit.val_error,
+                  'best_epoch': fit.best_epoch}
+        asked = args.confidence or model.confidence_kind
+        model.set_confidence('clcnet', net=fit.net)
+        choice, found = _compare_out_of_fold(args, context, model, features, merged, nets, folds, asked)
+        result.update(found)
+        if choice != (model.confidence_kind, model.final_rule):
+            model.set_confidence(*choice)
+        write_rows(context.folder / 'summary.csv', [{'epoch': i, **row} for i, row in enumerate(fit.history)])
+        _export(context, model, None if args.features else _read_index(context)['label_names'], merged, nets, folds)
+    context.accelerator.wait_for_everyone()
+    shared: list[Any] = [result]
+    broadcast_object_list(shared)  # all processes go on from the same
+    return shared[0]
+
+
+def _compare_out_of_fold(
+        args: argparse.Namespace,
+        context: StageContext,
+        model: CLCNet,
+        features: Sequence[ConfidenceFeatures],
+        merged: ConfidenceFeatures,
+        nets: Sequence[Any],
+        folds: torch.Tensor | None,
+        asked: str,
+) -> tuple[Choice, dict[str, Any]]:
+    """Choose the confidence and final rule, and write the exit table that exits are fitted on.
+
+    Returns:
+        The choice, and entries of the stage's result.
+    """
+    folder, choice = context.folder, (asked, model.final_rule)
+    own = args.features is None  # rows of features that were given may be of different images
+    result = {'split': _read_index(context)['split']} if own else {}
+    if folds is not None and own:
+        scores = score_folds(nets, merged.probabilities, folds)
+        with torch.no_grad():
+            seen = torch.cat([model.confidence_net(part) for part in merged.probabilities.split(1024)])
+        scores = match_scores(scores, seen, folds).unflatten(0, (len(features), -1))
+        tables = tables_out_of_fold(model, features, scores)
+        rows = compare_confidences(tables)
+        write_rows(folder / 'confidences.csv', rows)
+        _logger.info(
+            f'Confidences on {len(features[0])} images, out of {len(nets)} folds (area: mean top-1 over all budgets, '
+            f'exits fitted on the other half):\n{format_table(rows)}\n{describe_best(rows)}')
+        best = max(rows, key=lambda row: row['area'])
+        choice = (best['confidence'], best['final_rule']) if asked == 'all' else choice
+        tables[choice].save(folder / CALIBRATION)
+        return choice, {**result, 'auroc': next(r['auroc'] for r in rows if r['confidence'] == choice[0])}
+    for name in (CALIBRATION, 'confidences.csv'):
+        (folder / name).unlink(missing_ok=True)
+    if folds is None:
+        _logger.warning('--folds 0: no accuracy on the images that the confidence net was trained on is '
+                        'cross-validated.')
+        return choice, result
+    area = auroc(score_folds(nets, merged.probabilities, folds), merged.correct)
+    _logger.info(f'AUROC of the answers being right, out of {len(nets)} folds: {area:.4f}')
+    return choice, {**result, 'auroc_all_members': area}
+
+
+def _export(
+        context: StageContext,
+        model: CLCNet,
+        label_names: list[str] | None,
+        merged: ConfidenceFeatures,
+        nets: Sequence[Any],
+        folds: torch.Tensor | None,
+) -> None:
+    """Write the cascade, and the nets of the cross-validation with their folds."""
+    folder = context.folder
+    labels = {'label_names': label_names} if label_names else {}
+    save_pretrained(model, folder / 'last', data_config=context.data_config_of(model), **labels)
+    copy_pretrained(folder / 'last', folder / 'best')
+    shutil.rmtree(folder / 'folds', ignore_errors=True)
+    if folds is not None:
+        (folder / 'folds').mkdir()
+        for k, net in enumerate(nets):
+            net.save(folder / 'folds' / f'fold{k + 1}.safetensors')
+        FoldMap(fold_names(merged.names, folds)).save(folder / 'folds' / FOLDS_FILE)
+
+
+def _read_index(context: StageContext) -> dict[str, Any]:
+    """What the features of a run are of, see `collect_features`."""
+    return read_json(context.stage_weights['features'].parent / 'index.json')
+
+
+def _read_features(
+        args: argparse.Namespace,
+        stage_weights: Mapping[str, Path],
+        model: CLCNet,
+) -> list[ConfidenceFeatures]:
+    if args.features:
+        paths = [Path(path) for path in args.features]
+    else:
+        folder = stage_weights['features'].parent
+        paths = [folder / f'member{t + 1}.safetensors' for t in range(model.num_steps)]
+    for path in paths:
+        if not path.is_file():
+            hint = '' if args.features else ": run the stage 'features' first, or name files with --features"
+            raise ValueError(f"There are no features at '{path}'{hint}.")
+    features = [ConfidenceFeatures.load(path) for path in paths]
+    for path, f in zip(paths, features):
+        if f.probabilities.shape[1] != model.num_classes:
+            raise ValueError(
+                f"'{path}' holds probabilities of {f.probabilities.shape[1]} classes, the cascade has "
+                f'{model.num_classes}.')
+    return features
+
+
+def _choose_folds(args: argparse.Namespace, names: Sequence[str]) -> torch.Tensor | None:
+    """Fold of each row of features, those of one image in one fold; None if there are to be none."""
+    if args.fold_dir:
+        return _given_folds(args.fold_dir, names)
+    if args.folds == 0:
+        return None
+    if any('/' not in name for name in names):  # the authors' files have base names
+        names = [name.rpartition('/')[2] for name in names]
+    numbers: dict[str, int] = {}
+    image = torch.tensor([numbers.setdefault(name, len(numbers)) for name in names])
+    return make_folds(len(numbers), args.folds or NUM_FOLDS, args.seed)[image]
+
+
+def _given_folds(path: str, names: Sequence[str]) -> torch.Tensor:
+    known = FoldMap.read(path)
+    folds = known.folds_of(names)
+    outside = (folds < 0).nonzero().flatten().tolist()
+    if outside:
+        raise ValueError(
+            f"--fold-dir: {len(outside)} of {len(folds)} images are in no fold of '{path}', the first is "
+            f"'{names[outside[0]]}'.")
+    if len(folds.unique()) < known.num_folds:
+        raise ValueError(f"--fold-dir: some of the {known.num_folds} folds of '{path}' have none of the images.")
+    return folds
+
+
+# Comparing confidences
+
+def tables_out_of_fold(
+        model: CLCNet,
+        features: Sequence[ConfidenceFeatures],
+        scores: torch.Tensor,
+) -> dict[Choice, ExitTable]:
+    """Exit tables of a cascade with every confidence that features tell, and both final rules.
+
+    Args:
+        model: The cascade.
+        features: Of each member, of the same images in the same order.
+        scores: Of the confidence net, out of fold [T, N].
+    """
+    correct, tables = torch.stack([f.correct for f in features]), {}
+    for kind in ('max_prob', 'margin', 'entropy', 'clcnet'):
+        confidence = scores
+        if kind != 'clcnet':
+            confidence = torch.stack([model.measure(f.probabilities, kind) for f in features])
+        step_macs = model.step_macs_of(kind)
+        tables.update({(kind, rule): cascade_table(confidence, correct, step_macs, rule) for rule in FINAL_RULES})
+    return tables
+
+
+def compare_confidences(
+        calibration: Mapping[Choice, ExitTable],
+        evaluation: Mapping[Choice, ExitTable] | None = None,
+) -> list[dict[str, Any]]:
+    """Compare confidences and final rules.
+
+    Args:
+        calibration: Exit tables of images to fit on.
+        evaluation: Exit tables of images to evaluate on. Without them the former are fitted and evaluated in halves.
+
+    Returns:
+        A row for each: 'confidence', 'final_rule', 'auroc' (of the first member's answer being right) and 'area' (mean
+        top-1 over all budgets). With images to evaluate on also 'top1' (of all members), and 'calibration_area': the
+        area on the images to fit on, in halves. One is chosen by that.
+    """
+    rows = []
+    for (kind, rule), fitted in calibration.items():
+        table, inner = evaluation[kind, rule] if evaluation else fitted, cross_area(fitted)
+        row: dict[str, Any] = {
+            'confidence': kind, 'final_rule': rule,
+            'auroc': round(auroc(table.confidence[:, 0], table.correct[:, 0]), 4)}
+        if evaluation:
+            row.update(
+                area=round(curve_area(fitted, table), 4), top1=round(table.anytime()[-1].top1, 4),
+                calibration_area=round(inner, 4))
+        else:
+            row['area'] = round(inner, 4)
+        rows.append(row)
+    return rows
+
+
+def describe_best(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Say which confidence and final rule have the largest area, and what the paper's have."""
+    best = max(rows, key=lambda row: row['area'])
+    text = f"Best by area: {best['confidence']} with the rule {best['final_rule']} ({best['area']:.2f})."
+    for row in rows:
+        if row is not best and (row['confidence'], row['final_rule']) == ('clcnet', 'most_confident'):
+            text += f" The paper's choice, clcnet with most_confident, has {row['area']:.2f}."
+    return text

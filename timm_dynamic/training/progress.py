@@ -1,0 +1,90 @@
+"""What is counted while training: means over an epoch, and the first bad loss. On the device, so nothing waits for it."""
+from typing import Any
+
+import torch
+
+from ..utils import UserError
+
+
+class NonFiniteLoss(UserError, RuntimeError):
+    """The loss is NaN or infinite."""
+
+
+class LossGuard:
+    """Remembers the first batch whose loss is not finite.
+
+    Args:
+        device: Where the loss is.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.first_bad = torch.full((), -1, dtype=torch.int64, device=device)
+
+    @torch.no_grad()
+    def watch(self, loss: torch.Tensor, batch: int) -> None:
+        """Take in the loss of a batch."""
+        bad = ~torch.isfinite(loss.detach())
+        self.first_bad = torch.where(bad & (self.first_bad < 0), batch, self.first_bad)
+
+    def is_bad(self) -> bool:
+        """Whether this process has seen a bad loss; waits for the device."""
+        return int(self.first_bad) >= 0
+
+    def describe(self, loader: Any, epoch: int, rank: int) -> str:
+        """Batch, process and samples of the bad loss, as far as this process knows them."""
+        batch = int(self.first_bad)
+        if batch < 0:
+            return 'in another process'
+        text = f'batch {batch}, process {rank}'
+        indices = loader.indices(epoch, batch)
+        if indices is not None:
+            text += f', samples {indices[:8]}{"..." if len(indices) > 8 else ""}'
+            base = getattr(loader.dataset, 'dataset', None)
+            if base is not None and hasattr(base, 'filename'):
+                text += f' (first: {base.filename(indices[0])})'
+        return text
+
+
+class RunningMeans:
+    """Means of named values over the samples so far.
+
+    Args:
+        sums: Sums to continue with, as a state has them.
+
+    Attributes:
+        sums: Of each value over the samples: a scalar, or [T] for a value per step; 'count' is among them.
+    """
+
+    def __init__(self, sums: dict[str, torch.Tensor] | None = None) -> None:
+        self.sums = dict(sums or {})
+
+    def add(self, key: str, value: torch.Tensor, count: int) -> None:
+        """Add what holds for `count` samples; a tensor [T] has a value per step."""
+        value = value.detach().double() * count
+        value = value if value.ndim == 1 and len(value) > 1 else value.reshape(())
+        self.sums[key] = self.sums[key] + value if key in self.sums else value
+
+    def values(self) -> dict[str, torch.Tensor]:
+        """Means of this process."""
+        return {k: v / self.sums['count'] for k, v in self.sums.items() if k != 'count'}
+
+    def __str__(self) -> str:
+        return ' '.join(
+            f"{k} {'/'.join(f'{v:.4g}' for v in value.reshape(-1).tolist())}" for k, value in self.values().items())
+
+    def reduce(self, accelerator: Any) -> dict[str, float]:
+        """Means over all processes; a value per step becomes one entry a step, e.g. 'top1_step1'."""
+        sums = torch.cat([v.reshape(-1) for v in self.sums.values()])
+        names = [
+            name for k, v in self.sums.items()
+            for name in ([k] if v.ndim == 0 else [_numbered(k, i) for i in range(1, len(v) + 1)])
+        ]
+        means = dict(zip(names, accelerator.reduce(sums, 'sum').tolist()))
+        count = means.pop('count')
+        return {k: v / count for k, v in means.items()}
+
+
+def _numbered(key: str, number: int) -> str:
+    """'step_top1' -> 'top1_step1'."""
+    unit, _, name = key.partition('_')
+    return f'{name}_{unit}{number}'
