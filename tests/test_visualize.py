@@ -131,7 +131,7 @@ def test_anchornet_alone_chooses_as_the_whole_does(folder):
     ('--model {test_gfnet}', 'either --input PATH or --demo N'),
     ('--model {test_gfnet} --demo 1 --input x', 'either --input PATH or --demo N'),
     ('--model {test_gfnet} --demo 1 --budget 1 --thresholds 1', 'choose one'),
-    ('--model {test_gfnet} --demo 1 --budget 0.01', 'No budgets are kept in this model'),
+    ('--model {test_gfnet} --demo 1 --budget 0.01', 'This model has no stored budgets'),
     ('--model {test_gfnet} --demo 1 --thresholds 0.5', r'Expected 3 thresholds, one a step, got .* \[1\]'),
     ('--model {anchornet} --demo 1 --thresholds 0.5', "say when to stop; '.*anchornet' makes one prediction"),
     ('--model {anchornet} --demo 1 --num-windows 290', '1 to 289 windows of a 17x17 map, got 290'),

@@ -624,7 +624,7 @@ def test_budgets_hold_for_what_they_were_fitted_with(tmp_path, caplog):
             caplog.clear()
             model = timm.create_model(name, pretrained=True, **other)
             assert model.exit_cfg == {}
-            assert caplog.text.count(f'dropped: they hold for another {next(iter(other))}') == 1
+            assert caplog.text.count(f'dropped: they are for another {next(iter(other))}') == 1
             assert timm.create_model(name, pretrained=True, exit_cfg=dict(mine), **other).exit_cfg == mine
     whole = timm.create_model('test_clcnet', pretrained=True)
     assert torch.equal(model.members[0].fc.weight, whole.members[0].fc.weight)

@@ -9,14 +9,8 @@ import torch
 from timm.models import get_model_args
 from torch import nn
 
-from timm_dynamic.models.dynamic_net import (
-    DynamicNet,
-    join_rows,
-    num_rows,
-    register_exit_policy,
-    select_rows,
-    split_rows,
-)
+from timm_dynamic.models.dynamic_net import DynamicNet, num_rows, select_rows
+from timm_dynamic.models.exit_cfg import policy_from_json, policy_to_json, register_exit_policy
 
 
 class Refiner(DynamicNet):
@@ -59,9 +53,7 @@ def test_rows_of_a_state():
     state = {'a': torch.arange(6).view(3, 2), 'b': torch.tensor([True, False, True])}
     assert num_rows(state) == 3
     assert select_rows(state, torch.tensor([2, 0]))['a'].tolist() == [[4, 5], [0, 1]]
-    left, right = split_rows(state, torch.tensor([False, True, False]))
-    assert (left['a'].tolist(), right['b'].tolist()) == ([[2, 3]], [True, True])
-    assert join_rows([left, right])['a'].tolist() == [[2, 3], [0, 1], [4, 5]]
+    assert select_rows(state, torch.tensor([False, True, False]))['a'].tolist() == [[2, 3]]
 
 
 def test_forward_is_the_last_step_and_the_mean_in_training(model):
@@ -183,7 +175,7 @@ BUDGETS = [
 
 
 def test_budgets(model):
-    with pytest.raises(ValueError, match=r'No budgets are kept.*model\.store_budgets'):
+    with pytest.raises(ValueError, match=r'no stored budgets.*model\.store_budgets'):
         model.set_budget(30e-9)
     model.store_budgets(BUDGETS)
     assert [b['gmacs'] for b in model.exit_cfg['budgets']] == [20e-9, 40e-9]
@@ -195,7 +187,7 @@ def test_budgets(model):
         model.set_budget(gmacs=1e-9)
     with pytest.raises(ValueError, match=r'the first step costs 1.2e-08, all steps 5.2e-08'):
         model.set_budget(gmacs=1.)
-    with pytest.raises(ValueError, match='below the smallest one kept in this model, 2e-08'):
+    with pytest.raises(ValueError, match='below the smallest stored one, 2e-08'):
         model.set_budget(gmacs=13e-9)
 
 
@@ -267,19 +259,19 @@ def test_richer_policies_are_kept_too(model, caplog):
     assert again.exit_cfg['exit']['bound'] == 0.75
 
     model.set_exit(lambda history: history[:, -1] > 0.5)  # works, but a function cannot be exported
-    assert 'function is no registered exit policy: it will not be exported' in caplog.text
+    assert 'function is not a registered exit policy: it will not be exported' in caplog.text
     assert model(x).shape == (8, 3)
     assert 'exit' not in model.exit_cfg
-    with pytest.raises(ValueError, match='function is no registered exit policy, and cannot be kept'):
+    with pytest.raises(ValueError, match='function is not a registered exit policy and cannot be stored'):
         model.store_budgets([{'gmacs': 40e-9, 'policy': lambda history: history[:, -1] > 0.5}])
     Refiner(exit_cfg={'exit': {'type': 'Unknown'}})
-    assert "dropped: there is no exit policy of the type 'Unknown'" in caplog.text
+    assert "dropped: there is no exit policy of type 'Unknown'" in caplog.text
 
 
 def test_other_classes_drop_budgets_with_a_notice(model, caplog):
     model.store_budgets(BUDGETS)
     other = Refiner(num_classes=5, exit_cfg={**copy.deepcopy(model.exit_cfg), 'origin': {'flops': [1, 2, 3]}})
-    assert 'dropped: they hold for 3 classes, the model has 5' in caplog.text
+    assert 'dropped: they are for 3 classes, the model has 5' in caplog.text
     assert other.exit_cfg == {'origin': {'flops': [1, 2, 3]}}
     assert other._model_args == {'exit_cfg': other.exit_cfg}
 
@@ -313,16 +305,11 @@ def test_infinity_is_kept_as_json_of_all_languages(model):
     model.set_exit(thresholds)
     model.store_budgets([{'gmacs': 40e-9, 'policy': NotWorse(math.inf)}, {'gmacs': 20e-9, 'policy': thresholds}])
     kept = json.loads(json.dumps(model.exit_cfg, allow_nan=False))
-    old = {'exit': thresholds, 'num_classes': 3, 'origin': {'flops': [math.inf]}}  # as files before had it
     x = torch.randn(8, 4, 1, 1)
-    for exit_cfg in (kept, old):
-        again = Refiner(exit_cfg=exit_cfg).eval()
-        json.dumps(again.exit_cfg, allow_nan=False)
-        assert str(list(again.exit_policy.values)) == str(thresholds)  # nan is not equal to itself
-        again.load_state_dict(model.state_dict())
-        assert torch.equal(again(x), model(x))
-    assert again.exit_cfg['origin'] == {'flops': ['inf']}
-    again.load_exit_cfg(kept)
+    again = Refiner(exit_cfg=kept).eval()
+    assert str(list(again.exit_policy.values)) == str(thresholds)  # nan is not equal to itself
+    again.load_state_dict(model.state_dict())
+    assert torch.equal(again(x), model(x))
     again.set_budget(gmacs=40e-9)
     assert again.exit_policy.bound == math.inf
     again.set_exit(kept['exit'])
@@ -336,18 +323,18 @@ def test_infinity_is_kept_as_json_of_all_languages(model):
 ])
 def test_a_damaged_exit_cfg_is_dropped_with_a_notice(exit_cfg, caplog):
     model = Refiner(exit_cfg={**exit_cfg, 'num_classes': 3, 'origin': {'flops': [1]}})
-    assert 'The exit policy and budgets kept with the model are dropped: ' in caplog.text
+    assert 'The exit policy and budgets of the model are dropped: ' in caplog.text
     assert model.exit_cfg == {'origin': {'flops': [1]}}
 
 
 def test_what_cannot_be_kept_as_a_budget(model):
     for cfg in ([1], 'abc'):
-        with pytest.raises(ValueError, match='exit_cfg is a dict'):
+        with pytest.raises(ValueError, match='exit_cfg must be a dict'):
             Refiner(exit_cfg=cfg)
-        with pytest.raises(ValueError, match='exit_cfg is a dict'):
+        with pytest.raises(ValueError, match='exit_cfg must be a dict'):
             model.load_exit_cfg(cfg)
     for gmacs in (math.nan, math.inf, 0, -1):
-        with pytest.raises(ValueError, match='costs a positive number of GMACs'):
+        with pytest.raises(ValueError, match='must be a positive number of GMACs'):
             model.store_budgets([{'gmacs': gmacs, 'policy': [0., 0., 0.]}])
     for top1 in (math.nan, torch.ones(1)):
         with pytest.raises(ValueError, match='must be plain JSON'):
@@ -364,3 +351,16 @@ def test_budgets_of_confidences_that_are_not_from_0_to_1():
     model.store_budgets(kept)
     model.set_budget((low + high) / 2)
     assert model.exit_cfg['exit'][:2] == pytest.approx([2., 4.])
+
+
+def test_the_rule_in_use_can_be_set_on_another_model(model):
+    assert model.exit_policy is None
+    model.set_exit([0.5, math.inf, 0.])
+    other = Refiner()
+    other.set_exit(model.exit_policy)
+    assert other.exit_cfg == model.exit_cfg == {'exit': [0.5, 'inf', 0.], 'num_classes': 3}
+    assert policy_from_json(policy_to_json(other.exit_policy)) == [0.5, math.inf, 0.]
+    two = Refiner()
+    two.num_steps = 2
+    with pytest.raises(ValueError, match='Expected a policy for 2 steps, got one for 3'):
+        two.set_exit(model.exit_policy)

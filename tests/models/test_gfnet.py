@@ -229,7 +229,7 @@ def test_an_exit_policy_is_exported_and_dropped_with_its_classes(tmp_path, caplo
     assert not torch.equal(again(x), model(x))
 
     other = timm.create_model(f'local-dir:{tmp_path / "m"}', pretrained=True, num_classes=4)
-    assert 'dropped: they hold for 7 classes, the model has 4' in caplog.text
+    assert 'dropped: they are for 7 classes, the model has 4' in caplog.text
     caplog.clear()
     save_pretrained(other, tmp_path / 'other')
     timm.create_model(f'local-dir:{tmp_path / "other"}', pretrained=True)
@@ -429,7 +429,7 @@ class TestAuthorsCheckpoint:
             torch.testing.assert_close(
                 model.get_parameter(f'{encoder}_encoder.conv1.0.weight'),
                 checkpoint[part]['module.conv1.0.weight'].sum(dim=1, keepdim=True))
-        assert 'dropped: they hold for 7 classes, the model has 3' in caplog.text
+        assert 'dropped: they are for 7 classes, the model has 3' in caplog.text
         assert list(model.exit_cfg) == ['origin']
         none = create_small(pretrained=True, num_classes=0, pretrained_cfg_overlay=dict(state_dict=checkpoint))
         assert none(torch.randn(2, 3, 96, 96)).shape == (2, 24)

@@ -1,9 +1,9 @@
 import pytest
 import torch
+from timm_dynamic.task.confidence import draw_batches
 
 from timm_dynamic import ConfidenceNet
 from timm_dynamic.task import ConfidenceTask, fit_confidence_net, fit_folds, make_folds, match_scores, score_folds
-from timm_dynamic.task.confidence import draw_batches
 
 
 def make_data(count=600, classes=12, seed=0):

@@ -5,8 +5,8 @@ import sys
 import numpy as np
 import pytest
 import torch
-
 from timm_dynamic.training.state import StateError, StateStore, flatten_state, unflatten_state
+
 from timm_dynamic.utils import CheckpointError
 
 

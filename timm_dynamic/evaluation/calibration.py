@@ -33,7 +33,13 @@ class Calibration:
     note: str = ''
 
     @classmethod
-    def of_tables(cls, calibration: ExitTable, evaluation: ExitTable, fitted_on: str, evaluated_on: str) -> 'Calibration':
+    def of_tables(
+            cls,
+            calibration: ExitTable,
+            evaluation: ExitTable,
+            fitted_on: str,
+            evaluated_on: str,
+    ) -> 'Calibration':
         """Fit on one table, evaluate on another.
 
         Raises:

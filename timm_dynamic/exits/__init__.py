@@ -3,6 +3,8 @@ from .engine import early_exit
 from .policy import ExitPolicy, ValuePolicy
 from .stream import ExitStream, StreamResult, StreamRun
 from .table import ExitPoint, ExitTable
+
+load_exit_table = ExitTable.load
 from .thresholds import geometric_thresholds, judge_solver, solve_curve, solve_policy, solve_thresholds
 
 __all__ = [

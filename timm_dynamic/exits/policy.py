@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from ..models.dynamic_net import register_exit_policy
+from ..models.exit_cfg import register_exit_policy
 
 _VALUE_KNOTS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)  # none above, where a change is too rare to tell a bend from noise
 NUM_KNOTS = len(_VALUE_KNOTS)

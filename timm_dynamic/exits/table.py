@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ..models.dynamic_net import check_policy_steps, check_thresholds
+from ..models.exit_cfg import check_policy_steps, check_thresholds
 from ..utils.files import atomic_write
 
 _FORMAT = 'timm_dynamic.exit_table.1'

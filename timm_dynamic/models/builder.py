@@ -159,7 +159,7 @@ def _check_exits_hold(model: DynamicNet, exported: Mapping[str, Any]) -> None:
     own = model._model_args
     other = [k for k, v in exported.items() if k != 'exit_cfg' and k in own and _as_json(v) != _as_json(own[k])]
     if other:
-        model._drop_exits(f"they hold for another {' and '.join(other)}.")
+        model.drop_exits(f"they are for another {' and '.join(other)}.")
 
 
 def _as_json(value: Any) -> str:
@@ -181,3 +181,38 @@ def _fetch_from_hub(
         origin = f'The authors link their file at {cfg.origin_url}; load it with {overlay}.' if cfg.origin_url else \
             f'A file of your own loads with {overlay}.'
         raise CheckpointError(f'The weights of {name} cannot be had. {e} {origin}') from e
+
+
+def load_checkpoint(model, source, *, adapt=False, reset_head=False, use_ema=True, optional=(), label=None):
+    from functools import partial
+
+    from ..utils import read_task_state
+    name = model.pretrained_cfg['architecture']
+    try:
+        filter_fn = checkpoint_filter_of(name)
+        module = sys.modules[model_entrypoint(name).__module__]
+    except Exception:
+        filter_fn, module = None, None
+    source = str(source).removeprefix('local-dir:')
+    read = {n: getattr(module, n) for n in ('read_gfnet_checkpoint', 'read_anchornet_checkpoint', 'read_confidence_net') if hasattr(module, n)}
+    fn = next(iter(read.values()), None)
+    absent = []
+    if name.startswith(('clcnet', 'test_clcnet')):
+        filter_fn = partial(filter_fn, absent=absent)
+    if name.startswith(('gfnet', 'test_gfnet')) and 'policy' in optional:
+        filter_fn = partial(filter_fn, needs_policy=False)
+    state = fn(source) if fn else read_state_dict(source, use_ema=use_ema)
+    load_weights(model, state, filter_fn, adapt=adapt, reset_head=reset_head, use_ema=use_ema, label=label or f"'{source}'")
+    if name.startswith(('clcnet', 'test_clcnet')):
+        module.fetch_members(model, absent, None)
+    if 'model_prime_state_dict' in state:
+        cfg = module.exit_cfg_from_checkpoint(state)
+        if cfg:
+            model.load_exit_cfg(cfg)
+        return module.training_state_from_checkpoint(state)
+    path = Path(source)
+    return read_task_state(path if path.is_dir() else path.parent)
+
+
+def is_checkpoint_of_several_files(name, folder):
+    return name.split('.')[0].startswith(('anchornet_patch', 'test_anchornet_patch')) and not any(Path(folder).rglob('config.json')) and len([p for p in Path(folder).iterdir() if 'anchornet' in p.name]) == 1

@@ -518,7 +518,7 @@ class CLCNet(DynamicNet):
         elif confidence != 'clcnet' and hasattr(self, 'confidence_net'):
             del self.confidence_net
         if (confidence, rule) != (self.confidence_kind, self.final_rule) or net is not None:
-            self._drop_exits('its confidence changes.')
+            self.drop_exits('its confidence changes.')
         self.confidence_kind, self.final_rule, self._step_macs = confidence, rule, None
         self._recorded.update(confidence=confidence, final_rule=rule)
 

@@ -1,18 +1,15 @@
-"""The step protocol: a classifier as a sequence of predictions of rising cost, where an image may stop after any.
+"""The step protocol: a classifier is a sequence of predictions of rising cost, and an image may stop after any.
 
     state = model.init_state(x)
     for t in range(model.num_steps):
         logits, state = model.step(t, state)
 
-A state is a flat dict of batch-first tensors and all there is: modules keep nothing between steps. So rows can leave
-after any step, wait, and join the rows of other batches; and threads can share a model.
+A state is a flat dict of batch-first tensors. Modules store nothing between steps. So rows can leave after any step,
+wait, and join rows of other batches, and threads can share a model.
 """
 import copy
-import json
 import logging
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +17,16 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..layers.fuse import fuse_conv_bn
+from .exit_cfg import (
+    StopRule,
+    budgets_to_json,
+    check_mapping,
+    choose_budget,
+    make_stop_rule,
+    policy_from_json,
+    policy_to_json,
+    read_exit_cfg,
+)
 
 _logger = logging.getLogger(__name__)
 
@@ -32,37 +39,15 @@ def num_rows(state: State) -> int:
 
 
 def select_rows(state: State, rows: torch.Tensor) -> State:
-    """Take some images out of a state: by index, int64, or by a mask [n], bool."""
+    """Select images of a state by index, int64, or by a mask [n], bool."""
     return {name: value[rows] for name, value in state.items()}
 
 
-def split_rows(state: State, mask: torch.Tensor) -> tuple[State, State]:
-    """Split a state into the images where a mask [n] holds, and the others."""
-    return select_rows(state, mask), select_rows(state, ~mask)
-
-
-def join_rows(states: Sequence[State]) -> State:
-    """Join states that stand before the same step."""
-    return {name: torch.cat([state[name] for state in states]) for name in states[0]}
-
-
 class ExitResult(NamedTuple):
-    """What early exit gives, in the order of the input."""
+    """Result of early exit, in the order of the input."""
     logits: torch.Tensor  # [B, num_classes]
     steps_used: torch.Tensor  # [B] int64, in 1..T
     confidence: torch.Tensor  # [B] at the last step used
-
-
-# Confidences of the steps so far [n, t] -> who stops after step t, bool [n].
-StopRule = Callable[[torch.Tensor], torch.Tensor]
-
-
-@dataclass(frozen=True)
-class _Thresholds:
-    values: tuple[float, ...]
-
-    def __call__(self, history: torch.Tensor) -> torch.Tensor:
-        return history[:, -1] >= self.values[history.shape[1] - 1]
 
 
 class DynamicNet(nn.Module):
@@ -73,14 +58,14 @@ class DynamicNet(nn.Module):
         num_classes: Number of classes.
         in_chans: Number of input channels.
         img_size: Side of the images that costs are counted for.
-        exit_cfg: What the model knows about stopping: plain JSON, see the attribute.
+        exit_cfg: What the model knows about stopping, plain JSON: see the attribute.
 
     Attributes:
-        exit_cfg: Record of what the setters below set: 'exit' (the policy in use), 'budgets' (policies solved for
-            budgets), 'num_classes' (which both hold for), and 'origin' (numbers that came with an authors' checkpoint).
-            timm records constructor arguments and exports them. This dict, a copy of the argument, is what is
-            recorded, so that what is set later is exported, too. JSON has no infinity: of a policy it is kept as 'inf'
-            or '-inf'.
+        exit_policy: Stop rule in use, or None: then all steps are run. It tells from the confidences of the steps so
+            far [n, t] which images stop, bool [n]. `set_exit`, `set_budget` and `clear_exit` set it.
+        exit_cfg: What the setters have set, as plain JSON: 'exit' (the policy in use), 'budgets' (policies solved for
+            budgets), 'num_classes' (the classes that both are for), and 'origin' (numbers from an authors' checkpoint).
+            It is a copy of the argument. timm records and exports it among the constructor arguments.
     """
 
     def __init__(
@@ -99,9 +84,9 @@ class DynamicNet(nn.Module):
         self._step_macs: tuple[int, ...] | None = None
         self.exit_policy: StopRule | None = None
         self._compiled_steps: Sequence[Any] | None = None
-        self.exit_cfg: dict[str, Any] = {} if exit_cfg is None else copy.deepcopy(_check_mapping(exit_cfg))
+        self.exit_cfg: dict[str, Any] = {} if exit_cfg is None else copy.deepcopy(dict(check_mapping(exit_cfg)))
         self._model_args: dict[str, Any] = {}
-        self._check_exit_cfg()
+        self._read_exit_cfg()
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == '_model_args':  # timm records what the caller gave
@@ -297,6 +282,14 @@ class DynamicNet(nn.Module):
 
     # When to stop
 
+    def make_stop_rule(self, policy: Any) -> StopRule:
+        """Turn a policy, see `set_exit`, into the stop rule that `forward_exit` takes.
+
+        Raises:
+            ValueError: The policy does not fit the model.
+        """
+        return make_stop_rule(policy, self.num_steps)
+
     def set_exit(self, policy: Any) -> None:
         """Let `forward` exit early in eval mode.
 
@@ -308,12 +301,12 @@ class DynamicNet(nn.Module):
             ValueError: The policy does not fit the model.
         """
         self.exit_policy = self.make_stop_rule(policy)
-        kept = _to_json(policy)
-        if kept is None:
+        stored = policy_to_json(policy)
+        if stored is None:
             self.exit_cfg.pop('exit', None)
-            _logger.warning(f'{type(policy).__name__} is no registered exit policy: it will not be exported.')
+            _logger.warning(f'{type(policy).__name__} is not a registered exit policy: it will not be exported.')
         else:
-            self.exit_cfg.update(exit=kept, num_classes=self.num_classes)
+            self.exit_cfg.update(exit=stored, num_classes=self.num_classes)
 
     def clear_exit(self) -> None:
         """Let `forward` run all steps."""
@@ -321,231 +314,75 @@ class DynamicNet(nn.Module):
         self.exit_cfg.pop('exit', None)
 
     def store_budgets(self, budgets: Iterable[Mapping[str, Any]]) -> None:
-        """Keep policies solved for budgets, in place of those kept so far.
+        """Store policies solved for budgets, in place of those stored before.
 
         Args:
-            budgets: For each its cost 'gmacs', its 'policy' (see `set_exit`), and whatever else is known of it, e.g.
-                'top1', as plain JSON.
+            budgets: For each its cost 'gmacs', its 'policy' (see `set_exit`), and further entries as plain JSON, e.g.
+                'top1'.
 
         Raises:
-            ValueError: A policy does not fit the model, a cost is no positive number, or something is no plain JSON.
+            ValueError: A policy does not fit the model or cannot be stored, a cost is not a positive number, or another
+                entry is not plain JSON.
         """
-        kept = []
-        for budget in budgets:
-            self.make_stop_rule(budget['policy'])
-            policy = _to_json(budget['policy'])
-            if policy is None:
-                raise ValueError(f"{type(budget['policy']).__name__} is no registered exit policy, and cannot be kept.")
-            kept.append({**budget, 'gmacs': _check_gmacs(budget['gmacs']), 'policy': policy})
-            try:
-                json.dumps(kept[-1], allow_nan=False)
-            except (TypeError, ValueError) as e:
-                raise ValueError(f'What is known of a budget must be plain JSON: {e}.') from e
-        self.exit_cfg.update(budgets=sorted(kept, key=lambda b: b['gmacs']), num_classes=self.num_classes)
+        self.exit_cfg.update(budgets=budgets_to_json(budgets, self.num_steps), num_classes=self.num_classes)
 
     def set_budget(self, gmacs: float) -> dict[str, Any]:
         """Exit early such that an image costs about this much on average.
 
-        A policy that was kept for this budget is set as it is. For a budget between two kept ones, thresholds and
-        policies that know how (`ValuePolicy`) are interpolated, linearly in cost; of others the cheaper one is set. An
-        interpolated policy costs no more than the dearer of its neighbours if all its thresholds lie between theirs and
-        rise with the budget, but the budget itself is not guaranteed: solved for a half of AnchorNet's published table
-        of ImageNet, it cost 7 % less to 1.4 % more. To meet a budget exactly, solve it and keep it.
+        A policy stored for this budget is used unchanged. For a budget between two stored ones, thresholds and policies
+        with an `interpolate` method (`ValuePolicy`) are interpolated linearly in cost; otherwise the cheaper policy is
+        used. An interpolated policy costs no more than the more expensive of its neighbours if all its thresholds lie
+        between theirs and rise with the budget. The budget itself is not guaranteed: on AnchorNet's published table of
+        ImageNet, solved on one half, interpolated policies cost from 7 % less to 1.4 % more than asked for. To meet a
+        budget exactly, solve for it and store the policy.
 
         Args:
             gmacs: Budget in 10⁹ multiply-adds per image.
 
         Returns:
-            What is known of the policy, see `store_budgets`; of an interpolated one 'gmacs', 'policy', and the costs
-            'between' which it lies.
+            The budget, see `store_budgets`; if it was interpolated, 'gmacs', 'policy', and 'between', the costs of its
+            neighbours.
 
         Raises:
-            ValueError: No budgets were solved for this model, or none as low as this one; or the budget is out of
-                the model's range.
+            ValueError: No budgets are stored, or none as low as this one; or the budget is out of the model's range.
         """
-        try:
-            gmacs = float(gmacs)
-        except (TypeError, ValueError) as e:
-            raise ValueError(f'A budget is a number of GMACs, got {gmacs!r}.') from e
-        budgets = self.exit_cfg.get('budgets')
-        if not budgets:
-            raise ValueError(
-                'No budgets are kept in this model. Solve them with timm_dynamic.exits.solve_thresholds or validate.py '
-                'and keep them with model.store_budgets; or set thresholds of your own with model.set_exit.')
-        least, most = self.step_macs[0] / 1e9, self.step_macs[-1] / 1e9
-        if not least <= gmacs <= most:
-            raise ValueError(
-                f'A budget of {gmacs:g} GMACs is out of range: the first step costs {least:.6g}, all steps {most:.6g}.')
-        num_affordable = sum(b['gmacs'] <= gmacs * (1 + 1e-6) for b in budgets)
-        if not num_affordable:
-            raise ValueError(
-                f"A budget of {gmacs:g} GMACs is below the smallest one kept in this model, {budgets[0]['gmacs']:.6g}.")
-        chosen = budgets[num_affordable - 1]
-        if num_affordable < len(budgets) and chosen['gmacs'] < gmacs * (1 - 1e-6):
-            chosen = _interpolate(chosen, budgets[num_affordable], gmacs) or chosen
-        self.set_exit(_from_json(chosen['policy']))
-        low, *high = chosen.get('between', [chosen['gmacs']])
-        where = f'between those for {low:.4g} and {high[0]:.4g}' if high else f'for {low:.4g}'
-        _logger.info(f'Budget {gmacs:g} GMACs: policy {where} GMACs set.')
-        return chosen
+        budget = choose_budget(self.exit_cfg.get('budgets'), gmacs, self.step_macs)
+        self.set_exit(policy_from_json(budget['policy']))
+        source = ' and '.join(f'{cost:.4g}' for cost in budget.get('between', [budget['gmacs']]))
+        _logger.info(f'Budget of {gmacs:g} GMACs: exit policy set, solved for {source} GMACs.')
+        return budget
 
     def load_exit_cfg(self, exit_cfg: Mapping[str, Any]) -> None:
-        """Take over what is known about stopping, e.g. from a checkpoint."""
-        _check_mapping(exit_cfg)
-        self.exit_cfg.clear()
-        self.exit_cfg.update(copy.deepcopy(dict(exit_cfg)))
-        self._check_exit_cfg()
+        """Replace `exit_cfg`, e.g. by that of a checkpoint, and set the exit policy that it names.
 
-    def make_stop_rule(self, policy: Any) -> StopRule:
-        """Make of a policy, see `set_exit`, what `forward_exit` takes.
+        Policies for other classes or steps, and damaged ones, are dropped with a warning.
 
         Raises:
-            ValueError: The policy does not fit the model.
+            ValueError: It is not a dict.
         """
-        if callable(policy):
-            check_policy_steps(policy, self.num_steps)
-            return policy
-        return _Thresholds(tuple(check_thresholds(policy, self.num_steps).tolist()))
+        new = copy.deepcopy(dict(check_mapping(exit_cfg)))
+        self.exit_cfg.clear()
+        self.exit_cfg.update(new)
+        self._read_exit_cfg()
 
-    def _check_exit_cfg(self) -> None:
-        """Set the policy that `exit_cfg` names; forget what was solved for other classes or steps."""
-        self.exit_policy = None
-        self.exit_cfg.update(_finite(self.exit_cfg))  # older files hold Infinity, which is no JSON
-        try:
-            classes = self.exit_cfg.get('num_classes', self.num_classes)
-            if classes != self.num_classes:
-                raise ValueError(f'they hold for {classes} classes, the model has {self.num_classes}')
-            for budget in self.exit_cfg.get('budgets', ()):
-                _check_gmacs(budget['gmacs'])
-                self.make_stop_rule(_from_json(budget['policy']))
-            if 'exit' in self.exit_cfg:
-                self.exit_policy = self.make_stop_rule(_from_json(self.exit_cfg['exit']))
-        except (ValueError, TypeError, LookupError, AttributeError, OverflowError) as e:  # files may hold anything
-            what = e if isinstance(e, ValueError) else f'they are not as the model keeps them ({type(e).__name__}: {e})'
-            self._drop_exits(what)
-
-    def _drop_exits(self, why: Any) -> None:
-        """Forget the exit policy and the budgets, with a notice if there are any."""
+    def drop_exits(self, reason: Any) -> None:
+        """Remove the exit policy and the budgets. If there are any, a warning says why."""
         if self.exit_cfg.keys() & {'exit', 'budgets'}:
-            _logger.warning(f'The exit policy and budgets kept with the model are dropped: {why}')
+            _logger.warning(f'The exit policy and budgets of the model are dropped: {reason}')
         for key in ('exit', 'budgets', 'num_classes'):
             self.exit_cfg.pop(key, None)
         self.exit_policy = None
 
+    def _read_exit_cfg(self) -> None:
+        try:
+            self.exit_policy = read_exit_cfg(self.exit_cfg, self.num_steps, self.num_classes)
+        except ValueError as e:
+            self.drop_exits(e)
+
     def _classifier_changed(self) -> None:
+        """For `reset_classifier`: costs are counted anew, and exits for other classes dropped."""
         self._step_macs = None
-        self._check_exit_cfg()
-
-
-_exit_policies: dict[str, Any] = {}
-
-
-def register_exit_policy(cls: Any) -> Any:
-    """Class decorator: let models keep policies of this class, by its name.
-
-    Its instances are stop rules with a `state_dict()`, of numbers, texts, tensors and lists of them; the class has a
-    `from_state_dict` that makes an instance of it. With `interpolate(other, share)`, which gives a policy of the class
-    or None, it also serves budgets between those that are kept.
-    """
-    _exit_policies[cls.__name__] = cls
-    return cls
-
-
-def _to_json(policy: Any) -> Any:
-    """A policy as plain JSON; None of a rule that cannot be kept."""
-    if not callable(policy):
-        return _finite(torch.as_tensor(_infinite(policy), dtype=torch.float32).detach().tolist())
-    name = type(policy).__name__
-    if name not in _exit_policies:
-        return None
-    state = policy.state_dict().items()
-    return {'type': name, **{k: _finite(v.tolist() if isinstance(v, torch.Tensor) else v) for k, v in state}}
-
-
-def _from_json(policy: Any) -> Any:
-    policy = _infinite(policy)
-    if not isinstance(policy, Mapping):
-        return policy
-    if policy.get('type') not in _exit_policies:
-        raise ValueError(f"there is no exit policy of the type {policy.get('type')!r}")
-    return _exit_policies[policy['type']].from_state_dict({k: v for k, v in policy.items() if k != 'type'})
-
-
-def _finite(value: Any) -> Any:
-    """Plain JSON, which has no infinite numbers and no NaN: they become 'inf', '-inf' and 'nan'."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    if isinstance(value, Mapping):
-        return {k: _finite(v) for k, v in value.items()}
-    return [_finite(v) for v in value] if isinstance(value, (list, tuple)) else value
-
-
-def _infinite(value: Any) -> Any:
-    """What `_finite` was given."""
-    if isinstance(value, Mapping):
-        return {k: _infinite(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_infinite(v) for v in value]
-    return float(value) if isinstance(value, str) and value in ('inf', '-inf', 'nan') else value
-
-
-def _check_mapping(exit_cfg: Any) -> Any:
-    if not isinstance(exit_cfg, Mapping):
-        raise ValueError(f'exit_cfg is a dict, see DynamicNet; got {exit_cfg!r:.100}.')
-    return exit_cfg
-
-
-def _check_gmacs(gmacs: Any) -> float:
-    if not 0 < float(gmacs) < math.inf:
-        raise ValueError(f'A budget costs a positive number of GMACs, got {gmacs!r}.')
-    return float(gmacs)
-
-
-def _interpolate(low: Mapping[str, Any], high: Mapping[str, Any], gmacs: float) -> dict[str, Any] | None:
-    """A budget between two kept ones; None if their policies cannot be interpolated."""
-    share = (gmacs - low['gmacs']) / (high['gmacs'] - low['gmacs'])
-    first, last = _from_json(low['policy']), _from_json(high['policy'])
-    if not callable(first) and not callable(last):
-        # What lies beyond all confidences means all or none, and says nothing about how far to go.
-        (a, b), (c, d) = (budget.get('confidence_range', (0, 1)) for budget in (low, high))
-        bounds = min(a, c), max(b, d)
-        policy = torch.lerp(torch.tensor(first).clamp(*bounds), torch.tensor(last).clamp(*bounds), share)
-    elif type(first) is type(last) and hasattr(first, 'interpolate'):
-        policy = first.interpolate(last, share)
-    else:
-        policy = None
-    if policy is None:
-        return None
-    return {'gmacs': float(gmacs), 'policy': _to_json(policy), 'between': [low['gmacs'], high['gmacs']]}
-
-
-def check_thresholds(thresholds: Any, num_steps: int) -> torch.Tensor:
-    """Thresholds as a float32 tensor [T] on the CPU.
-
-    Raises:
-        ValueError: There are not `num_steps` of them, or one that is used is not a number.
-    """
-    try:
-        values = torch.as_tensor(_infinite(thresholds), dtype=torch.float32).detach().cpu()
-    except (TypeError, ValueError, RuntimeError, OverflowError) as e:
-        raise ValueError(
-            f'Expected {num_steps} thresholds or an ExitPolicy, got {type(thresholds).__name__}: {e}') from e
-    if values.shape != (num_steps,):
-        raise ValueError(f'Expected {num_steps} thresholds, one a step, got a tensor of shape {list(values.shape)}.')
-    if values[:-1].isnan().any():
-        raise ValueError(f'Thresholds must be numbers, got {values.tolist()}.')
-    return values
-
-
-def check_policy_steps(policy: Any, num_steps: int) -> None:
-    """Check that a rule which says for how many steps it is made fits.
-
-    Raises:
-        ValueError: It is made for another number of steps.
-    """
-    steps = getattr(policy, 'num_steps', num_steps)
-    if steps != num_steps:
-        raise ValueError(f'Expected a policy for {num_steps} steps, got one for {steps}.')
+        self._read_exit_cfg()
 
 
 def on_meta(model: Any) -> Any:

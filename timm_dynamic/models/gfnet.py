@@ -24,7 +24,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import timm
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -54,6 +53,7 @@ from ..layers import (
 from ..utils import CheckpointError, did_you_mean, read_checkpoint, read_state_dict
 from .builder import build_dynamic_model, hub_id
 from .dynamic_net import DynamicNet, State, on_meta
+from .exit_cfg import plain_json
 
 __all__ = ['GFNet']
 
@@ -479,42 +479,34 @@ def _check_authors_variant(checkpoint: Mapping[str, Any], model: GFNet, parts: t
         raise CheckpointError(f'it is made for {backbone}, the model for {model.backbone}')
 
 
-def _plain(value: Any) -> Any:
-    """Numbers as plain JSON."""
-    if isinstance(value, (torch.Tensor, np.ndarray, np.generic)):
-        return value.tolist()
-    return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
-
-
 def exit_cfg_from_checkpoint(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """Take from an authors' checkpoint what they measured: for `DynamicNet.load_exit_cfg`.
+    """Read what the authors measured from their checkpoint: for `DynamicNet.load_exit_cfg`.
 
     Returns:
-        'origin': their costs, anytime results, thresholds and results of budgets, as they are; 'budgets': their
-        thresholds with the cost and the accuracy measured for them, if they are there and fit together. Of any other
-        checkpoint nothing.
+        'origin': their costs, anytime results, thresholds and results of budgets; 'budgets': their thresholds with the
+        cost and accuracy measured for them, if both are there and match. Empty for any other checkpoint.
     """
     if not _is_authors(checkpoint):
         return {}
-    origin = {k: _plain(checkpoint[k]) for k in _AUTHORS_NUMBERS if checkpoint.get(k) is not None}
+    origin = {k: checkpoint[k] for k in _AUTHORS_NUMBERS if checkpoint.get(k) is not None}
     out: dict[str, Any] = {'origin': origin}
-    thresholds, results = origin.get('dynamic_threshold'), origin.get('budgeted_batch_classification')
-    steps = origin.get('flops')
-    if not (thresholds and steps and results and {len(r) for r in results} == {len(thresholds)}):
-        return out
-    # Which coordinate is the cost can be seen: it lies between the cost of one step and that of all.
+    steps, thresholds, results = (
+        origin.get(k) for k in ('flops', 'dynamic_threshold', 'budgeted_batch_classification'))
+    if steps is None or thresholds is None or results is None or {len(r) for r in results} != {len(thresholds)}:
+        return plain_json(out)
+    # The cost may be the first or the second coordinate. It lies between the cost of one step and that of all.
     costs = next((r for r in results if all(0.99 * steps[0] <= v <= 1.01 * steps[-1] for v in r)), None)
     if costs is not None:
         accuracies = results[1] if costs is results[0] else results[0]
         heads = [v for k, v in checkpoint['fc'].items() if k.startswith('fc') and k.endswith('.bias')]
         scale = 1e-9 if steps[-1] > 1e6 else 1.  # multiply-adds, or 10⁹ of them
         budgets = [
-            {'gmacs': cost * scale, 'top1': accuracy, 'policy': policy}
+            {'gmacs': float(cost * scale), 'top1': accuracy, 'policy': policy}
             for cost, accuracy, policy in zip(costs, accuracies, thresholds)
         ]
         out['budgets'] = sorted(budgets, key=lambda b: b['gmacs'])
         out['num_classes'] = len(heads[0])
-    return out
+    return plain_json(out)
 
 
 def training_state_from_checkpoint(source: str | Path | Mapping[str, Any]) -> dict[str, dict[str, torch.Tensor]]:

@@ -19,8 +19,8 @@ from ..exits.collect import with_confidence
 from ..layers import crop_patches, get_glance
 from ..models.anchornet import AnchorNetPatch
 from .base import OneModuleTask
-from .static import DEMO_COMMON, create_static_stage, load_backbone_or_warn
 from .stage import Recipe, Stage, StageContext
+from .static import DEMO_COMMON, create_static_stage, load_backbone_or_warn
 
 _logger = logging.getLogger(__name__)
 

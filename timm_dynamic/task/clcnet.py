@@ -395,7 +395,7 @@ def _export(
 ) -> None:
     """Write the cascade, and the nets of the cross-validation with their folds."""
     folder = context.folder
-    labels = {'label_names': label_names} if label_names else {}
+    labels: dict[str, Any] = {'label_names': label_names} if label_names else {}
     save_pretrained(model, folder / 'last', data_config=context.data_config_of(model), **labels)
     copy_pretrained(folder / 'last', folder / 'best')
     shutil.rmtree(folder / 'folds', ignore_errors=True)

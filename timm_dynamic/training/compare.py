@@ -96,7 +96,8 @@ def _result_row(row: Row, evaluator: ModelEvaluator, split: str) -> Row:
     gmacs = {} if row.get('gmacs') is None else {'gmacs': row['gmacs']}
     return {
         'model': row['model'], **{k: row[k] for k in ('loss', 'top1', 'top5') if k in row},
-        'split': row.get('split', split), 'images': row['images'], 'params_m': round(evaluator.params / 1e6, 3), **gmacs}
+        'split': row.get('split', split), 'images': row['images'],
+        'params_m': round(evaluator.params / 1e6, 3), **gmacs}
 
 
 def _keep_budgets(

@@ -1,4 +1,4 @@
-"""What is counted while training: means over an epoch, and the first bad loss. On the device, so nothing waits for it."""
+"""Means over an epoch and the first bad loss, counted on the device, so that nothing waits for them."""
 from typing import Any
 
 import torch

@@ -44,8 +44,8 @@ from ..utils import (
 )
 from ..utils.report import write_yaml
 from ..utils.signals import Stopped, StopRequest
-from .run_folder import CheckpointManager, StageResults, check_identity
 from .progress import LossGuard, NonFiniteLoss, RunningMeans
+from .run_folder import CheckpointManager, StageResults, check_identity
 
 _logger = logging.getLogger(__name__)
 
@@ -346,7 +346,7 @@ class Trainer:
             except RuntimeError:
                 if not stop:
                     raise
-                # The signal went to the loader's workers, too. Other processes may be elsewhere: nothing waits for them.
+                # The signal went to the loader's workers, too. Nothing waits here for other processes.
                 if self.batch % self.accum == 0 and not self.guard.is_bad():
                     self._write_state()
                 raise Stopped(stop.signum or signal.SIGTERM) from None

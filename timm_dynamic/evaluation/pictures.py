@@ -1,0 +1,1 @@
+from ..training.patches import draw_patches  # noqa
