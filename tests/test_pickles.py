@@ -11,9 +11,10 @@ from helpers import ROOT
 
 from timm_dynamic import ConfidenceNet
 from timm_dynamic.data import ConfidenceFeatures
+from timm_dynamic.evaluation import validate_main
 from timm_dynamic.exits import ExitTable
-from timm_dynamic.training import train_main, validate_main
-from timm_dynamic.training.state import StateStore
+from timm_dynamic.training import train_main
+from timm_dynamic.training.run_folder import CheckpointManager
 from timm_dynamic.utils import CheckpointError
 
 
@@ -88,7 +89,7 @@ def validate(*options):
 
 def state(path):
     """--resume of a run whose tensors were exchanged."""
-    store = StateStore(path.parent / 'state')
+    store = CheckpointManager(path.parent / 'state')
     store.save({'identity': {}, 'weights': torch.ones(2)}, 'epoch-0')
     tensors, = (path.parent / 'state').rglob('*.safetensors')
     tensors.write_bytes(path.read_bytes())

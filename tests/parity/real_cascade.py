@@ -21,11 +21,11 @@ from helpers import SHARED  # noqa: E402
 
 from timm_dynamic import ConfidenceNet  # noqa: E402
 from timm_dynamic.data import ConfidenceFeatures  # noqa: E402
+from timm_dynamic.evaluation.cascade import replay_members  # noqa: E402
 from timm_dynamic.exits import solve_thresholds  # noqa: E402
 from timm_dynamic.exits.confidence import auroc, cascade_table, curve_area  # noqa: E402
+from timm_dynamic.models.macs import count_macs  # noqa: E402
 from timm_dynamic.task import fit_confidence_net, fit_folds, make_folds, score_folds  # noqa: E402
-from timm_dynamic.training.anytime import count_macs  # noqa: E402
-from timm_dynamic.training.cascade import replay_tables  # noqa: E402
 
 HALVES, FOLDS, SHARES = 3, 2, (0.25, 0.5, 0.75)
 FIT = dict(epochs=60, patience=15)
@@ -71,7 +71,7 @@ def cascade(macs, classes):
     return model
 
 
-def judge(logits, target, macs, nets):
+def compare(logits, target, macs, nets):
     """Rows by confidence and rule: AUROC, area and accuracies of every half."""
     found = {}
     for seed in range(HALVES):
@@ -91,8 +91,9 @@ def judge(logits, target, macs, nets):
                 print(f'  trained in {time.process_time() - began:.0f} s of CPU time', file=sys.stderr)
             model.set_confidence('clcnet', net=net)
             model._step_macs = (macs[0], sum(macs))
-            fit, judged = (replay_tables(model, logits[i], target[i]) for i in (a, b))
-            for (kind, rule), table in judged.items():
+            fit, evaluated = (
+                {k: done.table for k, done in replay_members(model, logits[i], target[i]).items()} for i in (a, b))
+            for (kind, rule), table in evaluated.items():
                 if kind != 'clcnet' and label != 'trained':
                     continue
                 name = f'CLCNet, {label}' if kind == 'clcnet' else kind
@@ -129,7 +130,7 @@ def main():
         print('| confidence | final answer | AUROC | area | '
               + ' | '.join(f'top-1 at {100 * s:.0f} % (GMACs)' for s in SHARES) + ' |')
         print('|---|---|---|---|' + '---|' * len(SHARES))
-        for (kind, rule), rows in judge(logits, target, macs, nets).items():
+        for (kind, rule), rows in compare(logits, target, macs, nets).items():
             values = torch.tensor(rows, dtype=torch.float64)
             mean, least, most = values.mean(0), values.amin(0), values.amax(0)
             tops = [f'{mean[2 + 2 * i]:.2f} ({mean[3 + 2 * i]:.4f})' for i in range(len(SHARES))]

@@ -6,9 +6,9 @@ import torch
 from parity.test_gfnet import build_checkpoint
 
 from timm_dynamic.launch.build import build_optimizer, resolve_learning_rate
+from timm_dynamic.launch.settings import TrainOptions
 from timm_dynamic.task import GlanceFocusTask, StageContext, create_recipe
 from timm_dynamic.task.gfnet_recipe import load_encoder, load_training_checkpoint
-from timm_dynamic.training.run import TrainOptions
 from timm_dynamic.utils import CheckpointError, save_pretrained
 
 PAPER = {  # backbone lr, classifier lr in stages 1 and 3, epochs, weight decay, auxiliary weight, frozen

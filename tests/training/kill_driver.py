@@ -13,8 +13,8 @@ from pathlib import Path
 
 import safetensors.torch
 
-import timm_dynamic.training.cascade as cascade_module
-import timm_dynamic.training.state as state_module
+import timm_dynamic.task.clcnet as cascade_module
+import timm_dynamic.training.run_folder as state_module
 import timm_dynamic.training.trainer as trainer_module
 import timm_dynamic.utils.export as export_module
 from timm_dynamic.training import train_main
@@ -36,8 +36,8 @@ def main() -> int:
 
     update = trainer_module.Trainer._update
 
-    def killing_update(self, module):
-        update(self, module)
+    def killing_update(self, count):
+        update(self, count)
         if reached('update'):
             die()
 

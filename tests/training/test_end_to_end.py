@@ -15,8 +15,9 @@ import torch
 import yaml
 from helpers import ROOT, make_images, run_python
 
-from timm_dynamic.training import run_training, run_validation, train_main
-from timm_dynamic.training.state import StateStore
+from timm_dynamic.evaluation import run_validation
+from timm_dynamic.training import run_training, train_main
+from timm_dynamic.training.run_folder import CheckpointManager
 from timm_dynamic.utils import save_pretrained
 
 HERE = Path(__file__).parent
@@ -143,7 +144,7 @@ def test_killed_ten_times_ends_bit_identical(image_folder, baseline, tmp_path):
     for file in ('last/model.safetensors', 'best/model.safetensors', 'last/config.json', 'results.csv'):
         assert (reference / file).read_bytes() == (killed / file).read_bytes(), file
     for name in ('optimizer', 'model', 'ema', 'best', 'totals'):
-        a, b = (StateStore(run / 'state').load()[name] for run in (reference, killed))
+        a, b = (CheckpointManager(run / 'state').load()[name] for run in (reference, killed))
         assert str(a) == str(b)
     rows = [[{k: v for k, v in row.items() if k != 'seconds'} for row in csv.DictReader((run / 'summary.csv').open())]
             for run in (reference, killed)]
@@ -167,7 +168,7 @@ def test_stop_saves_and_resumes_bit_identical(image_folder, tmp_path, signum):
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 128 + signum
     assert f'Stopped by {signum.name}; the state is saved. Continue with --resume auto.' in errors
-    progress = StateStore(tmp_path / 'run' / 'state').load()['progress']
+    progress = CheckpointManager(tmp_path / 'run' / 'state').load()['progress']
     assert progress['epoch'] >= 1
     assert progress['batch'] > 0 or progress['epoch'] == 2
     run_training([*args, '--resume', 'auto'])
@@ -182,7 +183,7 @@ def test_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(image_folde
     assert 'learning rate 1e+30' in error
     assert 'class' in error.partition('samples')[2]  # the file of a sample
     assert 'last good state is kept' in error
-    state = StateStore(tmp_path / 'run' / 'state').load()
+    state = CheckpointManager(tmp_path / 'run' / 'state').load()
     assert all(v.isfinite().all() for v in state['totals'].values())
 
 
@@ -313,7 +314,7 @@ def test_folders_that_differ_between_splits(tmp_path, capsys):
 
 
 def test_disk_full_keeps_the_last_state(image_folder, tmp_path, monkeypatch, capsys):
-    import timm_dynamic.training.state as module
+    import timm_dynamic.training.run_folder as module
     save_file, count = module.safetensors.torch.save_file, [0]
 
     def failing(tensors, path, *args, **kwargs):
@@ -329,7 +330,7 @@ def test_disk_full_keeps_the_last_state(image_folder, tmp_path, monkeypatch, cap
     assert 'No space left on device' in (error := capsys.readouterr().err)
     assert 'is intact: free some space and continue with --resume auto' in error
     monkeypatch.undo()
-    assert StateStore(tmp_path / 'run' / 'state').load()['progress']['batch'] == 4
+    assert CheckpointManager(tmp_path / 'run' / 'state').load()['progress']['batch'] == 4
     assert train_main([*args, '--resume', 'auto']) == 0
 
 

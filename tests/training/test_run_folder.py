@@ -5,8 +5,8 @@ import sys
 import numpy as np
 import pytest
 import torch
-from timm_dynamic.training.state import StateError, StateStore, flatten_state, unflatten_state
 
+from timm_dynamic.training.run_folder import CheckpointManager, StateError, flatten_state, unflatten_state
 from timm_dynamic.utils import CheckpointError
 
 
@@ -31,11 +31,11 @@ def _equal(a, b):
 
 
 def test_round_trip(tmp_path):
-    store, state = StateStore(tmp_path / 'state'), _state()
+    store, state = CheckpointManager(tmp_path / 'state'), _state()
     assert not store.exists()
     store.save(state, 'first')
     assert store.exists()
-    assert _equal(state, StateStore(tmp_path / 'state').load())
+    assert _equal(state, CheckpointManager(tmp_path / 'state').load())
 
 
 def test_flatten_keeps_key_types_and_names_what_it_cannot_store():
@@ -46,7 +46,7 @@ def test_flatten_keeps_key_types_and_names_what_it_cannot_store():
 
 
 def test_only_the_last_state_is_kept(tmp_path):
-    store = StateStore(tmp_path)
+    store = CheckpointManager(tmp_path)
     for i in range(3):
         store.save(_state(i), f'epoch-{i}')
     store.save(_state(9), 'epoch-2')  # the same point again
@@ -56,8 +56,8 @@ def test_only_the_last_state_is_kept(tmp_path):
 
 @pytest.mark.parametrize('moment', ['tensors', 'values', 'pointer'])
 def test_what_a_failing_writer_leaves_is_the_last_state(tmp_path, monkeypatch, moment):
-    import timm_dynamic.training.state as module
-    store = StateStore(tmp_path)
+    import timm_dynamic.training.run_folder as module
+    store = CheckpointManager(tmp_path)
     store.save(_state(1), 'one')
 
     def fail(*args, **kwargs):
@@ -81,8 +81,8 @@ def test_full_disk_for_real(tmp_path):
     """The operating system refuses to write more than 1 MiB; the last state survives."""
     script = f'''
 import resource, signal, torch
-from timm_dynamic.training.state import StateStore
-store = StateStore({str(tmp_path / "s")!r})
+from timm_dynamic.training.run_folder import CheckpointManager
+store = CheckpointManager({str(tmp_path / "s")!r})
 store.save({{'x': torch.zeros(10)}}, 'small')
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (2 ** 20, 2 ** 20))
@@ -93,15 +93,15 @@ store.save({{'x': torch.zeros(2 ** 20)}}, 'large')
     assert result.returncode == 1
     assert "StateError: The state of the run (4 MiB) could not be written" in result.stderr
     assert "'small', is intact" in result.stderr
-    assert StateStore(tmp_path / 's').load()['x'].shape == (10,)
+    assert CheckpointManager(tmp_path / 's').load()['x'].shape == (10,)
     assert sorted(p.name for p in (tmp_path / 's').iterdir()) == ['latest', 'small']
 
 
 def test_damaged_and_missing(tmp_path):
     with pytest.raises(CheckpointError, match='no state of a run'):
-        StateStore(tmp_path).load()
-    StateStore(tmp_path).save(_state(), 'one')
+        CheckpointManager(tmp_path).load()
+    CheckpointManager(tmp_path).save(_state(), 'one')
     with open(tmp_path / 'one' / 'tensors.safetensors', 'rb+') as f:
         f.truncate(20)
     with pytest.raises(CheckpointError, match='incomplete or damaged'):
-        StateStore(tmp_path).load()
+        CheckpointManager(tmp_path).load()

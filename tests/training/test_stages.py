@@ -17,10 +17,11 @@ from timm.data import create_transform
 
 from timm_dynamic import ConfidenceNet
 from timm_dynamic.data import ConfidenceFeatures, FoldMap, create_dataset
+from timm_dynamic.evaluation import run_validation
 from timm_dynamic.exits import ExitTable
 from timm_dynamic.task import make_folds, match_scores
-from timm_dynamic.training import run_training, run_validation, train_main
-from timm_dynamic.training.state import StateStore
+from timm_dynamic.training import run_training, train_main
+from timm_dynamic.training.run_folder import CheckpointManager
 from timm_dynamic.utils import read_task_state, save_pretrained
 
 HERE = Path(__file__).parent
@@ -405,13 +406,13 @@ def test_killed_in_every_stage_ends_bit_identical(image_folder, tmp_path, family
         return run_python(HERE / 'kill_driver.py', kill, *given, '--resume', 'auto', check=False).returncode
 
     def stage():
-        return StateStore(tmp_path / 'killed' / 'state').load()['identity']['stage']
+        return CheckpointManager(tmp_path / 'killed' / 'state').load()['identity']['stage']
 
     assert run('never', 'reference') == 0
     seen = []
     for kill in KILLS:
         assert run(kill, 'killed') == -signal.SIGKILL
-        seen.append(stage() if StateStore(tmp_path / 'killed' / 'state').exists() else None)
+        seen.append(stage() if CheckpointManager(tmp_path / 'killed' / 'state').exists() else None)
     assert set(stages[1:]) <= set(seen), seen
     assert run('never', 'killed') == 0
     reference, killed = tmp_path / 'reference', tmp_path / 'killed'
@@ -424,7 +425,7 @@ def test_killed_in_every_stage_ends_bit_identical(image_folder, tmp_path, family
                 for run in (reference, killed)]
         assert rows[0] == rows[1]
     for name in ('optimizer', 'model', 'ema', 'best', 'totals'):
-        a, b = (StateStore(run / 'state').load()[name] for run in (reference, killed))
+        a, b = (CheckpointManager(run / 'state').load()[name] for run in (reference, killed))
         assert str(a) == str(b)
 
 

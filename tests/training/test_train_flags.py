@@ -36,7 +36,7 @@ from timm_dynamic.launch.options import create_train_parser
 from timm_dynamic.training import run as run_module
 from timm_dynamic.training import run_training
 from timm_dynamic.training import trainer as trainer_module
-from timm_dynamic.training.state import StateStore
+from timm_dynamic.training.run_folder import CheckpointManager
 from timm_dynamic.utils import save_pretrained
 from timm_dynamic.utils.report import read_rows
 
@@ -68,7 +68,7 @@ class Lab:
 
     def _watch(self):
         patch = self.monkeypatch.setattr
-        create_dataset, fit, save = dataset_factory.create_timm_dataset, run_module.Trainer.fit, StateStore.save
+        create_dataset, fit, save = dataset_factory.create_timm_dataset, run_module.Trainer.fit, CheckpointManager.save
 
         def watched_create_dataset(name, **kwargs):
             self.seen.opened[kwargs['split']] = kwargs
@@ -97,7 +97,7 @@ class Lab:
 
         patch(dataset_factory, 'create_timm_dataset', watched_create_dataset)
         patch(run_module.Trainer, 'fit', watched_fit)
-        patch(StateStore, 'save', watched_save)
+        patch(CheckpointManager, 'save', watched_save)
         patch(torch, 'compile', watched_compile)
         patch(trainer_module, 'plot_curve', lambda *args: None)  # no option's, and slow, as is waiting for the disk
         patch(os, 'fsync', lambda fd: None)

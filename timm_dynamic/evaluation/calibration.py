@@ -105,7 +105,7 @@ def open_calibration_loader(
                 raise
             _logger.info(f"There is no split '{name}' to fit on: {e}")
             continue
-        if not _overlap(evaluated.dataset, loader.dataset):
+        if not share_images(evaluated.dataset, loader.dataset):
             return name, loader
         if asked:
             raise ValueError(
@@ -114,7 +114,7 @@ def open_calibration_loader(
     return '', None
 
 
-def _overlap(a: Any, b: Any) -> bool:
+def share_images(a: Any, b: Any) -> bool:
     """Whether two datasets share images, as far as their file names tell."""
     a, b = (getattr(dataset, 'dataset', dataset) for dataset in (a, b))  # of a Subset
     samples = [getattr(getattr(dataset, 'reader', None), 'samples', None) for dataset in (a, b)]

@@ -12,8 +12,8 @@ from timm.data import create_transform
 
 from timm_dynamic import ConfidenceNet
 from timm_dynamic.data import create_dataset
+from timm_dynamic.evaluation import cascade, run_validation
 from timm_dynamic.exits import ExitTable, early_exit
-from timm_dynamic.training import confidences, run_validation
 from timm_dynamic.utils import CheckpointError, save_pretrained
 
 COUNTS = {'train': 30, 'val': 25}
@@ -162,8 +162,8 @@ def test_each_image_is_scored_by_the_net_that_has_not_seen_it(folder, run, fold_
 
 def test_nets_of_folds_stay_as_they_are(folder, run, fold_nets, monkeypatch):
     """Also the one that a cascade without a net of its own takes over, where its dtype or device is another."""
-    seen, score = set(), confidences.score_folds
-    monkeypatch.setattr(confidences, 'score_folds', lambda nets, *args: (
+    seen, score = set(), cascade.score_folds
+    monkeypatch.setattr(cascade, 'score_folds', lambda nets, *args: (
         seen.update(next(net.parameters()).dtype for net in nets), score(nets, *args))[1])
     models = [f'local-dir:{folder}/members/0@16', f'local-dir:{folder}/members/1@32']
     for i, net in enumerate(timm.create_model(f'local-dir:{folder / "net"}', pretrained=True).members):
@@ -198,7 +198,7 @@ def test_two_processes(folder, run, tmp_path):
     options = ['--confidence', 'all', '--calibrate-split', 'half', '--results-file', tmp_path / 'two.json',
                '--results-format', 'json']
     driver = tmp_path / 'driver.py'
-    driver.write_text('import sys\nfrom timm_dynamic.training import validate_main\nsys.exit(validate_main())\n')
+    driver.write_text('import sys\nfrom timm_dynamic.evaluation import validate_main\nsys.exit(validate_main())\n')
     run_python(driver, *args(folder, *options), processes=2)
     two = [r for r in json.loads((tmp_path / 'two.json').read_text()) if 'area' in r]
     one = [r for r in run(*options[:4]) if 'area' in r]
@@ -207,18 +207,18 @@ def test_two_processes(folder, run, tmp_path):
 
 @pytest.mark.parametrize(('options', 'message'), [
     (['--confidence', 'all', '--final-rule', 'last'], 'leave out --final-rule'),
-    (['--confidence', 'all', '--calibrate-table', 'x'], 'does not go with --calibrate-table'),
-    (['--confidence', 'all', '--stored-results'], 'does not go with --stored-results'),
-    (['--confidence', 'all', '--metrics-avg', 'micro'], 'does not go with --metrics-avg'),
+    (['--confidence', 'all', '--calibrate-table', 'x'], 'cannot be combined with --calibrate-table'),
+    (['--confidence', 'all', '--stored-results'], 'cannot be combined with --stored-results'),
+    (['--confidence', 'all', '--metrics-avg', 'micro'], 'cannot be combined with --metrics-avg'),
     (['--fold-nets', '{net}', 'nowhere'], "no file or folder 'nowhere'"),
     (['--fold-nets', '{net}'], 'expected a net for each fold, found 1'),
     (['--fold-nets', '{net}', '{net}', '{net}', '--fold-dir', '{folds}'], '3 nets were given, but .* has 2 folds'),
     (['--fold-nets', '{net}', '{net}', '--fold-dir', '{other}'], 'None of the 75 images is in a fold'),
     (['--fold-nets', '{net}', '{net}', '--confidence', 'margin'], "confidence is 'margin': ask for"),
-    (['--fold-nets', '{net}', '{net}', '--valid-labels', 'x'], '--fold-nets judges .* does not go with'),
-    (['--fold-nets', '{net}', '{net}', '--calibrate-samples', '5', '--budget', '1'], 'folds of random images'),
+    (['--fold-nets', '{net}', '{net}', '--valid-labels', 'x'], '--fold-nets evaluates .* cannot be combined with'),
+    (['--fold-nets', '{net}', '{net}', '--calibrate-samples', '5', '--budget', '1'], 'images have no known folds'),
     (['--fold-nets', '{net}', '{net}', '--model', 'test_gfnet'], 'are for cascades'),
-    (['--fold-nets', '{net}', '{net}', '--save-budgets', 'x'], 'does not go with --save-budgets'),
+    (['--fold-nets', '{net}', '{net}', '--save-budgets', 'x'], 'cannot be combined with --save-budgets'),
     (['--confidence', 'all', '--model', 'test_gfnet'], 'are for cascades'),
 ])
 def test_bad_input(folder, run, fold_nets, tmp_path, options, message):

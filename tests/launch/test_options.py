@@ -4,8 +4,8 @@ import yaml
 from flag_tables import fresh_accelerate
 
 from timm_dynamic.launch.options import REFUSED_TRAIN, create_train_parser, create_validate_parser
+from timm_dynamic.launch.settings import TrainOptions
 from timm_dynamic.task import create_recipe
-from timm_dynamic.training.run import TrainOptions
 
 # What timm's train.py does without options.
 TIMM = {

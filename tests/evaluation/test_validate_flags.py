@@ -31,11 +31,11 @@ from helpers import make_images
 
 from timm_dynamic import ConfidenceNet
 from timm_dynamic.data import FoldMap, dataset_factory
+from timm_dynamic.evaluation import run_validation
 from timm_dynamic.exits import ExitTable
 from timm_dynamic.launch import build
 from timm_dynamic.launch.options import create_validate_parser
 from timm_dynamic.training import evaluate as evaluate_module
-from timm_dynamic.training import run_validation
 from timm_dynamic.training import validation as validation_module
 
 BASE = {

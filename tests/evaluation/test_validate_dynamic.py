@@ -14,8 +14,12 @@ from timm.data import create_loader
 from torchvision.datasets import FakeData
 
 from timm_dynamic.data import create_dataset
+from timm_dynamic.data.image_names import image_names
+from timm_dynamic.evaluation import run_validation, validate_main
+from timm_dynamic.evaluation.calibration import share_images
 from timm_dynamic.exits import ExitTable, early_exit
-from timm_dynamic.training import budgets, run_validation, validate_main
+from timm_dynamic.launch.build import build_eval_loader
+from timm_dynamic.launch.options import create_validate_parser
 from timm_dynamic.utils import save_pretrained
 
 
@@ -67,7 +71,7 @@ def test_exits_are_fitted_on_another_split(run, caplog, split, fitted_on, images
     row, = of(run('--budget', 0.001, '--split', split), 'budget')
     assert (row['split'], row['fitted_on'], row['images'], row['budget']) == (split, fitted_on, images, 0.001)
     assert f'fitted on {fitted_on} (' in caplog.text
-    assert f'judged on {split} ({images} images)' in caplog.text
+    assert f'evaluated on {split} ({images} images)' in caplog.text
     assert ('may have been trained on' in caplog.text) == (fitted_on == 'train')
 
 
@@ -77,7 +81,7 @@ def test_without_another_split_one_half_is_judged(run, folder, caplog):
     row, = of(run('--budget', 0.001, data='data/val'), 'budget')
     assert (row['fitted_on'], row['split'], row['images']) == (
         'a random half of validation', 'the other half of validation', 7)
-    assert 'fitted on a random half of validation (8 images), judged on the other half' in caplog.text
+    assert 'fitted on a random half of validation (8 images), evaluated on the other half' in caplog.text
 
 
 def test_half_can_be_asked_for(run):
@@ -94,8 +98,8 @@ def test_a_folder_without_the_validation_split_is_fitted_on_train(run, folder):
 
 def test_splits_of_torchvision_that_are_one():
     """To timm, 'test' and 'validation' of CIFAR are the same images."""
-    assert budgets._overlap(FakeData(size=3), FakeData(size=3))
-    assert not budgets._overlap(FakeData(size=3), FakeData(size=4))
+    assert share_images(FakeData(size=3), FakeData(size=3))
+    assert not share_images(FakeData(size=3), FakeData(size=4))
 
 
 def test_the_demo_set(folder, capsys):
@@ -108,14 +112,21 @@ def test_the_demo_set(folder, capsys):
     assert rows[-1]['fitted_on'] == 'validation'
 
 
-def test_random_parts():
-    shares = [budgets.RandomPart(50, 11, 3, rank, 2) for rank in range(2)]
-    indices = [list(share) for share in shares]
-    assert [len(share) for share in shares] == [s.num_valid_samples for s in shares] == [6, 5]
-    assert len({i for part in indices for i in part}) == 11
-    assert sorted(indices[0] + indices[1]) == list(budgets.RandomPart(50, 11, 3, 0, 1))
-    assert list(budgets.RandomPart(50, 11, 4, 0, 1)) != list(budgets.RandomPart(50, 11, 3, 0, 1))
-    assert list(budgets.RandomPart(5, 11, 3, 0, 1)) == [0, 1, 2, 3, 4]
+def test_random_samples(folder):
+    args = create_validate_parser().parse_args([
+        '--data-dir', str(folder / 'data'), '--device', 'cpu', '-j', '0', '-b', '4', '--seed', '3'])
+    config = dict(input_size=(3, 32, 32), interpolation='bilinear', mean=(0.,) * 3, std=(1.,) * 3, crop_pct=1.,
+                  crop_mode='center')
+
+    def names(num, seed=3):
+        args.seed = seed
+        loader = build_eval_loader(args, 'train', config, 3, torch.device('cpu'), random_samples=num)
+        return image_names(loader.dataset, 'train')
+
+    assert len(set(names(11))) == 11
+    assert names(11) == names(11) == sorted(names(11))
+    assert names(11) != names(11, seed=4)
+    assert len(names(50)) == 21
 
 
 # What is shown
@@ -197,7 +208,7 @@ def test_stored_fresh_and_stored_results_agree(run, tmp_path):
             assert rows[0][key] == rows[1][key] == rows[2][key], key
 
 
-def test_stored_exits_judged_where_they_were_fitted(run, tmp_path, caplog):
+def test_stored_exits_evaluated_where_they_were_fitted(run, tmp_path, caplog):
     caplog.set_level('INFO')
     run('--budget', 0.001, '--save-budgets', tmp_path / 'kept')
     for split, noted in (('test', False), ('train', True)):
@@ -300,7 +311,7 @@ def test_tables_of_anchornet_can_be_written(run, net, tmp_path):
     ('--budget 0.00001', r'--budget 1e-05: out of range for .* the first step costs {low} GMACs, all 3 steps {high}\.'),
     ('--budget 0.001 7', r'--budget 7: out of range .* the first step costs {low} GMACs, all 3 steps {high}\.'),
     ('--budget nan', '--budget nan: out of range'),
-    ('--budget 0.001 --calibrate-split eval', "eval: this is what --split validation judges on.*'half'"),
+    ('--budget 0.001 --calibrate-split eval', "eval: --split validation evaluates on these images.*'half'"),
     ('--budget 0.001 --calibrate-split nowhere', "There is no split 'nowhere' at .*, which has test, train, val"),
     ('--budget 0.001 --calibrate-samples 0', '--calibrate-samples: expected at least 1, got 0'),
     ('--calibrate-split train', '--calibrate-split says what exits are fitted on: ask for some with --budget'),
@@ -308,7 +319,7 @@ def test_tables_of_anchornet_can_be_written(run, net, tmp_path):
     ('--stored-results', '--stored-results: .*net keeps no results'),
     ('--stored-thresholds', '--stored-thresholds: .*net keeps no exits. Fit some with --budget'),
     ('--test-pool', '--test-pool changes how a static model pools'),
-    ('--save-budgets x --reparam', '--save-budgets does not go with --reparam'),
+    ('--save-budgets x --reparam', '--save-budgets cannot be combined with --reparam'),
     ('--exit-table nowhere', "--exit-table: there is no file 'nowhere'"),
     ('--exit-table {text}', 'text.st cannot be read as an exit table'),
     ('--budget 0.001 --calibrate-table nowhere', "--calibrate-table: there is no file 'nowhere'"),
@@ -316,8 +327,8 @@ def test_tables_of_anchornet_can_be_written(run, net, tmp_path):
     ('--exit-table {dear}', "dear.st' is a table of steps that cost 1, 2, 3 GMACs; those of .*net' cost"),
     ('--budget 0.001 --calibrate-table {two}', "two.st' is a table of 2 steps"),
     ('--exit-table {good} --calibrate-table {good} --geometric', 'good.st and good.st hold the same'),
-    ('--exit-table {good} --calibrate-split train', 'runs no model: --calibrate-split has no meaning beside it'),
-    ('--exit-table {good} --save-exit-table x', 'runs no model: --save-exit-table has no meaning'),
+    ('--exit-table {good} --calibrate-split train', 'runs no model: --calibrate-split has no effect beside it'),
+    ('--exit-table {good} --save-exit-table x', 'runs no model: --save-exit-table has no effect'),
     ('--strict', '--strict says how to compare with --thresholds'),
     ('--steps 2', '--steps says how to read a table: give one with --exit-table'),
     ('--exit-table {good} --steps 4', r'4 steps asked for, confidences have shape \[20, 3\]'),
