@@ -11,7 +11,7 @@ from torch.utils.data import Sampler
 from torchvision.datasets import VisionDataset
 
 from ..data.dataset_factory import TRAIN_SPLITS, VALIDATION_SPLITS
-from ..exits import ExitTable
+from ..exits import ExitTable, load_exit_table
 from ..models.dynamic_net import DynamicNet, _from_json
 from ..utils.report import Curve, format_table
 from .anytime import (
@@ -140,11 +140,11 @@ def load_table(args: argparse.Namespace, option: str, step_macs: Sequence[int] |
     if not path.is_file():
         raise ValueError(f"{option}: there is no file '{path}'.")
     if path.suffix not in ('.pth', '.pt'):
-        return ExitTable.load(path, steps=args.steps)
+        return load_exit_table(path, steps=args.steps)
     if step_macs is not None:
-        return ExitTable.load(path, step_macs, args.steps)
+        return load_exit_table(path, step_macs, args.steps)
     charge = {} if args.anchor_gmacs is None else {'anchor_macs': round(1e9 * args.anchor_gmacs)}
-    return ExitTable.load(path, steps=args.steps, **charge)
+    return load_exit_table(path, steps=args.steps, **charge)
 
 
 # What to fit on

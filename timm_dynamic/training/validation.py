@@ -18,6 +18,7 @@ from timm.utils import check_batch_size_retry, decay_batch_step, reparameterize_
 from torch import nn
 
 from ..exits import ExitTable
+from ..exits.anchornet_table import save_anchornet_table
 from ..launch.accelerator import create_accelerator
 from ..launch.build import build_eval_loader, build_model, eval_views, model_dtype, uses_demo_data
 from ..launch.options import create_validate_parser
@@ -440,7 +441,7 @@ def _check_dynamic(args: argparse.Namespace, name: str, model: Any) -> None:
 def _save_table(table: ExitTable, path: str, model: Any) -> None:
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     if Path(path).suffix == '.pth':
-        table.save_anchornet(path, getattr(model, 'setup_name', model.pretrained_cfg['architecture']))
+        save_anchornet_table(table, path, getattr(model, 'setup_name', model.pretrained_cfg['architecture']))
     else:
         table.save(path)
     _logger.info(f'Exit table: {path}')
