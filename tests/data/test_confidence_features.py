@@ -94,7 +94,7 @@ def test_names_may_be_long(features, tmp_path):
 
 
 @pytest.mark.parametrize(('change', 'message'), [
-    (lambda f: setattr(f, 'correct', f.correct.long()), 'correct are torch.int64, not bool'),
+    (lambda f: setattr(f, 'correct', f.correct.long()), "'correct' is torch.int64, not bool"),
     (lambda f: f.probabilities.copy_(f.probabilities.flip(1)), 'sorted falling'),
     (lambda f: f.probabilities.mul_(2), 'summing to 1'),
 ])

@@ -33,6 +33,7 @@ from timm_dynamic import ConfidenceNet
 from timm_dynamic.data import FoldMap, dataset_factory
 from timm_dynamic.evaluation import run_validation
 from timm_dynamic.exits import ExitTable
+from timm_dynamic.exits.anchornet_table import save_anchornet_table
 from timm_dynamic.launch import build
 from timm_dynamic.launch.options import create_validate_parser
 from timm_dynamic.training import evaluate as evaluate_module
@@ -384,7 +385,8 @@ def anchor_gmacs(lab, flag):
 
 
 def _anchornet_table(lab):
-    ExitTable([[0.5, 0.7, 0.8]], [[True] * 3], [1, 2, 3]).save_anchornet(lab.tmp / 't.pth', 'densenet201_95_[0.3]')
+    table = ExitTable([[0.5, 0.7, 0.8]], [[True] * 3], [1, 2, 3])
+    save_anchornet_table(table, lab.tmp / 't.pth', 'densenet201_95_[0.3]')
 
 
 def save_budgets(lab, flag):

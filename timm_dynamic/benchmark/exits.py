@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..exits import ExitTable, geometric_thresholds, judge_solver, solve_curve
+from ..exits import ExitTable, geometric_thresholds, judge_solver, load_exit_table, solve_curve
 
 NAME, HELP = 'exits', 'judge exits that are solved on one half of an exit table on the other half, against given ones'
 
@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> list[dict[str, Any]]:
-    table = ExitTable.load(args.table)
+    table = load_exit_table(args.table)
     rivals: list[Any]
     if args.rivals:
         rivals = read_rivals(args.rivals)

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from ..exits import ExitTable, geometric_thresholds, solve_curve, solve_policy, solve_thresholds
+from ..exits import ExitTable, geometric_thresholds, load_exit_table, solve_curve, solve_policy, solve_thresholds
 from .timing import time_interleaved
 
 NAME, HELP = 'thresholds', 'time to solve thresholds and curves, and to evaluate them'
@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> list[dict[str, Any]]:
-    table = ExitTable.load(args.table) if args.table else make_table(args.num_images, args.num_steps)
+    table = load_exit_table(args.table) if args.table else make_table(args.num_images, args.num_steps)
     return benchmark_thresholds(table, args.repeats)
 
 

@@ -1,10 +1,10 @@
 from .collect import collect_exit_table
 from .engine import early_exit
+from .load_table import load_exit_table
 from .policy import ExitPolicy, ValuePolicy
 from .stream import ExitStream, StreamResult, StreamRun
 from .table import ExitPoint, ExitTable
 
-load_exit_table = ExitTable.load
 from .thresholds import geometric_thresholds, judge_solver, solve_curve, solve_policy, solve_thresholds
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     'early_exit',
     'geometric_thresholds',
     'judge_solver',
+    'load_exit_table',
     'solve_curve',
     'solve_policy',
     'solve_thresholds',

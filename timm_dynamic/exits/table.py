@@ -1,7 +1,4 @@
 """What was measured of a dynamic model on a set of images, and what every exit policy makes of it."""
-import pickle
-import re
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,8 +12,6 @@ from ..models.exit_cfg import check_policy_steps, check_thresholds
 from ..utils.files import atomic_write
 
 _FORMAT = 'timm_dynamic.exit_table.1'
-# What winycg/AnchorNet's dynamic_inference.py charges for one pass through a net at 95 px, by its name in `setup`.
-_ANCHORNET_PASS_MACS = {'densenet201': 790_000_000, 'resnet50': 752_000_000}
 
 
 @dataclass(frozen=True)
@@ -187,6 +182,17 @@ class ExitTable:
         order = torch.randperm(self.num_samples, generator=torch.Generator().manual_seed(seed))
         return self.subset(order[:size]), self.subset(order[size:])
 
+    def first_steps(self, num: int) -> 'ExitTable':
+        """Table of the first steps only.
+
+        Raises:
+            ValueError: There are not so many.
+        """
+        if not 1 <= num <= self.num_steps:
+            raise ValueError(f'{num} steps asked for, confidences have shape {list(self.confidence.shape)}.')
+        top5 = None if self.correct_top5 is None else self.correct_top5[:, :num]
+        return ExitTable(self.confidence[:, :num], self.correct[:, :num], self.step_macs[:num], top5)
+
     # Files
 
     def save(self, path: str | Path) -> None:
@@ -195,7 +201,7 @@ class ExitTable:
         Raises:
             ValueError: A confidence is not a number: `load` would refuse it.
         """
-        _check_numbers(self.confidence, path)
+        check_numbers(self.confidence, path)
         tensors = {
             'confidence': self.confidence,
             'correct': self.correct,
@@ -206,62 +212,18 @@ class ExitTable:
         with atomic_write(path) as tmp:
             save_file(tensors, tmp, metadata={'format': _FORMAT})
 
-    def save_anchornet(self, path: str | Path, setup: str) -> None:
-        """Write the table as winycg/AnchorNet's make_table.py does, whole or not at all; costs and top-5 are left out.
-
-        Args:
-            path: A .pth file.
-            setup: What was run, e.g. 'densenet201_95_[0.3, 0.3, 0.3, 0.3]'.
-        """
-        _check_numbers(self.confidence, path)
-        with atomic_write(path) as tmp:
-            torch.save({'setup': setup, 'thresholds': self.confidence, 'predictions': self.correct}, tmp)
-
     @classmethod
-    def load(
-            cls,
-            path: str | Path,
-            step_macs: Sequence[int] | None = None,
-            steps: int | None = None,
-            anchor_macs: int = 60_000_000,
-    ) -> 'ExitTable':
-        """Read a table.
-
-        Args:
-            path: What `save` wrote, or a table of winycg/AnchorNet (.pth: 'setup' str, 'thresholds' float32 [N, K],
-                'predictions' bool [N, K], which are the confidences and `correct`).
-            step_macs: Costs, for AnchorNet tables, which have none. By default what the setup's net costs in
-                AnchorNet's dynamic_inference.py: step 1 one pass, step t >= 2 `anchor_macs` and t passes.
-            steps: Number of columns to read, from the first; by default all.
-            anchor_macs: Charge for AnchorNet itself. The released script has 0.06 G; the published list of operating
-                points has 0.08 G.
+    def load(cls, path: str | Path) -> 'ExitTable':
+        """Read what `save` wrote. For tables of other formats see `load_exit_table`.
 
         Raises:
-            ValueError: The file is no such table, is truncated, or has wrong shapes or confidences that are not
-                numbers; or costs are not given and not known for the setup.
+            ValueError: The file is no exit table, is damaged, or has wrong shapes or confidences that are not numbers.
         """
-        path = Path(path)
-        with open(path, 'rb') as f:
-            head = f.read(2)
         try:
-            if head == b'PK' or head[:1] == b'\x80':  # torch's zip, and its old pickle
-                confidence, correct, macs = _read_anchornet(path, step_macs, steps, anchor_macs)
-                top5 = None
-            else:
-                confidence, correct, macs, top5 = _read_safetensors(path)
-                if step_macs is not None:
-                    raise ValueError('it has costs of its own: step_macs can be given for AnchorNet tables only')
-            if steps is not None and (confidence.ndim != 2 or not 1 <= steps <= confidence.shape[1]):
-                raise ValueError(f'{steps} steps asked for, confidences have shape {list(confidence.shape)}')
-            _check_numbers(confidence, path)
-            shape = list(confidence.shape)
-            correct = _as_bool(correct, 'correct', shape)
-            top5 = None if top5 is None else _as_bool(top5, 'correct_top5', shape)
-            if steps is not None:
-                confidence, correct, macs = confidence[:, :steps], correct[:, :steps], macs[:steps]
-                top5 = None if top5 is None else top5[:, :steps]
-            return cls(confidence, correct, macs, top5)
-        except ValueError as e:
+            confidence, correct, step_macs, correct_top5 = _read_safetensors(path)
+            check_numbers(confidence, path)
+            return cls(confidence, correct, step_macs, correct_top5)
+        except (ValueError, TypeError) as e:
             raise ValueError(f'{path} cannot be read as an exit table: {e}') from e
 
 
@@ -291,53 +253,26 @@ def _percent(values: torch.Tensor) -> float:
     return 100 * int(values.sum()) / len(values)
 
 
-def _check_numbers(confidence: torch.Tensor, path: Any) -> None:
+def check_numbers(confidence: torch.Tensor, path: str | Path) -> None:
+    """Raise a ValueError if confidences [N, ...] are not floating point, or those of some samples are NaN."""
+    if not confidence.is_floating_point():
+        raise ValueError(f'Confidences must be floating point, got {str(confidence.dtype)[6:]} ({path}).')
     bad = int(confidence.isnan().any(dim=-1).sum())
     if bad:
         raise ValueError(f'{bad} of {len(confidence)} samples have confidences that are not numbers ({path}).')
 
 
-def _read_safetensors(path: Path) -> tuple[torch.Tensor, torch.Tensor, list[int], torch.Tensor | None]:
+def _read_safetensors(path: str | Path) -> tuple[torch.Tensor, torch.Tensor, list[int], torch.Tensor | None]:
     try:
         with safe_open(path, framework='pt') as f:
             if (f.metadata() or {}).get('format') != _FORMAT:
                 raise ValueError(f'its format is not {_FORMAT}, it holds {sorted(f.keys())[:8]}')
             tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118 (it is no dict)
+    except FileNotFoundError:
+        raise
     except (SafetensorError, OSError) as e:
         raise ValueError(f'truncated, or no exit table at all ({e})') from e
     missing = {'confidence', 'correct', 'step_macs'} - tensors.keys()
     if missing:
         raise ValueError(f'{sorted(missing)} missing')
     return tensors['confidence'], tensors['correct'], tensors['step_macs'].tolist(), tensors.get('correct_top5')
-
-
-def _read_anchornet(
-        path: Path,
-        step_macs: Sequence[int] | None,
-        steps: int | None,
-        anchor_macs: int,
-) -> tuple[torch.Tensor, torch.Tensor, Sequence[int]]:
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings('ignore', 'Detected pickle protocol')  # says that it may fail; we say if it does
-            values = torch.load(path, map_location='cpu', weights_only=True)
-    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as e:
-        raise ValueError(f"truncated, or no table of AnchorNet's ({str(e).splitlines()[0]})") from e
-    names = {'setup', 'thresholds', 'predictions'}
-    if not isinstance(values, dict) or not names <= values.keys():
-        found = sorted(map(str, values))[:8] if isinstance(values, dict) else type(values).__name__
-        raise ValueError(f"a table of AnchorNet's has {sorted(names)}, found {found}")
-    confidence, correct = values['thresholds'], values['predictions']
-    if not isinstance(confidence, torch.Tensor) or not isinstance(correct, torch.Tensor):
-        raise ValueError("'thresholds' and 'predictions' are not both tensors")
-    if step_macs is None:
-        net = re.split(r'[_ ]', str(values['setup']))[0]
-        if net not in _ANCHORNET_PASS_MACS:
-            raise ValueError(
-                f"the costs of its setup {values['setup']!r} are not known (known: {sorted(_ANCHORNET_PASS_MACS)}): "
-                f'give step_macs, or validate.py the model')
-        one_pass = _ANCHORNET_PASS_MACS[net]
-        step_macs = [t * one_pass + (anchor_macs if t > 1 else 0) for t in range(1, confidence.shape[-1] + 1)]
-    elif steps is None and confidence.ndim == 2 and len(step_macs) != confidence.shape[1]:
-        raise ValueError(f'it has {confidence.shape[1]} columns, step_macs has {len(step_macs)}: choose with steps')
-    return confidence, correct, step_macs
