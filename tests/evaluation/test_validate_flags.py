@@ -31,13 +31,11 @@ from helpers import make_images
 
 from timm_dynamic import ConfidenceNet
 from timm_dynamic.data import FoldMap, dataset_factory
-from timm_dynamic.evaluation import run_validation
-from timm_dynamic.exits import ExitTable
+from timm_dynamic.evaluation import model_evaluator, run_validation, validate
+from timm_dynamic.exits import ExitTable, collect
 from timm_dynamic.exits.anchornet_table import save_anchornet_table
 from timm_dynamic.launch import build
 from timm_dynamic.launch.options import create_validate_parser
-from timm_dynamic.training import evaluate as evaluate_module
-from timm_dynamic.training import validation as validation_module
 
 BASE = {
     '--data-dir': '{data}', '--model': 'local-dir:{weights}', '--img-size': '32', '-b': '4', '-j': '0',
@@ -61,8 +59,7 @@ class Lab:
     def _watch(self):
         patch = self.monkeypatch.setattr
         create_dataset, create_loader = dataset_factory.create_timm_dataset, build.create_loader
-        build_model, evaluate, tqdm = validation_module.build_model, validation_module.evaluate, evaluate_module.tqdm
-        evaluate_dynamic = validation_module.evaluate_dynamic
+        build_model, evaluate, tqdm = validate.build_model, model_evaluator.evaluate, collect.tqdm
 
         def watched_create_dataset(name, **kwargs):
             self.seen.opened = kwargs
@@ -80,14 +77,12 @@ class Lab:
 
         def watched_evaluate(model, loader, accelerator, **kwargs):
             self.seen.model, self.seen.loader, self.seen.accelerator = model, loader, accelerator
+            self.seen.classes = kwargs['classes']
             if self.stop:
                 raise _Opened
-            return evaluate(model, loader, accelerator, **kwargs)
-
-        def watched_evaluate_dynamic(model, loader, accelerator, **kwargs):
-            metrics, table = evaluate_dynamic(model, loader, accelerator, **kwargs)
-            self.seen.tables.append(table)
-            return metrics, table
+            evaluation = evaluate(model, loader, accelerator, **kwargs)
+            self.seen.tables.append(evaluation.table)
+            return evaluation
 
         def watched_tqdm(*args, **kwargs):
             self.seen.bar = kwargs
@@ -99,10 +94,9 @@ class Lab:
 
         patch(dataset_factory, 'create_timm_dataset', watched_create_dataset)
         patch(build, 'create_loader', watched_create_loader)
-        patch(validation_module, 'build_model', watched_build_model)
-        patch(validation_module, 'evaluate', watched_evaluate)
-        patch(validation_module, 'evaluate_dynamic', watched_evaluate_dynamic)
-        patch(evaluate_module, 'tqdm', watched_tqdm)
+        patch(validate, 'build_model', watched_build_model)
+        patch(model_evaluator, 'evaluate', watched_evaluate)
+        patch(collect, 'tqdm', watched_tqdm)
         patch(torch, 'compile', watched_compile)
 
     def argv(self, *options, drop=()):
@@ -277,14 +271,15 @@ def real_labels(lab, flag):
 def valid_labels(lab, flag):
     (lab.tmp / 'valid.txt').write_text('3\n4\n0\n')
     base = ['--num-classes', '5']
-    evaluated(lambda seen: seen.model(batch(seen)).shape[1], '{tmp}/valid.txt', gives=3, base=base)(lab, flag)
+    evaluated(lambda seen: None if seen.classes is None else seen.classes.tolist(), '{tmp}/valid.txt', gives=[3, 4, 0],
+              base=base)(lab, flag)
     (lab.tmp / 'valid.txt').write_text('3\n4\n')
     with pytest.raises(ValueError, match='has 3 classes'):
         lab.opened(*base, flag, '{tmp}/valid.txt')
 
 
 def retry(lab, flag):
-    evaluate, sizes = validation_module.evaluate, []
+    evaluate, sizes = model_evaluator.evaluate, []
 
     def out_of_memory(model, loader, *args, **kwargs):
         sizes.append(loader.loader.batch_size)
@@ -292,7 +287,7 @@ def retry(lab, flag):
             raise RuntimeError('CUDA out of memory. Tried to allocate')
         return evaluate(model, loader, *args, **kwargs)
 
-    lab.monkeypatch.setattr(validation_module, 'evaluate', out_of_memory)
+    lab.monkeypatch.setattr(model_evaluator, 'evaluate', out_of_memory)
     assert lab.evaluated(flag).images == 9
     assert sizes == [4, 3, 2]
     with pytest.raises(RuntimeError, match='out of memory'):
@@ -412,7 +407,7 @@ def curve(lab, flag):
     """With steps, budgets and the static models."""
     drawn = {}
     lab.monkeypatch.setattr(
-        validation_module, 'plot_accuracy_over_macs',
+        validate, 'plot_accuracy_over_macs',
         lambda path, curves, points, title: drawn.update(curves=curves, points=points, title=title))
     seen = lab.evaluated(*DYNAMIC, '--geometric', '--compare', 'local-dir:{other}', flag, '{tmp}/c.png')
     name = '/'.join(lab.paths['{dynamic}'].parts[-2:])

@@ -12,6 +12,7 @@ from timm.layers import apply_test_time_pool
 
 from ..data.image_names import image_names
 from ..exits import ExitTable, solve_curve
+from ..exits.anchornet_table import save_anchornet_table
 from ..exits.collect import Outputs, SampleRecorder
 from ..launch.build import build_eval_loader, eval_views, model_dtype
 from ..models.clcnet import CLCNet
@@ -127,16 +128,20 @@ class ModelEvaluator:
             fit_on, fit_loader = self._find_calibration(loader)
         measured = self._measure(loader, args.split, self.name)
         report = Report(self._row(measured, loader))
-        if measured.table is None:
-            if 'gmacs' in (report.row or {}):
-                report.markers[short_name(self.name)] = [(report.row['gmacs'], report.row['top1'])]  # type: ignore[index]
+        assert report.row is not None
+        if not self.dynamic:
+            if report.row['gmacs']:
+                report.markers[short_name(self.name)] = [(report.row['gmacs'], report.row['top1'])]
             return report
-        table, answers, calibration = measured.table, measured.steps_top1, None
+        answers, calibration = measured.steps_top1, None
         if self.replay is not None and measured.members is not None:
             fitted = self._measure(fit_loader, fit_on, f'{self.name}: {fit_on}').members if fit_loader else None
             (table, answers), calibration = self.replay.finish(
                 report, self.name, measured.members, fitted, args.seed)
             self._update_row(report.row, table, measured.members)
+        else:
+            assert measured.table is not None
+            table = measured.table
         report_steps(
             report, self.name, table, args.split, ", by the dataset's own labels" if args.real_labels else '')
         if self.compared:
@@ -226,9 +231,8 @@ class ModelEvaluator:
         return {'param_count': round(self.params / 1e6, 2), 'img_size': config['input_size'][-1],
                 'crop_pct': config['crop_pct'], 'interpolation': config['interpolation']}
 
-    def _update_row(self, row: Row | None, table: ExitTable, members: MemberAnswers) -> None:
+    def _update_row(self, row: Row, table: ExitTable, members: MemberAnswers) -> None:
         """Let the row tell what was replayed."""
-        assert row is not None
         last = table.anytime()[-1]
         row.update(**accuracy(last.top1, last.top5), gmacs=round(last.gmacs, 6))
         row.pop('loss')  # that of another answer
@@ -307,7 +311,6 @@ def _real_accuracy(dataset: Any, path: str, top5: torch.Tensor) -> tuple[float, 
 
 def save_table(table: ExitTable, path: str, model: Any) -> None:
     """Write an exit table, as AnchorNet's scripts do if the file ends in .pth."""
-    from ..exits.anchornet_table import save_anchornet_table
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     if Path(path).suffix == '.pth':
         save_anchornet_table(table, path, getattr(model, 'setup_name', model.pretrained_cfg['architecture']))

@@ -4,7 +4,6 @@ from .load_table import load_exit_table
 from .policy import ExitPolicy, ValuePolicy
 from .stream import ExitStream, StreamResult, StreamRun
 from .table import ExitPoint, ExitTable
-
 from .thresholds import geometric_thresholds, judge_solver, solve_curve, solve_policy, solve_thresholds
 
 __all__ = [
