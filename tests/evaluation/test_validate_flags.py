@@ -412,7 +412,7 @@ def curve(lab, flag):
     seen = lab.evaluated(*DYNAMIC, '--geometric', '--compare', 'local-dir:{other}', flag, '{tmp}/c.png')
     name = '/'.join(lab.paths['{dynamic}'].parts[-2:])
     assert list(drawn['curves']) == [f'{name}: steps', f'{name}: budgets, fitted on a random half']
-    assert drawn['title'] == 'judged on validation'
+    assert drawn['title'] == 'evaluated on validation'
     other = '/'.join(lab.paths['{other}'].parts[-2:])
     assert list(drawn['points']) == [f'{name}: geometric', other]
     (gmacs, top1), = drawn['points'][other]
