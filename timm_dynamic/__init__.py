@@ -4,5 +4,5 @@ Importing it registers its models with timm.
 """
 from . import exits as exits  # its policies come with models' configs
 from . import models as models
-from .layers import ConfidenceNet as ConfidenceNet
+from .models import ConfidenceNet as ConfidenceNet
 from .version import __version__ as __version__

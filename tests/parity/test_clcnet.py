@@ -15,7 +15,7 @@ from torch import nn
 
 from timm_dynamic import ConfidenceNet
 from timm_dynamic.exits import ExitTable, early_exit
-from timm_dynamic.layers.confidence_net import restricted_attention
+from timm_dynamic.layers import restricted_attention
 
 PARITY = SHARED / 'parity/clcnet'
 # Printed in the authors' tutorial, computed on a GPU with TF32: inputs are these, padded with zeros to 1000.

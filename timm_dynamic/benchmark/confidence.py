@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ..layers import ConfidenceNet, SparseMasks
+from ..models import ConfidenceNet
+from ..task.confidence import SparseMasks
 from .timing import get_device, time_interleaved
 
 NAME, HELP = 'confidence', 'score probabilities: the confidence net against one that computes all the original does'

@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ..layers.confidence_net import check_probabilities
+from ..models.confidence_net import check_probabilities
 from ..utils import atomic_write
 
 _FORMAT = 'timm_dynamic.confidence_features.1'

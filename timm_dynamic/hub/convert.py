@@ -11,8 +11,8 @@ from typing import Any
 import timm
 import torch
 
-from ..layers.confidence_net import read_confidence_net
 from ..models.builder import BUNDLED
+from ..models.confidence_net import read_confidence_net
 from ..models.dynamic_net import DynamicNet
 from ..utils import CheckpointError, copy_pretrained, read_checkpoint, save_pretrained, sha256_of, write_json
 from ..utils.export import CONFIG, WEIGHTS

@@ -1,28 +1,23 @@
 """Patch policy: where to look next."""
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import nn
 
-
-def _without_autocast(device_type: str) -> AbstractContextManager:
-    # The meta device, on which costs are counted, knows no autocast.
-    return torch.autocast(device_type, enabled=False) if torch.amp.is_autocast_available(device_type) else nullcontext()
+from .autocast import no_autocast
 
 
 class PatchPolicy(nn.Module):
-    """Proposes the next patch from the last feature map and what it remembers of the earlier ones.
+    """Proposes the next patch from the last feature map and the hidden state, which depends on the earlier ones.
 
-    state encoder -> GRU -> sigmoid(Linear): the mean of the action. Training draws around it; the critic that training
-    needs besides sees the hidden state and belongs to the training task. All of it runs in float32 under autocast: a
-    position is a small number times a large one.
+    State encoder -> GRU -> sigmoid(Linear): the mean of the action. Training samples actions around it. The critic is
+    part of the training task. Under autocast, all of it runs in float32: half precision moves positions by pixels.
 
     Args:
         in_chans: Channels of the feature map C.
         map_size: Height and width of the feature map.
         encoder: 'linear' flattens the map (two layers); 'conv' narrows it with a 1x1 convolution first (two layers,
-            far fewer parameters).
+            with far fewer parameters).
         hidden_size: Width of the GRU H. Default: 1024 for 'linear', 256 for 'conv'.
         width: Width of the encoder's first layer. Default: 2048 for 'linear', 32 for 'conv'.
         device: Device of the parameters.
@@ -73,7 +68,7 @@ class PatchPolicy(nn.Module):
             Mean of the action, row and column in [0, 1] [B, 2], float32; and the new hidden state [B, H].
         """
         dtype = self.actor.weight.dtype
-        with _without_autocast(feature_map.device.type):
+        with no_autocast(feature_map):
             x = feature_map.flatten(1) if self.flatten else feature_map
             hidden = self.gru(self.state_encoder(x.to(dtype)), hidden)
             return self.actor(hidden).float().sigmoid(), hidden

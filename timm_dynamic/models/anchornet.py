@@ -491,34 +491,36 @@ def _names(value: Any) -> tuple[str, ...]:
     return () if not value else (value,) if isinstance(value, str) else tuple(value)
 
 
-# The authors' files, by what is in their names.
+# Parts of the model, and the word in the name of the authors' file with its weights.
 _PARTS = {'localizer': 'anchornet', 'resized': 'resized', 'patch': 'patch'}
+_ALL_PARTS = "pretrained_cfg_overlay=dict(file=dict(localizer='...', resized='...', patch='...'))"
 
 
-def read_anchornet_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Read weights; of a folder with the authors' three files, {'localizer', 'resized', 'patch'}.
+def read_checkpoint_fn(path: str | Path, use_ema: bool = True) -> dict[str, Any]:
+    """Read weights; from a folder with the authors' three files, {'localizer', 'resized', 'patch'} of weights.
 
     Raises:
         CheckpointError: A part is missing, or there is more than one file for it.
     """
     path = Path(path)
-    if not path.is_dir() or any((path / name).is_file() for name in ('model.safetensors', 'config.json')):
-        return dict(read_state_dict(path))
-    files = [p for p in sorted(path.iterdir()) if re.search(r'\.(pth|pt|tar|safetensors)$', p.name)]
+    files = sorted(path.iterdir()) if path.is_dir() else []
+    files = [p for p in files if re.search(r'\.(pth|pt|tar|safetensors)$', p.name)]
+    if len(files) < 2 or (path / 'model.safetensors').is_file() or (path / 'config.json').is_file():
+        return dict(read_state_dict(path, use_ema))
     out = {}
     for part, word in _PARTS.items():
         found = [p for p in files if word in p.name.lower()]
         if len(found) != 1:
-            names = ', '.join(p.name for p in found or files) or 'nothing'
+            names = ', '.join(p.name for p in found or files)
             raise CheckpointError(
-                f"'{path}' should hold one file with '{word}' in its name, for the {part} net; found {names}. Name the "
-                "files: pretrained_cfg_overlay=dict(file=dict(localizer='...', resized='...', patch='...')).")
-        out[part] = read_state_dict(found[0])
+                f"Expected one file with '{word}' in its name in '{path}', for the {part} network; found {names}. Or "
+                f'name the files: {_ALL_PARTS}.')
+        out[part] = read_state_dict(found[0], use_ema)
     return out
 
 
 def _map_localizer(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """An authors' AnchorNet on our keys. Layers that it never uses are dropped."""
+    """Map an authors' AnchorNet onto our keys. Layers that it never uses are dropped."""
     if 'exp_conv.weight' not in state_dict:
         return dict(state_dict)
     names = {'conv1': 'expand.0', 'bn1': 'expand.1', 'conv2': 'depthwise.0', 'bn2': 'depthwise.1', 'se.se1': 'se.fc1',
@@ -533,19 +535,19 @@ def _map_localizer(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Te
             out[f'blocks.{match[1]}.{names[match[2]]}.{leaf}'] = value
         else:
             out[f"{ {'conv1': 'stem.0', 'bn1': 'stem.1', 'exp_conv': 'conv_head'}.get(module, module)}.{leaf}"] = value
-    _logger.info(f"Left out, as AnchorNet never uses them: {', '.join(sorted(dropped))}.")
+    _logger.info(f"Never used by AnchorNet and left out: {', '.join(sorted(dropped))}.")
     return out
 
 
 def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: Any) -> dict[str, torch.Tensor]:
-    """Map the authors' weights onto the model's keys. Other weights pass as they are.
+    """Map the authors' weights onto the model's keys. Other weights are returned unchanged.
 
     Args:
         state_dict: Weights; for AnchorNet-patch also {'localizer', 'resized', 'patch'} of weights.
         model: An `AnchorNet` or an `AnchorNetPatch`.
 
     Raises:
-        CheckpointError: A part is missing.
+        CheckpointError: The weights are those of one network, and the model needs three.
     """
     out = _map_localizer(state_dict) if isinstance(model, AnchorNet) else _map_parts(state_dict)
     if not model.num_classes:
@@ -555,28 +557,19 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: Any) -> dict[str,
 
 
 def _map_parts(state_dict: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """Weights of AnchorNet-patch, or of its three networks, on our keys."""
-    parts = {k: v for k, v in state_dict.items() if isinstance(v, Mapping)}
-    if not parts:
-        found = {part for part in _PARTS if any(key.startswith(f'{part}.') for key in state_dict)}
-        missing = [part for part in _PARTS if part not in found]
-        if not missing:
-            return dict(state_dict)
-        if found:
-            holds, lacks = ' and '.join(sorted(found)), ' and '.join(missing)
-        elif {'exp_conv.weight', 'conv_head.weight'} & state_dict.keys():
-            holds, lacks = 'the localizer', 'resized and patch'
-        else:
-            holds, lacks = 'one network (resized or patch)', 'the localizer and the other one'
-        raise CheckpointError(
-            f"it holds {holds} alone and lacks {lacks}. Give all three: pretrained_cfg_overlay=dict(file="
-            "dict(localizer='...', resized='...', patch='...')), or a folder with the authors' three files")
-    missing = [part for part in _PARTS if part not in parts]
-    if missing:
-        raise CheckpointError(f"it lacks {' and '.join(missing)}: expected {', '.join(_PARTS)}")
-    out = {f'localizer.{k}': v for k, v in _map_localizer(clean_state_dict(dict(parts['localizer']))).items()}
-    for part in ('resized', 'patch'):
-        out.update({f'{part}.{k}': v for k, v in clean_state_dict(dict(parts[part])).items()})
+    """Map weights of AnchorNet-patch, or of its three networks, onto our keys."""
+    if not all(isinstance(v, Mapping) for v in state_dict.values()):
+        if not any(key.partition('.')[0] in _PARTS for key in state_dict):
+            network = 'the localizer' if {'exp_conv.weight', 'conv_head.weight'} & state_dict.keys() else \
+                'one network (resized or patch)'
+            raise CheckpointError(
+                f'it holds {network} alone. Give all three: {_ALL_PARTS}, or a folder with the authors\' three files')
+        return dict(state_dict)
+    out = {}
+    for part, weights in state_dict.items():
+        weights = clean_state_dict(dict(weights))
+        weights = _map_localizer(weights) if part == 'localizer' else weights
+        out.update({f'{part}.{k}': v for k, v in weights.items()})
     return out
 
 
@@ -622,17 +615,13 @@ def _create(pretrained: bool = False, pretrained_cfg: Any = None, variant: str =
 def _create_anchornet_patch(variant: str, pretrained: bool = False, **kwargs: Any) -> AnchorNetPatch:
     if kwargs.pop('features_only', False):
         raise RuntimeError('features_only is not implemented for AnchorNet-patch models.')
-    return build_dynamic_model(
-        partial(_create, variant=variant), variant, pretrained, filter_fn=checkpoint_filter_fn,
-        read_fn=read_anchornet_checkpoint, **kwargs)
+    return build_dynamic_model(partial(_create, variant=variant), variant, pretrained, **kwargs)
 
 
 @register_model
 def anchornet(pretrained: bool = False, **kwargs: Any) -> AnchorNet:
     """AnchorNet, the localizer: a classifier of its own."""
-    return build_dynamic_model(
-        partial(build_model_with_cfg, AnchorNet, 'anchornet'), 'anchornet', pretrained,
-        filter_fn=checkpoint_filter_fn, **kwargs)
+    return build_dynamic_model(partial(build_model_with_cfg, AnchorNet, 'anchornet'), 'anchornet', pretrained, **kwargs)
 
 
 @register_model

@@ -1,12 +1,16 @@
-"""Building and loading, for the models of this package: timm's builder behind a stricter door for weights."""
+"""Building models with timm, and the one place where weights from outside are loaded.
+
+timm's own loading silently leaves random weights where a file does not fit; here that is an error. Sources may be a
+file, a folder, or a mapping from part to file: ours, timm's, or the authors'.
+"""
 import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from timm.models import (
@@ -20,49 +24,202 @@ from timm.models import (
 )
 from torch import nn
 
-from ..utils import CheckpointError, did_you_mean, fetch_weights, load_weights, read_json, read_state_dict
+from ..utils import (
+    CheckpointError,
+    did_you_mean,
+    fetch_weights,
+    load_weights,
+    read_json,
+    read_state_dict,
+    read_task_state,
+)
+from ..utils.checkpoint import find_weights
+from ..utils.export import CONFIG
 from .dynamic_net import DynamicNet
 
 _logger = logging.getLogger(__name__)
 
 FilterFn = Callable[[dict[str, torch.Tensor], nn.Module], dict[str, torch.Tensor]]
+Source = str | Path | Mapping[str, Any]
 
-# Weights that come with the package, as exported folders MODEL.TAG: those of the tiny models for the demo set.
+# Weights of the tiny models for the demo set, in exported folders MODEL.TAG.
 BUNDLED = Path(__file__).parent / 'weights'
 
-# Arguments that timm takes with features_only=True alone.
+# Arguments that timm only takes with features_only=True.
 _FEATURE_ARGS = ('out_indices', 'feature_cls', 'feature_cfg')
 
-# Organisation on the Hugging Face Hub. Mirrors set the environment variable, before this package is imported.
+# Organisation on the Hugging Face Hub. A mirror sets the environment variable before this package is imported.
 DEFAULT_HUB_ORG = 'timm-dynamic'
 HUB_ORG = os.environ.get('TIMM_DYNAMIC_HUB_ORG') or DEFAULT_HUB_ORG
 
 
 def hub_id(name: str) -> str:
-    """Full Hub id of a model and tag. timm completes ids for its own organisation only, so ours are spelled out."""
+    """Full Hub id of a model and tag: timm completes ids for its own organisation only."""
     return f'{HUB_ORG}/{name}'
 
 
 def check_model_name(name: str) -> None:
-    """Raise a ValueError that suggests the closest names if timm knows no model of this name."""
+    """Raise a ValueError with the closest names if timm knows no model of this name."""
     source, model_id = parse_model_name(name)
     if source is None and not is_model(model_id.split('.')[0]):
         raise ValueError(f"There is no model '{name}'.{did_you_mean(model_id, list_models())}")
 
 
+@dataclass(frozen=True)
+class Family:
+    """What a family of models knows about weights from outside: functions of these names in the family's module.
+
+    timm's families have a `checkpoint_filter_fn` or nothing.
+
+    Attributes:
+        read_checkpoint_fn: Reads a file or folder, with or without averaged weights.
+        checkpoint_filter_fn: Maps what was read, of a model, onto the keys of the model.
+        exit_cfg_from_checkpoint: Takes from what was read what it says about exits; empty if nothing.
+        training_state_from_checkpoint: Takes from what was read what only training needs; empty if nothing.
+        find_absent_members: Finds the members of a cascade that what was read has no weights for.
+        fetch_members: Gives these members of a cascade the weights that timm has for them, with a cache folder.
+    """
+    read_checkpoint_fn: Callable[[str | Path, bool], Any] = read_state_dict
+    checkpoint_filter_fn: FilterFn | None = None
+    exit_cfg_from_checkpoint: Callable[[Any], dict[str, Any]] | None = None
+    training_state_from_checkpoint: Callable[[Any], dict[str, Any]] | None = None
+    find_absent_members: Callable[[Any, Any], list[int]] | None = None
+    fetch_members: Callable[[Any, Sequence[int], str | Path | None], None] | None = None
+
+    @classmethod
+    def of(cls, model_name: str) -> 'Family':
+        """Family of a registered model. Other names have one without any functions."""
+        name = model_name.split('.')[0]
+        module = sys.modules[model_entrypoint(name).__module__] if is_model(name) else None
+        return cls(**{f.name: getattr(module, f.name) for f in fields(cls) if hasattr(module, f.name)})
+
+
 def checkpoint_filter_of(model_name: str) -> FilterFn | None:
-    """The `checkpoint_filter_fn` of the family that a registered model belongs to; None if it has none."""
-    module = sys.modules[model_entrypoint(model_name.split('.')[0]).__module__]
-    return getattr(module, 'checkpoint_filter_fn', None)
+    """The `checkpoint_filter_fn` of the family of a registered model; None if it has none."""
+    return Family.of(model_name).checkpoint_filter_fn
+
+
+class _Checkpoint(NamedTuple):
+    """What was read from a source."""
+    content: Any
+    label: str
+    folder: Path | None  # with the config.json that is about these weights
+
+
+def load_checkpoint(
+        model: nn.Module,
+        source: Source,
+        *,
+        adapt: bool = False,
+        reset_head: bool = False,
+        use_ema: bool = True,
+        optional: Sequence[str] = (),
+        take_exits: bool = True,
+        cache_dir: str | Path | None = None,
+        label: str | None = None,
+) -> dict[str, dict[str, torch.Tensor]]:
+    """Load weights from outside into a model, all of them or none.
+
+    Exits are fitted to weights. So those of a dynamic model are replaced by what the source says about exits, or
+    dropped if it says nothing.
+
+    Args:
+        model: A model made by timm's builder, of this package or of timm.
+        source: A file; a folder, with or without 'local-dir:' before it: exported, or with the authors' files; a
+            mapping from part to file; weights by part; a state dict; or the content of an authors' checkpoint.
+        adapt: Accept other input channels and classes, see `load_weights`.
+        reset_head: With `adapt`, keep the initial values of the classifier.
+        use_ema: Prefer averaged weights.
+        optional: Submodules that the source may lack, see `load_weights`. E.g. the authors' files of GFNet's first
+            training stage have no 'policy'. Members of a cascade may always be absent: timm's weights are fetched.
+        take_exits: False leaves the exits as they are.
+        cache_dir: Folder for downloads. Default: that of the Hub's client.
+        label: Name of the source in messages.
+
+    Returns:
+        State dicts of what only training needs, by name, as far as the source has it: auxiliary heads, critics.
+
+    Raises:
+        CheckpointError: The source cannot be read or does not fit, or weights of a member are not available.
+    """
+    family = Family.of(getattr(model, 'pretrained_cfg', {}).get('architecture') or '')
+    checkpoint = _read_source(source, family, use_ema)
+    if label:
+        checkpoint = checkpoint._replace(label=label)
+    absent = family.find_absent_members(checkpoint.content, model) if family.find_absent_members else []
+    load_weights(
+        model, checkpoint.content, family.checkpoint_filter_fn, adapt=adapt, reset_head=reset_head,
+        optional=[*optional, *(f'members.{index}' for index in absent)], label=checkpoint.label)
+    if family.fetch_members:
+        family.fetch_members(model, absent, cache_dir)
+    if take_exits and isinstance(model, DynamicNet):
+        _take_exits(model, family, checkpoint)
+    state = family.training_state_from_checkpoint(checkpoint.content) if family.training_state_from_checkpoint else {}
+    return state or (read_task_state(checkpoint.folder) if checkpoint.folder else {})
+
+
+def _read_source(source: Source, family: Family, use_ema: bool) -> _Checkpoint:
+    def read(path: str | Path) -> Any:
+        return family.read_checkpoint_fn(Path(str(path).removeprefix('local-dir:')), use_ema)
+
+    if not isinstance(source, Mapping):
+        path = Path(str(source).removeprefix('local-dir:'))
+        return _Checkpoint(read(path), f"'{source}'", _exported_folder(path))
+    if source and all(isinstance(value, (str, Path)) for value in source.values()):
+        return _Checkpoint(
+            {part: read(path) for part, path in source.items()}, ', '.join(f"'{v}'" for v in source.values()), None)
+    return _Checkpoint(source, 'The state dict', None)
+
+
+def _exported_folder(path: Path) -> Path | None:
+    """The exported folder that a path is, or whose weights it is; None if it is neither."""
+    folder = path if path.is_dir() else path.parent
+    if not (folder / CONFIG).is_file():
+        return None
+    try:
+        return folder if path in (folder, find_weights(folder)) else None
+    except CheckpointError:  # several weights: nobody knows which ones config.json is about
+        return None
+
+
+def _take_exits(model: Any, family: Family, checkpoint: _Checkpoint) -> None:
+    exit_cfg = family.exit_cfg_from_checkpoint(checkpoint.content) if family.exit_cfg_from_checkpoint else {}
+    exported: dict[str, Any] = {}
+    if not exit_cfg and checkpoint.folder is not None:
+        exported = _read_exported_args(checkpoint.folder, model.pretrained_cfg['architecture'])
+        exit_cfg = exported.get('exit_cfg') or {}
+    if not exit_cfg:
+        model.drop_exits(f'{checkpoint.label} has none.')
+    model.load_exit_cfg(exit_cfg)
+    _check_exits_match(model, exported)
+
+
+def _read_exported_args(folder: Path, architecture: str) -> dict[str, Any]:
+    """Constructor arguments in config.json; empty if it is about another model."""
+    try:
+        config = read_json(folder / CONFIG)
+    except (OSError, ValueError) as e:
+        raise CheckpointError(str(e)) from e
+    args = config.get('model_args') if config.get('architecture') == architecture else None
+    return args if isinstance(args, dict) else {}
+
+
+def _check_exits_match(model: DynamicNet, exported: Mapping[str, Any]) -> None:
+    """Drop exits that were fitted with another confidence, other members, or whatever else the family records."""
+    own = model.recorded_args()
+    other = [k for k in own if k != 'exit_cfg' and k in exported and _as_json(exported[k]) != _as_json(own[k])]
+    if other:
+        model.drop_exits(f"they are for another {' and '.join(other)}.")
+
+
+def _as_json(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, default=repr)
 
 
 def build_dynamic_model(
         create_fn: Callable[..., Any],
         variant: str,
         pretrained: bool,
-        filter_fn: FilterFn | None = None,
-        read_fn: Callable[[str | Path], Any] = read_state_dict,
-        exit_cfg_fn: Callable[[Any], dict[str, Any]] | None = None,
         pretrained_cfg: str | dict[str, Any] | PretrainedCfg | None = None,
         pretrained_cfg_overlay: dict[str, Any] | None = None,
         cache_dir: str | Path | None = None,
@@ -73,45 +230,35 @@ def build_dynamic_model(
     Args:
         create_fn: Called as `create_fn(pretrained=False, pretrained_cfg=..., **kwargs)`, e.g. timm's own entry point.
         variant: Registered name.
-        pretrained: Load weights. Their source is, as in timm, `state_dict`, `file` or `hf_hub_id` of the cfg;
-            `file` may be a file (the authors' too), a folder, or a mapping from part to file.
-        filter_fn: Maps foreign keys onto the model's, see `load_weights`.
-        read_fn: Reads a file. A family whose authors' files are more than one state dict has its own.
-        exit_cfg_fn: Takes from what was read what it says about stopping, see `DynamicNet.load_exit_cfg`.
+        pretrained: Load weights. Their source is, as in timm, `state_dict`, `file` or `hf_hub_id` of the cfg; the first
+            two may be whatever `load_checkpoint` takes.
         pretrained_cfg: As in timm.
         pretrained_cfg_overlay: As in timm.
         cache_dir: As in timm.
         **kwargs: Passed on to `create_fn`.
 
     Raises:
-        CheckpointError: There are no weights, they cannot be reached, or they do not fit. Never random weights
-            in silence.
+        CheckpointError: There are no weights, they are not available, or they do not fit.
     """
     cfg = resolve_pretrained_cfg(variant, pretrained_cfg, pretrained_cfg_overlay)  # type: ignore[arg-type]
-    state_dict, file = cfg.state_dict, cfg.file
-    # Where the weights came from is no part of what the model is: neither tensors nor local paths stay behind.
+    source: Any = cfg.state_dict if cfg.state_dict is not None else cfg.file
+    # The source of the weights is not a property of the model: neither tensors nor local paths stay in its cfg.
     cfg = replace(cfg, architecture=cfg.architecture or variant, state_dict=None, file=None)
     features: dict[str, Any] = {}
     if pretrained and kwargs.get('features_only'):
         features = {k: kwargs.pop(k) for k in ('features_only', *_FEATURE_ARGS) if k in kwargs}
-    given = bool(kwargs.get('exit_cfg'))  # it comes before that of a file
+    # timm passes the arguments in the config.json of a folder or repository on as if the caller had given them.
+    exported = kwargs.get('pretrained_model_args') or {}
+    own_exits = kwargs.get('exit_cfg') is not None and kwargs['exit_cfg'] != exported.get('exit_cfg')
+    if pretrained and not own_exits:
+        kwargs.pop('exit_cfg', None)  # exits come with the weights
     model = create_fn(pretrained=False, pretrained_cfg=cfg.to_dict(), **kwargs)
-    if isinstance(model, DynamicNet) and model.exit_cfg:
-        exported: Any = getattr(model, 'pretrained_model_args', {})
-        if kwargs.get('exit_cfg') == exported.get('exit_cfg'):  # and none that the caller gave
-            _check_exits_hold(model, exported)
     if pretrained:
-        folder = None
-        if state_dict is None:
-            state_dict, folder = _fetch(cfg, variant, file, cache_dir, read_fn)
-        load_weights(model, state_dict, filter_fn, adapt=True, label=f"'{file}'" if file else None)
-        if isinstance(model, DynamicNet) and not given:
-            model.load_exit_cfg(exit_cfg_fn(state_dict) if exit_cfg_fn else {})
-            if folder is not None and not model.exit_cfg:
-                exported = _exported_args(folder, variant)
-                model.load_exit_cfg(exported.get('exit_cfg') or {})
-                _check_exits_hold(model, exported)
-    if features:  # timm takes the classifier off while it loads, so it gets the whole model's weights
+        source = _fetch(cfg, variant, cache_dir) if source is None else source
+        load_checkpoint(model, source, adapt=True, take_exits=not own_exits, cache_dir=cache_dir)
+    elif isinstance(model, DynamicNet) and not own_exits:
+        _check_exits_match(model, exported)
+    if features:  # timm removes the classifier while it loads, so it gets the weights of the whole model
         input_size = (get_model_traits(model)['in_chans'], *cfg.input_size[1:])
         cfg = replace(cfg, state_dict=model.state_dict(), input_size=input_size, source=None)
         model = create_fn(pretrained=True, pretrained_cfg=cfg.to_dict(), **features, **kwargs)
@@ -119,100 +266,18 @@ def build_dynamic_model(
     return model
 
 
-def _fetch(
-        cfg: PretrainedCfg,
-        variant: str,
-        file: str | Path | Mapping[str, str | Path] | None,
-        cache_dir: str | Path | None,
-        read_fn: Callable[[str | Path], Any],
-) -> tuple[Any, Path | None]:
-    """What was read, and the exported folder that it lay in."""
-    if isinstance(file, Mapping):
-        return {part: read_fn(path) for part, path in file.items()}, None
-    if file:
-        return read_fn(file), Path(file) if Path(file).is_dir() else None
+def _fetch(cfg: PretrainedCfg, variant: str, cache_dir: str | Path | None) -> Path:
+    """Find weights in the package or on the Hub. Their folder or file, beside which is config.json."""
     name = f'{variant}.{cfg.tag}' if cfg.tag else variant
+    overlay = f"create_model('{variant}', pretrained=True, pretrained_cfg_overlay=dict(file='FILE'))"
     if cfg.hf_hub_id == hub_id(name) and (BUNDLED / name).is_dir():
-        return read_fn(BUNDLED / name), BUNDLED / name
+        return BUNDLED / name
     if not cfg.hf_hub_id:
         raise CheckpointError(
-            f'There are no weights of {name}. Use pretrained=False for initial values, or give a file: '
-            f"create_model('{variant}', pretrained=True, pretrained_cfg_overlay=dict(file='...')).")
-    path = _fetch_from_hub(cfg, variant, name, cache_dir)
-    return read_fn(path), path.parent
-
-
-def _exported_args(folder: Path, variant: str) -> dict[str, Any]:
-    """timm gives a model the arguments in config.json only where it is named by a folder or repository."""
-    try:
-        config = read_json(folder / 'config.json')
-    except OSError:
-        return {}
-    except ValueError as e:
-        raise CheckpointError(str(e)) from e
-    args = config.get('model_args') if config.get('architecture') == variant else None
-    return args if isinstance(args, dict) else {}
-
-
-def _check_exits_hold(model: DynamicNet, exported: Mapping[str, Any]) -> None:
-    """Drop exits that were fitted with other values of what the family itself records: the confidence, the members."""
-    own = model._model_args
-    other = [k for k, v in exported.items() if k != 'exit_cfg' and k in own and _as_json(v) != _as_json(own[k])]
-    if other:
-        model.drop_exits(f"they are for another {' and '.join(other)}.")
-
-
-def _as_json(value: Any) -> str:
-    return json.dumps(value, sort_keys=True, default=repr)
-
-
-def _fetch_from_hub(
-        cfg: PretrainedCfg,
-        variant: str,
-        name: str,
-        cache_dir: str | Path | None,
-) -> Path:
-    """Download weights and config.json. The path of the weights."""
-    assert cfg.hf_hub_id
-    overlay = f"create_model('{variant}', pretrained=True, pretrained_cfg_overlay=dict(file='FILE'))"
+            f'There are no weights of {name}. Use pretrained=False for initial values, or give a file: {overlay}.')
     try:
         return fetch_weights(cfg.hf_hub_id, cfg.hf_hub_filename or 'model.safetensors', cache_dir)
     except CheckpointError as e:
-        origin = f'The authors link their file at {cfg.origin_url}; load it with {overlay}.' if cfg.origin_url else \
-            f'A file of your own loads with {overlay}.'
-        raise CheckpointError(f'The weights of {name} cannot be had. {e} {origin}') from e
-
-
-def load_checkpoint(model, source, *, adapt=False, reset_head=False, use_ema=True, optional=(), label=None):
-    from functools import partial
-
-    from ..utils import read_task_state
-    name = model.pretrained_cfg['architecture']
-    try:
-        filter_fn = checkpoint_filter_of(name)
-        module = sys.modules[model_entrypoint(name).__module__]
-    except Exception:
-        filter_fn, module = None, None
-    source = str(source).removeprefix('local-dir:')
-    read = {n: getattr(module, n) for n in ('read_gfnet_checkpoint', 'read_anchornet_checkpoint', 'read_confidence_net') if hasattr(module, n)}
-    fn = next(iter(read.values()), None)
-    absent = []
-    if name.startswith(('clcnet', 'test_clcnet')):
-        filter_fn = partial(filter_fn, absent=absent)
-    if name.startswith(('gfnet', 'test_gfnet')) and 'policy' in optional:
-        filter_fn = partial(filter_fn, needs_policy=False)
-    state = fn(source) if fn else read_state_dict(source, use_ema=use_ema)
-    load_weights(model, state, filter_fn, adapt=adapt, reset_head=reset_head, use_ema=use_ema, label=label or f"'{source}'")
-    if name.startswith(('clcnet', 'test_clcnet')):
-        module.fetch_members(model, absent, None)
-    if 'model_prime_state_dict' in state:
-        cfg = module.exit_cfg_from_checkpoint(state)
-        if cfg:
-            model.load_exit_cfg(cfg)
-        return module.training_state_from_checkpoint(state)
-    path = Path(source)
-    return read_task_state(path if path.is_dir() else path.parent)
-
-
-def is_checkpoint_of_several_files(name, folder):
-    return name.split('.')[0].startswith(('anchornet_patch', 'test_anchornet_patch')) and not any(Path(folder).rglob('config.json')) and len([p for p in Path(folder).iterdir() if 'anchornet' in p.name]) == 1
+        advice = f'The authors link their file at {cfg.origin_url}; load it with {overlay}.' if cfg.origin_url else \
+            f'Load a file of your own with {overlay}.'
+        raise CheckpointError(f'The weights of {name} are not available. {e} {advice}') from e

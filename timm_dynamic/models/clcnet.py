@@ -11,12 +11,9 @@ Departures from the released code (https://github.com/yaoching0/CLCNet-Rethinkin
 * The cost of the confidence net is counted (0.0001 GMACs a member with 1000 classes). The original takes it as free.
 * A member whose weights differ from the other members' in their classes is an error, in place of a shape mismatch.
 """
-import json
 import logging
 import math
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,21 +24,18 @@ import torch.nn.functional as F
 from huggingface_hub.errors import HfHubHTTPError
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import (
-    PretrainedCfg,
     build_model_with_cfg,
     generate_default_cfgs,
-    get_model_input_config,
     get_pretrained_cfg,
-    is_model,
-    list_models,
     register_model,
     resolve_pretrained_cfg,
 )
 from torch import nn
 
-from ..layers.confidence_net import ConfidenceNet, confidence_net_filter_fn, read_confidence_net
-from ..utils import CheckpointError, did_you_mean
+from ..utils import CheckpointError
 from .builder import BUNDLED, build_dynamic_model, checkpoint_filter_of, hub_id
+from .cascade_members import Member, number_networks, record_members, resolve_members
+from .confidence_net import ConfidenceNet, confidence_net_filter_fn, read_confidence_net
 from .dynamic_net import DynamicNet, State, on_meta
 
 __all__ = ['CLCNet']
@@ -50,10 +44,6 @@ _logger = logging.getLogger(__name__)
 
 CONFIDENCES = ('clcnet', 'max_prob', 'margin', 'entropy', 'agreement')
 FINAL_RULES = ('most_confident', 'last')
-# How a member sees the image, if neither it nor the user says so.
-_VIEW: dict[str, Any] = dict(
-    size=224, interpolation='bicubic', crop_pct=0.875, crop_mode='center', mean=IMAGENET_DEFAULT_MEAN,
-    std=IMAGENET_DEFAULT_STD)
 
 
 class CascadeAnswers(NamedTuple):
@@ -62,146 +52,10 @@ class CascadeAnswers(NamedTuple):
     confidence: torch.Tensor  # [T, B]
 
 
-@dataclass
-class _Member:
-    """What is known of a member before it is created."""
-    model: Any  # registered name, or module
-    source: str | None  # what timm loads its weights by; None of a module, which has them
-    args: dict[str, Any]
-    view: dict[str, Any]
-    num_classes: int
-    own_size: int
-    fixed_size: bool
-    label_names: tuple[str, ...] | None
-
-    @property
-    def label(self) -> str:
-        return f"'{self.source}'" if self.source else type(self.model).__name__
-
-    def create(self, size: int, num_classes: int, in_chans: int, **kwargs: Any) -> Any:
-        """Create the network for images of a size. A module is taken as it is."""
-        if isinstance(self.model, nn.Module):
-            wanted = {'num_classes': num_classes, 'in_chans': in_chans}
-            found = {k: getattr(self.model, k, v) for k, v in wanted.items()}
-            if self.fixed_size:
-                wanted['img_size'], found['img_size'] = size, self.own_size
-            if found != wanted:
-                raise ValueError(f'The member {self.label} has {found}, the cascade needs {wanted}.')
-            return self.model
-        args = dict(self.args, img_size=size) if self.fixed_size else self.args
-        try:
-            return timm.create_model(self.model, num_classes=num_classes, in_chans=in_chans, **args, **kwargs)
-        except TypeError as e:
-            raise ValueError(f'The member {self.label} cannot be made with {args}: {e}') from e
-
-
-def _resolve(model: str | nn.Module, args: Mapping[str, Any] | None, view: Mapping[str, Any] | None) -> _Member:
-    """Find out what a member is: a name, 'name@size', 'local-dir:FOLDER', 'hf-hub:ORG/NAME', or a module.
-
-    Raises:
-        ValueError: There is no such model.
-    """
-    args, view = dict(args or {}), dict(view or {})
-    source: str | None = None
-    if isinstance(model, str):
-        match = re.fullmatch(r'(.+)@(\d+)', model)
-        if match:
-            model = match[1]
-            view.setdefault('size', int(match[2]))
-        source = model
-    if isinstance(model, nn.Module) or ':' in model:
-        net: Any = model
-        if not isinstance(model, nn.Module):
-            with torch.device('meta'):
-                net = timm.create_model(model)
-        elif args:
-            raise ValueError(f'A member given as a module takes no arguments, got {args}.')
-        cfg = getattr(net, 'pretrained_cfg', {})
-        config = get_model_input_config(net) if cfg else {}
-        if not isinstance(model, nn.Module):
-            recorded = {k: v for k, v in net._model_args.items() if k not in ('num_classes', 'in_chans', 'img_size')}
-            model, args = cfg['architecture'], {**recorded, **args}
-        if not isinstance(getattr(net, 'num_classes', None), int):
-            raise ValueError(
-                f'A member given as a module needs a num_classes: {type(net).__name__} has none.')
-        num_classes = net.num_classes
-        size, fixed = config.get('input_size', (3, 224, 224))[1:], bool(config.get('fixed_input_size'))
-    else:
-        cfg = _registered_cfg(model)
-        num_classes = cfg['num_classes'] - (cfg['label_offset'] or 0)
-        size, fixed = args.get('img_size') or cfg['input_size'][1:], cfg['fixed_input_size']
-    height, width = (size, size) if isinstance(size, int) else tuple(size)
-    if height != width and 'size' not in view:
-        raise ValueError(f'Members take square images, {source or type(model).__name__} takes {height}x{width}.')
-    _check_view(view)
-    own = {k: cfg[k] for k in _VIEW if cfg.get(k) is not None}
-    labels = cfg.get('label_names')
-    return _Member(
-        model, source, args, {**_VIEW, **own, 'size': height, **view}, num_classes, height, fixed,
-        tuple(labels) if labels else None)
-
-
-def _check_view(view: Mapping[str, Any]) -> None:
-    """Raise a ValueError if an image cannot be prepared so."""
-    unknown = view.keys() - _VIEW.keys()
-    if unknown:
-        raise ValueError(f"A view has {', '.join(_VIEW)}; got {', '.join(sorted(unknown))}.")
-
-    def is_number(value: Any) -> bool:
-        return isinstance(value, (int, float)) and math.isfinite(value)
-
-    def are_numbers(values: Any) -> bool:
-        return isinstance(values, (list, tuple)) and len(values) > 0 and all(map(is_number, values))
-
-    checks = {
-        'size': ('a whole number of pixels', lambda v: type(v) is int and v > 0),
-        'crop_pct': ('a share above 0', lambda v: is_number(v) and v > 0),
-        'mean': ('a number for each channel', are_numbers),
-        'std': ('a number above 0 for each channel', lambda v: are_numbers(v) and min(v) > 0),
-        'crop_mode': ('center, squash or border', lambda v: v in ('center', 'squash', 'border')),
-        'interpolation': ('bilinear, bicubic, nearest, box, hamming or lanczos', lambda v: v in (
-            'bilinear', 'bicubic', 'nearest', 'box', 'hamming', 'lanczos')),
-    }
-    for name, value in view.items():
-        expected, fits = checks[name]
-        if not fits(value):
-            raise ValueError(f'{name} of a view: expected {expected}, got {value!r}.')
-
-
-def _registered_cfg(name: str) -> dict[str, Any]:
-    if not is_model(name.split('.')[0]):
-        raise ValueError(f"Unknown model '{name}'.{did_you_mean(name, list_models())}")
-    try:
-        cfg = get_pretrained_cfg(name)
-    except RuntimeError as e:
-        raise ValueError(f"Unknown weights in '{name}': {e}") from e
-    return vars(cfg or PretrainedCfg())
-
-
-def _per_member(name: str, values: Sequence[Any] | None, count: int) -> list[Any]:
-    values = [None] * count if values is None else list(values)
-    if len(values) != count:
-        raise ValueError(f'Expected {name} for {count} members, got {len(values)}.')
-    return values
-
-
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> str:
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}.")
     return value
-
-
-def _check_members(members: Sequence[_Member]) -> None:
-    if len(members) < 2:
-        raise ValueError(f'A cascade has at least two members, got {len(members)}.')
-    known = [m for m in members if m.label_names]
-    for other in known[1:]:
-        if other.label_names != known[0].label_names:
-            pairs = enumerate(zip(known[0].label_names or (), other.label_names or ()))
-            first = next((f'class {i} is {a!r} and {b!r}' for i, (a, b) in pairs if a != b), 'their numbers differ')
-            raise ValueError(
-                f'The members {known[0].label} and {other.label} were trained on other classes, or in another order: '
-                f'{first}.')
 
 
 class CLCNet(DynamicNet):
@@ -254,7 +108,7 @@ class CLCNet(DynamicNet):
             device: torch.device | str | None = None,
             dtype: torch.dtype | None = None,
     ) -> None:
-        members = _resolve_members(models, member_args, views)
+        members = resolve_members(models, member_args, views)
         _check_choice('confidence', confidence, CONFIDENCES)
         _check_choice('final_rule', final_rule, FINAL_RULES)
         _check_pool(global_pool)
@@ -269,15 +123,12 @@ class CLCNet(DynamicNet):
 
         kwargs: dict[str, Any] = {k: v for k, v in dict(
             drop_rate=drop_rate, drop_path_rate=drop_path_rate, device=device, dtype=dtype).items() if v}
-        self.member_of_step = _number_networks(members, self.view_sizes, networks)
+        self.member_of_step = number_networks(members, self.view_sizes, networks)
         nets = []
         for i in range(max(self.member_of_step) + 1):
             member, size = next(pair for pair, k in zip(zip(members, self.view_sizes), self.member_of_step) if k == i)
             nets.append(member.create(size, num_classes, in_chans, **(kwargs if member.source else {})))
         self.members: Any = nn.ModuleList(nets)
-        self._recorded: dict[str, Any] = {
-            **self._recorded, **_record(members), 'networks': list(self.member_of_step), 'confidence': confidence,
-            'final_rule': final_rule}
         if confidence == 'clcnet':
             self.confidence_net = ConfidenceNet(device=device, dtype=dtype)
 
@@ -293,16 +144,10 @@ class CLCNet(DynamicNet):
         if any(m.fixed_size for m in members):
             self._traits['img_size'] = (height, height)
 
-    # What timm records and exports: what members are, not where they came from
-
-    def _get_model_args(self) -> dict[str, Any]:
-        return self._recorded
-
-    def _set_model_args(self, args: Mapping[str, Any]) -> None:
-        own = {k: v for k, v in self.__dict__.get('_recorded', {}).items() if k in _RECORDED}
-        object.__setattr__(self, '_recorded', {**args, **own})
-
-    _model_args: Any = property(_get_model_args, _set_model_args)
+    def recorded_args(self) -> dict[str, Any]:
+        return {
+            **super().recorded_args(), **record_members(self.specs), 'networks': list(self.member_of_step),
+            'confidence': self.confidence_kind, 'final_rule': self.final_rule}
 
     @property
     def reference_view(self) -> dict[str, Any]:
@@ -520,7 +365,6 @@ class CLCNet(DynamicNet):
         if (confidence, rule) != (self.confidence_kind, self.final_rule) or net is not None:
             self.drop_exits('its confidence changes.')
         self.confidence_kind, self.final_rule, self._step_macs = confidence, rule, None
-        self._recorded.update(confidence=confidence, final_rule=rule)
 
     # Running it
 
@@ -613,59 +457,6 @@ class CLCNet(DynamicNet):
         return out
 
 
-_RECORDED = ('models', 'member_args', 'views', 'networks', 'confidence', 'final_rule')
-
-
-def _resolve_members(models: Any, member_args: Any, views: Any) -> list[_Member]:
-    if isinstance(models, (str, nn.Module)):
-        raise ValueError(f'Expected a list of members, got {models!r}.')
-    models = list(models)
-    args, views = (_per_member(n, v, len(models)) for n, v in (('member_args', member_args), ('views', views)))
-    members = [_resolve(*values) for values in zip(models, args, views)]
-    _check_members(members)
-    return members
-
-
-def _number_networks(
-        members: Sequence[_Member],
-        sizes: Sequence[int],
-        given: Sequence[int] | None,
-) -> tuple[int, ...]:
-    """Number of each member's network, see `CLCNet`."""
-    alike = [(member.model if member.source else id(member.model),
-              json.dumps(member.args, sort_keys=True, default=repr), member.fixed_size and size)
-             for member, size in zip(members, sizes)]
-    keys: list[Any] = [(member.source, *key) for member, key in zip(members, alike)]
-    if given is not None:
-        keys = _per_member('networks', given, len(members))
-        numbers = list(dict.fromkeys(keys))
-        if numbers != list(range(len(numbers))):
-            raise ValueError(f'networks: expected numbers from 0 in the order in which they appear, got {keys}.')
-        for number in numbers:
-            named = {key for key, k in zip(alike, keys) if k == number}
-            if len(named) > 1:
-                labels = ', '.join(member.label for member, k in zip(members, keys) if k == number)
-                raise ValueError(f'networks: {labels} cannot be one network: they are made otherwise.')
-        modules = {(id(member.model), k) for member, k in zip(members, keys) if not member.source}
-        if len(modules) > len({module for module, _ in modules}):
-            raise ValueError('networks: a module that is given twice is one network.')
-    order = list(dict.fromkeys(keys))
-    return tuple(order.index(key) for key in keys)
-
-
-def _record(members: Sequence[_Member]) -> dict[str, Any]:
-    """Arguments that make the same members anywhere: a folder they came from is no part of what they are."""
-    models, args = [], []
-    for member in members:
-        cfg = getattr(member.model, 'pretrained_cfg', {})
-        known = isinstance(member.model, nn.Module) and cfg.get('architecture')
-        models.append(cfg['architecture'] if known else member.model)
-        args.append({k: v for k, v in getattr(member.model, '_model_args', {}).items()
-                     if k not in ('num_classes', 'in_chans')} if known else member.args)
-    views = [{k: list(v) if isinstance(v, tuple) else v for k, v in m.view.items()} for m in members]
-    return dict(models=models, member_args=args, views=views)
-
-
 def _renormalisation(old: Mapping[str, Any], new: Mapping[str, Any], in_chans: int) -> tuple[Any, Any]:
     """Scale and shift per channel that turn images normalised in one way into such normalised in the other."""
     old_mean, old_std, new_mean, new_std = (
@@ -686,75 +477,90 @@ def _check_pool(global_pool: str) -> None:
         raise ValueError(f"Pooling is the members': global_pool must be 'avg', got {global_pool!r}.")
 
 
-def checkpoint_filter_fn(
-        state_dict: Mapping[str, Any],
-        model: Any,
-        absent: list[int] | None = None,
-) -> dict[str, torch.Tensor]:
-    """Map weights onto the model's keys: of a whole cascade, of a confidence net (ours or the authors'), or of parts.
+def read_checkpoint_fn(path: str | Path, use_ema: bool = True) -> dict[str, torch.Tensor]:
+    """Read weights, also from the authors' zip of a confidence net."""
+    return read_confidence_net(path, use_ema)
 
-    Members that are not there are left as they are in the model.
+
+def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: Any) -> dict[str, torch.Tensor]:
+    """Map weights onto the model's keys: of a whole cascade, of a confidence net (ours or the authors'), or by part.
 
     Args:
-        state_dict: Weights; or weights by part, which are 'confidence_net' and members by name or by number, from 0.
+        state_dict: Weights; or weights by part: 'confidence_net', and members by name or by number, from 0.
         model: The model.
-        absent: If given, the numbers in `model.members` of members that are not there are added to it, and a confidence
-            net that is not there is an error.
+
+    Returns:
+        Weights of the parts that are there. A confidence net that the model does not use is left out.
 
     Raises:
-        CheckpointError: A part is not known, or does not fit.
+        CheckpointError: A part is unknown, or does not fit.
     """
-    parts = all(isinstance(v, Mapping) for v in state_dict.values())
-    if not parts and any(k.startswith('members.') for k in state_dict):
+    if _is_whole(state_dict):
         unused = '' if hasattr(model, 'confidence_net') else 'confidence_net.'
         return {k: v for k, v in state_dict.items() if not unused or not k.startswith(unused)}
-    by_part: dict[str, Any] = dict(state_dict) if parts else {'confidence_net': state_dict}
+    parts, unknown = _split_parts(state_dict, model)
+    if unknown:
+        raise CheckpointError(
+            f"it has the parts {', '.join(unknown)}; expected confidence_net, names of members, or their numbers")
     out: dict[str, torch.Tensor] = {}
-    net_state = confidence_net_filter_fn(by_part.pop('confidence_net', {}))
+    net_state = confidence_net_filter_fn(parts.pop('confidence_net', {}))
     if hasattr(model, 'confidence_net'):
-        if not net_state and absent is not None:
-            raise CheckpointError("it holds no confidence_net, which the confidence 'clcnet' needs")
-        net_state = net_state or model.confidence_net.state_dict()
         out.update({f'confidence_net.{k.removeprefix("confidence_net.")}': v for k, v in net_state.items()})
     elif net_state:
         _logger.info(f"The confidence net is left out: the cascade's confidence is '{model.confidence_kind}'.")
-    for index in range(len(model.members)):
-        steps = [t for t, i in enumerate(model.member_of_step) if i == index]
-        spec = model.specs[steps[0]]
-        names = [n for n in (*map(str, steps), spec.source, spec.model) if isinstance(n, str) and n in by_part]
-        if names:
-            member_state = _map_member(by_part.pop(names[0]), spec, model.members[index])
-        else:
-            member_state = model.members[index].state_dict()
-            if absent is not None:
-                absent.append(index)
-        out.update({f'members.{index}.{k}': v for k, v in member_state.items()})
-    if by_part:
-        raise CheckpointError(
-            f"it has the parts {', '.join(by_part)}; known are confidence_net, the members' names, and their numbers")
+    for index, weights in parts.items():
+        weights = _map_member(weights, model.specs[model.member_of_step.index(index)], model.members[index])
+        out.update({f'members.{index}.{k}': v for k, v in weights.items()})
     return out
 
 
-def _map_member(state_dict: Any, spec: _Member, net: Any) -> dict[str, torch.Tensor]:
+def find_absent_members(state_dict: Mapping[str, Any], model: Any) -> list[int]:
+    """Numbers in `model.members` of the members that there are no weights for, see `checkpoint_filter_fn`."""
+    if _is_whole(state_dict):
+        return []
+    parts, _ = _split_parts(state_dict, model)
+    return [index for index in range(len(model.members)) if index not in parts]
+
+
+def _is_whole(state_dict: Mapping[str, Any]) -> bool:
+    return any(key.startswith('members.') for key in state_dict)
+
+
+def _split_parts(state_dict: Mapping[str, Any], model: Any) -> tuple[dict[Any, Any], list[str]]:
+    """Weights by part: 'confidence_net', and numbers in `model.members`; and the names of unknown parts."""
+    if not all(isinstance(v, Mapping) for v in state_dict.values()):
+        state_dict = {'confidence_net': state_dict}
+    given = dict(state_dict)
+    out: dict[Any, Any] = {'confidence_net': given.pop('confidence_net')} if 'confidence_net' in given else {}
+    for index in range(len(model.members)):
+        steps = [t for t, i in enumerate(model.member_of_step) if i == index]
+        spec = model.specs[steps[0]]
+        name = next((n for n in (*map(str, steps), spec.source, spec.model) if isinstance(n, str) and n in given), None)
+        if name is not None:
+            out[index] = given.pop(name)
+    return out, list(given)
+
+
+def _map_member(state_dict: Any, spec: Member, net: Any) -> dict[str, torch.Tensor]:
     """Weights of a member from a file; our own families know foreign keys."""
     filter_fn = checkpoint_filter_of(spec.model) if isinstance(spec.model, str) else None
     return dict(filter_fn(state_dict, net) if filter_fn else state_dict)
 
 
 def fetch_members(model: CLCNet, absent: Sequence[int], cache_dir: str | Path | None) -> None:
-    """Give members the weights that timm has for them. Modules have theirs.
+    """Load the weights that timm has into members, by their numbers in `model.members`. Modules keep theirs.
 
     Raises:
-        CheckpointError: They cannot be had, or some are for other classes than the cascade's and some are not.
+        CheckpointError: They are not available, or not all members are for the same classes.
     """
     specs = {index: (model.specs[t], model.view_sizes[t]) for t, index in enumerate(model.member_of_step)}
-    # Those that bring weights bring them for the cascade's classes.
+    # Members with weights of their own have them for the classes of the cascade.
     classes = {spec.label: spec.num_classes if index in absent else model.num_classes
                for index, (spec, _) in specs.items()}
     if model.num_classes in classes.values() and len(set(classes.values())) > 1:
         raise CheckpointError(
-            f'The members have weights for different numbers of classes ({_listed(classes)}): they cannot answer '
-            'together.')
+            f'The members have weights for different numbers of classes ({_listed(classes)}) and do not form a '
+            'cascade.')
     for index in absent:
         spec, size = specs[index]
         if spec.source is None:
@@ -768,8 +574,8 @@ def fetch_members(model: CLCNet, absent: Sequence[int], cache_dir: str | Path | 
             raise
         except (RuntimeError, OSError, HfHubHTTPError, ValueError) as e:  # timm's and the Hub's
             raise CheckpointError(
-                f'The weights of the member {spec.label} cannot be had ({str(e).splitlines()[0]}). Files of your own '
-                f"load with pretrained_cfg_overlay=dict(file={{'confidence_net': FILE, '{spec.source}': FILE}})."
+                f'The weights of the member {spec.label} are not available ({str(e).splitlines()[0]}). Load your own '
+                f"files with pretrained_cfg_overlay=dict(file={{'confidence_net': FILE, '{spec.source}': FILE}})."
             ) from e
         model.members[index].load_state_dict(net.state_dict())
 
@@ -830,25 +636,20 @@ def _create(pretrained: bool = False, pretrained_cfg: Any = None, variant: str =
 def _create_clcnet(variant: str, pretrained: bool = False, **kwargs: Any) -> CLCNet:
     if kwargs.pop('features_only', False):
         raise RuntimeError('features_only is not implemented for CLCNet models: the maps are of several networks.')
-    absent: list[int] = []
-    if pretrained:
+    if pretrained and kwargs.get('confidence', 'clcnet') != 'clcnet':
         cfg = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay'))
-        source = cfg.file or cfg.state_dict is not None or cfg.source in ('hf-hub', 'local-dir') or \
+        has_source = cfg.file or cfg.state_dict is not None or cfg.source in ('hf-hub', 'local-dir') or \
             (BUNDLED / f'{variant}.{cfg.tag}').is_dir()
-        if not source and kwargs.get('confidence', 'clcnet') != 'clcnet':  # all weights are the members'
+        if not has_source:  # without a confidence net, all weights are those of the members
             kwargs['pretrained_cfg_overlay'] = {**(kwargs.get('pretrained_cfg_overlay') or {}), 'state_dict': {}}
-    model: CLCNet = build_dynamic_model(
-        partial(_create, variant=variant), variant, pretrained, filter_fn=partial(checkpoint_filter_fn, absent=absent),
-        read_fn=read_confidence_net, **kwargs)
-    fetch_members(model, absent, kwargs.get('cache_dir'))
-    return model
+    return build_dynamic_model(partial(_create, variant=variant), variant, pretrained, **kwargs)
 
 
 @register_model
 def clcnet(pretrained: bool = False, **kwargs: Any) -> CLCNet:
     """Cascade of the timm models `models`, MobileNetV3-Small and ResNet-50 if none are named."""
     if 'num_classes' not in kwargs and kwargs.get('models'):
-        members = _resolve_members(kwargs['models'], kwargs.get('member_args'), kwargs.get('views'))
+        members = resolve_members(kwargs['models'], kwargs.get('member_args'), kwargs.get('views'))
         classes = {m.label: m.num_classes for m in members}
         if len(set(classes.values())) > 1:
             raise ValueError(

@@ -85,13 +85,20 @@ class DynamicNet(nn.Module):
         self.exit_policy: StopRule | None = None
         self._compiled_steps: Sequence[Any] | None = None
         self.exit_cfg: dict[str, Any] = {} if exit_cfg is None else copy.deepcopy(dict(check_mapping(exit_cfg)))
-        self._model_args: dict[str, Any] = {}
+        self._given_args: dict[str, Any] = {}
         self._read_exit_cfg()
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name == '_model_args':  # timm records what the caller gave
-            value = {**value, 'exit_cfg': self.exit_cfg}
-        super().__setattr__(name, value)
+    def recorded_args(self) -> dict[str, Any]:
+        """Constructor arguments whose values are the model's own. They replace those that the caller gave on export."""
+        return {'exit_cfg': self.exit_cfg}
+
+    @property
+    def _model_args(self) -> dict[str, Any]:
+        return {**self._given_args, **self.recorded_args()}
+
+    @_model_args.setter
+    def _model_args(self, args: Mapping[str, Any]) -> None:  # timm records the caller's arguments
+        self._given_args = {k: v for k, v in args.items() if k not in self.recorded_args()}
 
     # The step protocol
 

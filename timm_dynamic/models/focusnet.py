@@ -76,7 +76,7 @@ default_cfgs = generate_default_cfgs({
 
 
 def _create_focusnet(variant: str, create_fn: Any, pretrained: bool, **kwargs: Any) -> Any:
-    return build_dynamic_model(create_fn, variant, pretrained, filter_fn=checkpoint_filter_fn, **kwargs)
+    return build_dynamic_model(create_fn, variant, pretrained, **kwargs)
 
 
 @register_model

@@ -50,7 +50,8 @@ from ..layers import (
     get_glance,
     get_patch_coords,
 )
-from ..utils import CheckpointError, did_you_mean, read_checkpoint, read_state_dict
+from ..utils import CheckpointError, did_you_mean, read_checkpoint
+from ..utils.checkpoint import find_state_dict
 from .builder import build_dynamic_model, hub_id
 from .dynamic_net import DynamicNet, State, on_meta
 from .exit_cfg import plain_json
@@ -389,8 +390,8 @@ _AUTHORS_NUMBERS = (
 _CLASSIFIERS = ('fc', 'classifier', 'head.fc')  # of the encoders
 
 
-def _is_authors(checkpoint: Mapping[str, Any]) -> bool:
-    return 'model_prime_state_dict' in checkpoint and 'model_state_dict' in checkpoint
+def _is_authors(checkpoint: Any) -> bool:
+    return isinstance(checkpoint, Mapping) and {'model_prime_state_dict', 'model_state_dict'} <= checkpoint.keys()
 
 
 def _encoder_state_dict(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -407,32 +408,26 @@ def _encoder_state_dict(state_dict: Mapping[str, torch.Tensor]) -> dict[str, tor
     return out
 
 
-def checkpoint_filter_fn(
-        state_dict: Mapping[str, Any],
-        model: Any,
-        needs_policy: bool = True,
-) -> dict[str, torch.Tensor]:
-    """Map an authors' checkpoint, as it was read, onto the model's keys. Other weights pass as they are.
+def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: Any) -> dict[str, torch.Tensor]:
+    """Map the content of an authors' checkpoint onto the model's keys. Other weights are returned unchanged.
 
-    Critic, auxiliary classifiers and heads of steps that the model does not take are left out.
+    Critic, auxiliary classifiers and heads of steps that the model does not run are left out.
 
     Args:
         state_dict: An authors' checkpoint, or weights.
         model: The model.
-        needs_policy: Refuse a file of the authors' first training stage, which holds no policy. Otherwise the policy
-            is left as it is in the model.
 
     Raises:
-        CheckpointError: It is one of another variant, or lacks a part.
+        CheckpointError: The checkpoint is of another variant, or lacks a part.
     """
-    out = _map_authors(state_dict, model, needs_policy) if _is_authors(state_dict) else dict(state_dict)
+    out = _map_authors(state_dict, model) if _is_authors(state_dict) else dict(state_dict)
     if not model.num_classes:
         out = {k: v for k, v in out.items() if not k.startswith('classifier.heads.')}
     return out
 
 
-def _map_authors(checkpoint: Mapping[str, Any], model: Any, needs_policy: bool) -> dict[str, torch.Tensor]:
-    _check_authors_variant(checkpoint, model, ('fc', 'policy') if needs_policy else ('fc',))
+def _map_authors(checkpoint: Mapping[str, Any], model: Any) -> dict[str, torch.Tensor]:
+    _check_authors_variant(checkpoint, model)
     out: dict[str, torch.Tensor] = {}
     dropped = set()
     first = model.classifier.head_name(0)
@@ -455,21 +450,18 @@ def _map_authors(checkpoint: Mapping[str, Any], model: Any, needs_policy: bool) 
             out[f'classifier.heads.{module.removeprefix("fc_")}.{leaf}'] = value
         else:
             dropped.add(f'fc.{module}')
-    if not checkpoint.get('policy'):
-        out.update({f'policy.{k}': v for k, v in model.policy.state_dict().items()})
     for key, value in clean_state_dict(dict(checkpoint.get('policy') or {})).items():
         if key.startswith('critic.'):
             dropped.add('policy.critic')
         else:
             out[f'policy.{key.replace("actor.0.", "actor.").removesuffix("_l0")}'] = value
-    _logger.info(f"Left out, as inference does without: {', '.join(sorted(dropped))}.")
+    _logger.info(f"Not needed for inference and left out: {', '.join(sorted(dropped))}.")
     return out
 
 
-def _check_authors_variant(checkpoint: Mapping[str, Any], model: GFNet, parts: tuple[str, ...]) -> None:
-    missing = [part for part in parts if not checkpoint.get(part)]
-    if missing:
-        raise CheckpointError(f"it holds no {' and no '.join(missing)}: a file of the authors' first training stage?")
+def _check_authors_variant(checkpoint: Mapping[str, Any], model: GFNet) -> None:
+    if not checkpoint.get('fc'):
+        raise CheckpointError('it holds no fc, the step classifier')
     patch_size, name = checkpoint.get('patch_size'), checkpoint.get('model_name')
     if patch_size is not None and int(patch_size) != model.patch_size:
         raise CheckpointError(f'it is made for patches of {int(patch_size)} pixels, the model for {model.patch_size}')
@@ -509,21 +501,16 @@ def exit_cfg_from_checkpoint(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     return plain_json(out)
 
 
-def training_state_from_checkpoint(source: str | Path | Mapping[str, Any]) -> dict[str, dict[str, torch.Tensor]]:
-    """Take from an authors' checkpoint what only training needs.
-
-    Args:
-        source: File, or what `read_checkpoint` gave.
+def training_state_from_checkpoint(checkpoint: Mapping[str, Any]) -> dict[str, dict[str, torch.Tensor]]:
+    """Read what only training needs from an authors' checkpoint.
 
     Returns:
-        State dicts ('weight', 'bias') of Linear layers: 'global_aux' and 'local_aux', the auxiliary classifiers of
-        the encoders (the former is also the model's head of step 1 where it has one of its own), and the 'critic', if
-        there is one.
+        State dicts ('weight', 'bias') of Linear layers: 'global_aux' and 'local_aux', the auxiliary classifiers of the
+        encoders (the former is also the head of step 1 if the model has a separate one), and the 'critic', if there is
+        one. Empty for any other checkpoint.
     """
-    checkpoint = source if isinstance(source, Mapping) else read_checkpoint(source)
-    if not isinstance(checkpoint, Mapping) or not _is_authors(checkpoint):
-        raise CheckpointError(
-            "Expected a checkpoint of GFNet's authors, with model_prime_state_dict and model_state_dict.")
+    if not _is_authors(checkpoint):
+        return {}
     out: dict[str, dict[str, torch.Tensor]] = {}
     for part, name in (('model_prime_state_dict', 'global_aux'), ('model_state_dict', 'local_aux')):
         for key, value in clean_state_dict(dict(checkpoint[part])).items():
@@ -534,10 +521,10 @@ def training_state_from_checkpoint(source: str | Path | Mapping[str, Any]) -> di
     return {**out, 'critic': critic} if critic else out
 
 
-def read_gfnet_checkpoint(path: str | Path) -> Mapping[str, Any]:
-    """Read an authors' checkpoint whole, and of any other its weights."""
+def read_checkpoint_fn(path: str | Path, use_ema: bool = True) -> Mapping[str, Any]:
+    """Read the whole content of an authors' checkpoint; the weights of any other."""
     checkpoint = read_checkpoint(path)
-    return checkpoint if isinstance(checkpoint, Mapping) and _is_authors(checkpoint) else read_state_dict(path)
+    return checkpoint if _is_authors(checkpoint) else find_state_dict(checkpoint, path, use_ema)
 
 
 def _cfg(name: str = '', first_conv: str = 'conv1', heads: str = '', **kwargs: Any) -> dict[str, Any]:
@@ -601,9 +588,7 @@ def _create(pretrained: bool = False, pretrained_cfg: Any = None, variant: str =
 def _create_gfnet(variant: str, pretrained: bool = False, **kwargs: Any) -> GFNet:
     if kwargs.pop('features_only', False):
         raise RuntimeError('features_only is not implemented for GFNet models: the maps are of different patches.')
-    return build_dynamic_model(
-        partial(_create, variant=variant), variant, pretrained, filter_fn=checkpoint_filter_fn,
-        read_fn=read_gfnet_checkpoint, exit_cfg_fn=exit_cfg_from_checkpoint, **kwargs)
+    return build_dynamic_model(partial(_create, variant=variant), variant, pretrained, **kwargs)
 
 
 _DENSENET = dict(patch_size=96, glance_mode='bilinear')

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from timm.utils import unwrap_model
 from torch import nn
 
-from ..layers import ConfidenceNet, SparseMasks
-from ..layers.confidence_net import GhostBatchNorm, check_probabilities
+from ..layers.tabnet import FeatureTransformer, GhostBatchNorm, tabnet_linear
+from ..models.confidence_net import ConfidenceNet, check_probabilities
 from ..utils import derive_seed, seeded
 from .base import OneModuleTask
 
@@ -22,8 +22,81 @@ _logger = logging.getLogger(__name__)
 WRONG_WEIGHT = 2.0  # wrong predictions are drawn so many times as often as right ones
 
 
+class SparseMasks(nn.Module):
+    """The attentive masks of TabNet, which the authors' training loss keeps sparse.
+
+    In TabNet, a mask selects among the inputs of a step. Here nothing is masked, but the entropy of the masks is part
+    of the loss and shapes the features that the masks are computed from.
+
+    Args:
+        net: The confidence net to be trained. Only its sizes are read.
+        gamma: With 1, a value can be selected once; larger values allow more.
+        virtual_batch_size: See `GhostBatchNorm`.
+        momentum: See `GhostBatchNorm`.
+    """
+
+    def __init__(
+            self,
+            net: ConfidenceNet,
+            gamma: float = 1.3,
+            virtual_batch_size: int = 128,
+            momentum: float = 0.02,
+    ) -> None:
+        super().__init__()
+        first: Any = net.steps[0]
+        norm_args: dict[str, Any] = dict(
+            virtual_batch_size=virtual_batch_size, momentum=momentum, device=net.head.weight.device,
+            dtype=net.head.weight.dtype)
+        width, num_own = first.norms[0].num_features // 2, len(first.layers)
+        attention_dim = width - net.decision_dim
+        if attention_dim < 1:
+            raise ValueError('Masks need a net with an attention_dim of at least 1.')
+        self.gamma = gamma
+        self.decision_dim = net.decision_dim
+        self.splitter = FeatureTransformer(width, len(net.shared), num_own, **norm_args)
+        dd = {k: norm_args[k] for k in ('device', 'dtype')}
+        self.layers = nn.ModuleList([tabnet_linear(attention_dim, net.mapping_dim, 1., **dd) for _ in net.steps])
+        self.norms = nn.ModuleList([GhostBatchNorm(net.mapping_dim, **norm_args) for _ in net.steps])
+
+    def forward(self, net: ConfidenceNet, mapped: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+        """Mean entropy of the masks.
+
+        Args:
+            net: The net; the masks of the first step use its shared layers.
+            mapped: Mapped probabilities, see `ConfidenceNet.forward_steps`.
+            features: Features of the steps, see `ConfidenceNet.forward_steps`.
+
+        Returns:
+            Mean over samples and steps, in nats, scalar.
+        """
+        layers = list(net.shared)
+        source = self.splitter(layers[0](mapped), layers[1:])
+        prior, entropy = torch.ones_like(mapped), mapped.new_zeros(())
+        for layer, norm, feature in zip(self.layers, self.norms, features):
+            mask = sparsemax(norm(layer(source[:, self.decision_dim:])) * prior)
+            entropy = entropy - torch.special.xlogy(mask, mask.clamp(min=1e-15)).sum(dim=1).mean()
+            prior, source = prior * (self.gamma - mask), feature
+        return entropy / len(self.layers)
+
+
+def sparsemax(x: torch.Tensor) -> torch.Tensor:
+    """Project onto the probability simplex, which gives many exact zeros (https://arxiv.org/abs/1602.02068).
+
+    Args:
+        x: [B, n], floating point.
+
+    Returns:
+        Probabilities [B, n].
+    """
+    ordered = x.sort(dim=1, descending=True).values
+    count = torch.arange(1, x.shape[1] + 1, device=x.device, dtype=x.dtype)
+    excess = ordered.cumsum(dim=1) - 1
+    support = (count * ordered > excess).sum(dim=1, keepdim=True)
+    return (x - excess.gather(1, support - 1) / support).relu()
+
+
 class ConfidenceModule(nn.Module):
-    """A confidence net beside the masks that its training loss needs: what is wrapped, optimised and saved.
+    """A confidence net and the masks that its training loss needs: wrapped, optimised and saved together.
 
     Args:
         net: The net.

@@ -1,8 +1,8 @@
-"""One door for weights from outside: files, folders and mappings; ours, timm's and the authors'.
+"""Reading weights from files and loading them into models: ours, timm's and the authors'.
 
-timm's own door is not enough: it refuses the numpy scalars in the authors' files, takes no folder or mapping, and
-gives up strictness when the number of classes differs, so that a foreign file ends as random weights in silence.
-Here nothing in a file is ever executed, and every key is accounted for or named in an error.
+timm's own functions are not enough: they refuse the numpy scalars in the authors' files, and are not strict when the
+number of classes differs, so that a foreign file silently leaves random weights. Here nothing in a file is executed,
+and every key is used or named in an error.
 """
 import argparse
 import hashlib
@@ -10,7 +10,8 @@ import logging
 import pickle
 import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,12 @@ from .errors import UserError
 
 _logger = logging.getLogger(__name__)
 
-# Weights within a checkpoint, in the order of preference: timm's averaged and plain ones, then others' habits.
+# Keys of the weights in a checkpoint, by preference: timm's averaged and plain ones, then those of other code.
 _EMA_KEYS = ('state_dict_ema', 'model_ema')
 _WEIGHT_KEYS = ('state_dict', 'model', 'net')
 _SUFFIXES = ('.safetensors', '.pth.tar', '.pth', '.pt', '.bin', '.tar', '.th')
 
-# What files hold beside tensors: numpy numbers (the authors'), parsed arguments (timm's). Nothing else is let in.
+# Allowed in files beside tensors: numpy numbers (the authors'), parsed arguments (timm's).
 _NUMPY_CORE: Any = np.core if np.__version__.startswith('1.') else np._core  # type: ignore[attr-defined]
 _SAFE_GLOBALS: list[Any] = [
     argparse.Namespace, np.ndarray, np.dtype,
@@ -40,10 +41,15 @@ _SAFE_GLOBALS: list[Any] = [
 
 
 class CheckpointError(UserError, RuntimeError):
-    """A file of weights is missing, broken, unsafe, or made for something else."""
+    """Weights are missing, broken, unsafe, or made for another model."""
 
 
-def _find_weights(folder: Path) -> Path:
+def find_weights(folder: Path) -> Path:
+    """The file with the weights in a folder: model.safetensors, or the only file of its kind.
+
+    Raises:
+        CheckpointError: There is none, or more than one.
+    """
     preferred = folder / 'model.safetensors'
     if preferred.is_file():
         return preferred
@@ -64,14 +70,14 @@ def read_checkpoint(path: str | Path) -> Any:
         path: A .safetensors file, a file of torch.save, or a folder that holds one of them.
 
     Returns:
-        What the file holds: a dict of tensors, or whatever was saved around them.
+        Content of the file: a dict of tensors, or what was saved around it.
 
     Raises:
-        CheckpointError: The file is missing, truncated, no checkpoint, or asks for code to be run.
+        CheckpointError: The file is missing, truncated, not a checkpoint, or asks for code to be run.
     """
     path = Path(path)
     if path.is_dir():
-        path = _find_weights(path)
+        path = find_weights(path)
     if not path.is_file():
         raise CheckpointError(f"No checkpoint at '{path}'.")
     broken = f"Cannot read '{path}' ({path.stat().st_size:,} bytes): truncated, or no checkpoint. ({{}})"
@@ -79,21 +85,21 @@ def read_checkpoint(path: str | Path) -> Any:
         if path.suffix == '.safetensors':
             return safetensors.torch.load_file(path, device='cpu')
         with torch.serialization.safe_globals(_SAFE_GLOBALS), warnings.catch_warnings():
-            warnings.filterwarnings('ignore', 'Detected pickle protocol')  # says that it may fail; we say if it does
+            warnings.filterwarnings('ignore', 'Detected pickle protocol')  # only says that reading may fail
             return torch.load(path, map_location='cpu', weights_only=True)
     except pickle.UnpicklingError as e:
         asked = re.search(r'Unsupported (?:global|class)[^\n]*?([\w.]+\.\w+)', str(e))
         if asked:
             raise CheckpointError(
-                f"'{path}' is a pickle that asks for code to be run ({asked[1]}); it was refused and nothing of it was "
+                f"'{path}' is a pickle that asks for code to be run ({asked[1]}). It was refused, and none of it was "
                 'executed. Expected tensors and plain values only.') from None
-        raise CheckpointError(broken.format(_first(e))) from e
-    except Exception as e:  # readers of damaged files raise whatever comes first, IndexError and struct.error too
-        raise CheckpointError(broken.format(_first(e))) from e
+        raise CheckpointError(broken.format(_first_line(e))) from e
+    except Exception as e:  # a damaged file may raise anything, IndexError and struct.error too
+        raise CheckpointError(broken.format(_first_line(e))) from e
 
 
-def _first(error: BaseException) -> str:
-    text = re.sub(r'.*WeightsUnpickler error: ', '', str(error), flags=re.DOTALL)  # under a page of torch's advice
+def _first_line(error: BaseException) -> str:
+    text = re.sub(r'.*WeightsUnpickler error: ', '', str(error), flags=re.DOTALL)  # torch puts a page of advice before
     return text.strip().split('\n')[0][:200] or type(error).__name__
 
 
@@ -102,15 +108,19 @@ def read_state_dict(path: str | Path, use_ema: bool = True) -> dict[str, torch.T
 
     Args:
         path: See `read_checkpoint`.
-        use_ema: Prefer averaged weights where the file holds them, as timm does.
+        use_ema: Prefer averaged weights if the file has them, as timm does.
 
     Returns:
         Tensors by name, without `module.` and `_orig_mod.` prefixes.
 
     Raises:
-        CheckpointError: See `read_checkpoint`; or no tensors are found.
+        CheckpointError: See `read_checkpoint`; or there are no weights.
     """
-    checkpoint = read_checkpoint(path)
+    return find_state_dict(read_checkpoint(path), path, use_ema)
+
+
+def find_state_dict(checkpoint: Any, path: str | Path, use_ema: bool = True) -> dict[str, torch.Tensor]:
+    """Find the weights in what `read_checkpoint` returned for a path: see `read_state_dict`."""
     if isinstance(checkpoint, Mapping):
         for key in (*(_EMA_KEYS if use_ema else ()), *_WEIGHT_KEYS):
             if isinstance(checkpoint.get(key), Mapping):
@@ -125,7 +135,7 @@ def read_state_dict(path: str | Path, use_ema: bool = True) -> dict[str, torch.T
 
 
 def hash_weights(state_dict: Mapping[str, torch.Tensor]) -> str:
-    """SHA-256 over the names and values of weights, in hexadecimal. It does not depend on their order."""
+    """SHA-256 of the names and values of weights, in hexadecimal. Their order does not matter."""
     digest = hashlib.sha256()
     for name, value in sorted(state_dict.items()):
         digest.update(name.encode())
@@ -133,8 +143,8 @@ def hash_weights(state_dict: Mapping[str, torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
-def describe_mismatch(missing: list[str], unexpected: list[str], shapes: list[str] = ()) -> str:  # type: ignore[assignment]
-    """Say which keys differ, naming the first of each kind."""
+def describe_mismatch(missing: Sequence[str], unexpected: Sequence[str], shapes: Sequence[str] = ()) -> str:
+    """Describe how keys differ, with the first of each kind."""
     parts = []
     if missing:
         parts.append(f"{len(missing)} keys are missing (first: '{missing[0]}')")
@@ -145,12 +155,22 @@ def describe_mismatch(missing: list[str], unexpected: list[str], shapes: list[st
     return '; '.join(parts)
 
 
-def _names(value: Any) -> tuple[str, ...]:
+def layer_names(value: Any) -> tuple[str, ...]:
+    """Names of layers in a pretrained_cfg, e.g. 'classifier', as a tuple: timm has None, one name, or several."""
     return () if not value else (value,) if isinstance(value, str) else tuple(value)
 
 
+def _absent_parts(target: Mapping[str, Any], missing: Sequence[str]) -> list[str]:
+    """Top-level submodules whose keys are all missing; none if keys of others are missing, too."""
+    def count(keys: Iterable[str]) -> Counter[str]:
+        return Counter(key.partition('.')[0] for key in keys)
+
+    total, lacking = count(target), count(missing)
+    return list(lacking) if len(lacking) < len(total) and all(total[k] == n for k, n in lacking.items()) else []
+
+
 def _is_usable(value: Any, target: torch.Tensor) -> bool:
-    """Whether copying keeps what a value says: quantised and complex numbers would be cast to something else."""
+    """Whether a value can be copied without change: quantised and complex numbers would be cast."""
     return isinstance(value, torch.Tensor) and value.layout == torch.strided and value.is_meta <= target.is_meta and (
         value.is_floating_point() or not target.is_floating_point())
 
@@ -162,6 +182,7 @@ def load_weights(
         adapt: bool = False,
         reset_head: bool = False,
         use_ema: bool = True,
+        optional: Sequence[str] = (),
         label: str | None = None,
 ) -> None:
     """Load weights into a timm model, all of them or none.
@@ -170,16 +191,17 @@ def load_weights(
         model: A model made by timm's builder.
         source: File, folder, or a state dict.
         filter_fn: The family's `checkpoint_filter_fn`: maps foreign keys onto the model's.
-        adapt: Do as timm does with pretrained weights: a first convolution for another number of input channels is
-            converted, a classifier for another number of classes is left at its initial values, and without classes it
-            is left out. Otherwise all must fit.
-        reset_head: Leave the classifier at its initial values even where it would fit (with `adapt`).
+        adapt: Do as timm does with pretrained weights: convert the first convolution to another number of input
+            channels, keep the initial values of a classifier for another number of classes, and leave the classifier
+            out for a model without one. Otherwise everything must fit.
+        reset_head: With `adapt`, keep the initial values of the classifier even if its weights would fit.
         use_ema: Prefer averaged weights.
-        label: What to call the source in messages.
+        optional: Names of submodules, e.g. 'policy', that the source may lack as a whole. They keep their values.
+        label: Name of the source in messages.
 
     Raises:
-        CheckpointError: The weights are not for this model; the first missing and unexpected keys are named, and the
-            model is as it was.
+        CheckpointError: The weights are not for this model. The message names the first missing and unexpected keys;
+            the model is unchanged.
     """
     name = getattr(model, 'pretrained_cfg', {}).get('architecture') or type(model).__name__
     label = label or ('The state dict' if isinstance(source, Mapping) else f"'{source}'")
@@ -188,15 +210,19 @@ def load_weights(
         try:
             state_dict = dict(filter_fn(state_dict, model))
         except (KeyError, IndexError, RuntimeError, ValueError, TypeError, AttributeError) as e:
-            raise CheckpointError(f'{label} does not fit {name}: its keys cannot be mapped ({_first(e)}).') from e
+            raise CheckpointError(f'{label} does not fit {name}: its keys cannot be mapped ({_first_line(e)}).') from e
+    target = model.state_dict()
+    for part in optional:
+        own = {k: v for k, v in target.items() if k.startswith(f'{part}.')}
+        if not own.keys() & state_dict.keys():
+            state_dict.update(own)
 
     cfg = {k: v for k, v in getattr(model, 'pretrained_cfg', {}).items() if k not in ('source', 'state_dict')}
-    target = model.state_dict()
     traits = get_model_traits(model)
-    convs = {f'{c}.weight' for c in _names(traits.get('first_conv', cfg.get('first_conv')))} if adapt else set()
-    heads = {f'{c}.{p}' for c in _names(cfg.get('classifier')) for p in ('weight', 'bias')} if adapt else set()
+    convs = {f'{c}.weight' for c in layer_names(traits.get('first_conv', cfg.get('first_conv')))} if adapt else set()
+    heads = {f'{c}.{p}' for c in layer_names(cfg.get('classifier')) for p in ('weight', 'bias')} if adapt else set()
     num_classes = getattr(model, 'num_classes', cfg.get('num_classes', 1000))
-    # Without classes, as for features, there is no classifier in the model at all.
+    # A model without classes has no classifier.
     heads_differ = not num_classes or any(
         k in state_dict and k in target and getattr(state_dict[k], 'shape', None) != target[k].shape for k in heads)
     drop_heads = heads if reset_head or heads_differ else set()
@@ -209,7 +235,11 @@ def load_weights(
         if k in target and getattr(v, 'shape', None) != target[k].shape and k not in drop_heads | convs
     ]
     if missing or unexpected or shapes:
-        raise CheckpointError(f'{label} does not fit {name}: {describe_mismatch(missing, unexpected, shapes)}.')
+        why = describe_mismatch(missing, unexpected, shapes)
+        absent = _absent_parts(target, missing)
+        if absent and not unexpected and not shapes:
+            why = f"it holds no {' and no '.join(absent)}"
+        raise CheckpointError(f'{label} does not fit {name}: {why}.')
     unusable = next((k for k, v in target.items() if k in state_dict and not _is_usable(state_dict[k], v)), None)
     if unusable:
         value = state_dict[unusable]
@@ -218,8 +248,8 @@ def load_weights(
         raise CheckpointError(
             f"{label} does not fit {name}: '{unusable}' is {found}, expected a dense tensor of floating point numbers.")
 
-    # The channels that the weights were made for, read off the weights themselves: a user's own file may differ
-    # from what the pretrained_cfg says about the published ones.
+    # Input channels of the weights, from their shapes: a user's file may differ from the published weights, which the
+    # pretrained_cfg describes.
     input_size = cfg.get('input_size') or (3, 224, 224)
     channels = source_channels = traits.get('in_chans', input_size[0])
     for k in convs & state_dict.keys():
@@ -232,6 +262,6 @@ def load_weights(
         num_classes=-1 if drop_heads else num_classes,
     )
     if drop_heads:
-        where = f'of {name} is left at its initial values ({num_classes} classes)' if num_classes else 'is left out'
+        where = f'of {name} keeps its initial values ({num_classes} classes)' if num_classes else 'is left out'
         _logger.info(f'{label}: the classifier {where}.')
     load_pretrained(model, pretrained_cfg=cfg, num_classes=num_classes, in_chans=channels, strict=not drop_heads)

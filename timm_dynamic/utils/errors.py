@@ -1,13 +1,13 @@
-"""Errors that are shown to the user as one line."""
+"""Errors that scripts show as one line."""
 import difflib
 from collections.abc import Iterable
 
 
 class UserError(Exception):
-    """The user can act on this: scripts print the message without a traceback."""
+    """An error that the user can fix: scripts print the message without a traceback."""
 
 
 def did_you_mean(name: str, candidates: Iterable[str]) -> str:
-    """Suggest up to three names close to a mistyped one: ' Did you mean A or B?', or '' if nothing is close."""
+    """Suggest up to three names close to a mistyped one: ' Did you mean A or B?'; '' if none is close."""
     near = difflib.get_close_matches(name, list(candidates), n=3)
     return f" Did you mean {' or '.join(near)}?" if near else ''
