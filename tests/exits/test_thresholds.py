@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from exits.solver_comparison import compare_with_given
 from helpers import SHARED
 
 from timm_dynamic.exits import (
     ExitTable,
     ValuePolicy,
     geometric_thresholds,
-    judge_solver,
     solve_curve,
     solve_policy,
     solve_thresholds,
@@ -333,27 +333,7 @@ def test_bad_policies(policy):
         ValuePolicy.from_state_dict({})
 
 
-# Judging
-
-def test_judging_by_hand():
-    # The solver under test always gives the same two policies. On any half of this table, step 1 costs 1 and is right
-    # for all, step 2 costs 2 and is right for none: their line is 100 % at 1, 0 % at 2. The rival stops at step 1 where
-    # the confidence is 1: half of the samples on average, a half right; so it lies on the line, without gain or loss.
-    confidence = torch.tensor([[0., 0.], [1., 1.]] * 20)
-    table = ExitTable(confidence, torch.tensor([[True, False]] * 40), [10**9, 2 * 10**9])
-    ends = [[0., 0.], [2., 0.]]
-    result = judge_solver(table, [[1., 0.]], range(2), lambda t: [t.evaluate(e) for e in ends])
-    assert result['gains'].shape == (4, 1)
-    torch.testing.assert_close(result['gains'], torch.zeros(4, 1, dtype=torch.float64))
-    # A rival that is always wrong at the cost of step 1 and 1/2: its gain is what the line has there.
-    worse = ExitTable(confidence, torch.tensor([[True, False], [False, False]] * 20), [10**9, 2 * 10**9])
-    result = judge_solver(worse, [[0.5, 0.]], range(1), lambda t: [t.evaluate(e) for e in ends], oracle=False)
-    # Those with confidence 1 stop, wrong; the others go on, wrong: 0 %. The line falls from the share of the others, s,
-    # at cost 1 to 0 % at cost 2; the rival costs 1 + s: the gain is s (1 - s).
-    for gain, half in zip(result['gains'], worse.split(0.5, 0)[::-1]):
-        s = (half.confidence[:, 0] == 0).double().mean().item()
-        assert gain.item() == pytest.approx(100 * s * (1 - s))
-
+# The official table of AnchorNet
 
 def official_table():
     with np.load(OFFICIAL / 'official_table.npz') as arrays:
@@ -377,7 +357,7 @@ def test_official_table(method, splits, mean, worst_point):
     The worst point is that of the mean over the halves, the worst of 330 single values was -0.13.
     """
     table, rivals = official_table()
-    result = judge_solver(table, rivals, range(splits), lambda t: solve_curve(t, method=method), oracle=False)
+    result = compare_with_given(table, rivals, range(splits), lambda t: solve_curve(t, method=method), oracle=False)
     assert result['gains'].shape == (2 * splits, 33)
     assert result['mean'] > mean
     assert result['gains'].mean(dim=0).min() > worst_point
@@ -388,6 +368,6 @@ def test_official_table(method, splits, mean, worst_point):
 @NEED_OFFICIAL
 def test_official_share_of_the_oracle():
     table, rivals = official_table()
-    result = judge_solver(table, rivals, range(1))
+    result = compare_with_given(table, rivals, range(1))
     assert result['oracle_gains'].shape == (2, 33)
     assert result['share'] > 0.85

@@ -4,7 +4,7 @@ from .load_table import load_exit_table
 from .policy import ExitPolicy, ValuePolicy
 from .stream import ExitStream, StreamResult, StreamRun
 from .table import ExitPoint, ExitTable
-from .thresholds import geometric_thresholds, judge_solver, solve_curve, solve_policy, solve_thresholds
+from .thresholds import geometric_thresholds, solve_curve, solve_policy, solve_thresholds
 
 __all__ = [
     'ExitPoint',
@@ -17,7 +17,6 @@ __all__ = [
     'collect_exit_table',
     'early_exit',
     'geometric_thresholds',
-    'judge_solver',
     'load_exit_table',
     'solve_curve',
     'solve_policy',
