@@ -21,8 +21,8 @@ from helpers import SHARED  # noqa: E402
 
 from timm_dynamic import ConfidenceNet  # noqa: E402
 from timm_dynamic.data import ConfidenceFeatures  # noqa: E402
-from timm_dynamic.exits import solve_thresholds  # noqa: E402
-from timm_dynamic.exits.confidence import auroc, cascade_table, curve_area  # noqa: E402
+from timm_dynamic.exits import cascade_table, solve_thresholds  # noqa: E402
+from timm_dynamic.exits.measures import auroc, curve_area  # noqa: E402
 from timm_dynamic.task import fit_confidence_net, fit_folds, make_folds, score_folds  # noqa: E402
 from timm_dynamic.training.anytime import count_macs  # noqa: E402
 from timm_dynamic.training.cascade import replay_tables  # noqa: E402

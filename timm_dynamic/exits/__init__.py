@@ -1,3 +1,6 @@
+"""When to stop: exit tables, the solvers that make an exit policy of one, and early exit that runs it."""
+from ..models.dynamic_net import ExitResult, register_exit_policy
+from .cascade_table import cascade_table
 from .collect import collect_exit_table
 from .engine import early_exit
 from .load_table import load_exit_table
@@ -9,15 +12,18 @@ from .thresholds import geometric_thresholds, solve_curve, solve_policy, solve_t
 __all__ = [
     'ExitPoint',
     'ExitPolicy',
+    'ExitResult',
     'ExitStream',
     'ExitTable',
     'StreamResult',
     'StreamRun',
     'ValuePolicy',
+    'cascade_table',
     'collect_exit_table',
     'early_exit',
     'geometric_thresholds',
     'load_exit_table',
+    'register_exit_policy',
     'solve_curve',
     'solve_policy',
     'solve_thresholds',

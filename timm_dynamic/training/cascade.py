@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ..data import ConfidenceFeatures, FoldMap, fold_names
-from ..exits.confidence import auroc
+from ..exits.measures import auroc
 from ..launch.build import (
     build_eval_loader,
     build_model,

@@ -10,9 +10,9 @@ from accelerate.utils import gather_object
 from timm.utils import natural_key
 
 from ..data import ConfidenceFeatures, FoldMap
-from ..exits import ExitTable
+from ..exits import ExitTable, cascade_table
 from ..exits.collect import interleave, rank_of
-from ..exits.confidence import auroc, cascade_table, cross_area, curve_area
+from ..exits.measures import auroc, cross_area, curve_area
 from ..layers import ConfidenceNet
 from ..models.clcnet import CONFIDENCES, FINAL_RULES, CLCNet
 from ..task import score_folds
