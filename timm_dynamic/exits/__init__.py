@@ -3,11 +3,12 @@ from ..models.dynamic_net import ExitResult, register_exit_policy
 from .cascade_table import cascade_table
 from .collect import collect_exit_table
 from .engine import early_exit
+from .geometric import geometric_thresholds
 from .load_table import load_exit_table
 from .policy import ExitPolicy, ValuePolicy
 from .stream import ExitStream, StreamResult, StreamRun
 from .table import ExitPoint, ExitTable
-from .thresholds import geometric_thresholds, solve_curve, solve_policy, solve_thresholds
+from .thresholds import solve_curve, solve_policy, solve_thresholds
 
 __all__ = [
     'ExitPoint',
