@@ -1,6 +1,6 @@
 """What was measured of a dynamic model on a set of images, and what every exit policy makes of it."""
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from ..utils.files import atomic_write
 _FORMAT = 'timm_dynamic.exit_table.1'
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ExitPoint:
     """What one exit policy gives on a table.
 
@@ -30,8 +30,16 @@ class ExitPoint:
     top5: float | None
     gmacs: float
     exit_shares: torch.Tensor
-    steps_used: torch.Tensor = field(repr=False)
-    policy: Any = field(repr=False)
+    steps_used: torch.Tensor
+    policy: Any
+
+    def __repr__(self) -> str:
+        top5 = '' if self.top5 is None else f'top5={self.top5:.2f}, '
+        policy = f'policy={self.policy}'
+        if self.thresholds is not None:
+            policy = f"thresholds={_numbers(self.thresholds.tolist(), '.5g')}"
+        shares = _numbers(self.exit_shares.tolist(), '.3f')
+        return f'ExitPoint(top1={self.top1:.2f}, {top5}gmacs={self.gmacs:.4g}, exit_shares={shares}, {policy})'
 
     @property
     def thresholds(self) -> torch.Tensor | None:
@@ -90,8 +98,9 @@ class ExitTable:
         return self.num_samples
 
     def __repr__(self) -> str:
-        gmacs = ', '.join(f'{m / 1e9:.4g}' for m in self.step_macs)
-        return f'ExitTable({self.num_samples} samples, {self.num_steps} steps of {gmacs} GMACs)'
+        gmacs = _numbers([macs / 1e9 for macs in self.step_macs], '.4g')
+        top1 = _numbers((100 * self.correct.double().mean(dim=0)).tolist(), '.2f')
+        return f'ExitTable(num_samples={self.num_samples}, num_steps={self.num_steps}, gmacs={gmacs}, top1={top1})'
 
     # What policies give
 
@@ -247,6 +256,10 @@ def _as_bool(value: Any, name: str, shape: list[int]) -> torch.Tensor:
             f'Expected {name} as bool of shape {shape}, like the confidences, got {str(values.dtype)[6:]} of shape '
             f'{list(values.shape)}.')
     return values.to('cpu', copy=True).contiguous()
+
+
+def _numbers(values: Sequence[float], form: str) -> str:
+    return f"[{', '.join(format(value, form) for value in values)}]"
 
 
 def _percent(values: torch.Tensor) -> float:
