@@ -168,7 +168,7 @@ def test_subset_and_split(table):
     assert torch.equal(big.split(0.3, seed=1)[0].confidence, a.confidence)
     assert not torch.equal(big.split(0.3, seed=2)[0].confidence, a.confidence)
     for fraction in (0, 1, 0.01):
-        with pytest.raises(ValueError, match='leaves nothing on one side'):
+        with pytest.raises(ValueError, match='leaves no samples in one of the parts'):
             big.split(fraction)
 
 
