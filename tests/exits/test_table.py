@@ -84,7 +84,22 @@ def test_without_top5_and_with_one_step():
     point = table.evaluate([0.5])
     assert (point.top1, point.top5, point.gmacs, point.exit_shares.tolist()) == (50., None, 7e-9, [1.])
     assert table.step_macs == (7,)
-    assert '2 samples, 1 steps' in repr(table)
+
+
+def test_reprs_are_short(table):
+    assert repr(table) == (
+        'ExitTable(num_samples=4, num_steps=3, gmacs=[1, 2, 4], top1=[50.00, 50.00, 75.00])')
+    assert repr(table.evaluate([0.6, 0.654321987, 9])) == (
+        'ExitPoint(top1=75.00, top5=75.00, gmacs=2.75, exit_shares=[0.250, 0.250, 0.500], '
+        'thresholds=[0.6, 0.65432, 9])')
+    plain = ExitTable(CONFIDENCE, CORRECT, [1_234_567_890, 2_345_678_901, 3_456_789_012])
+    assert repr(plain.anytime()[1]) == (
+        'ExitPoint(top1=50.00, gmacs=2.346, exit_shares=[0.000, 1.000, 0.000], thresholds=[inf, -inf, inf])')
+    policy = solve_policy(plain, 2.)
+    point = repr(plain.evaluate(policy))
+    assert point.endswith(f'policy={policy!r})')
+    assert '\n' not in point
+    assert len(point) < 200
 
 
 def test_not_a_number_is_never_confident():
@@ -153,7 +168,7 @@ def test_subset_and_split(table):
     assert torch.equal(big.split(0.3, seed=1)[0].confidence, a.confidence)
     assert not torch.equal(big.split(0.3, seed=2)[0].confidence, a.confidence)
     for fraction in (0, 1, 0.01):
-        with pytest.raises(ValueError, match='leaves nothing on one side'):
+        with pytest.raises(ValueError, match='leaves no samples in one of the parts'):
             big.split(fraction)
 
 

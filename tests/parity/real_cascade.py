@@ -23,7 +23,8 @@ from timm_dynamic import ConfidenceNet  # noqa: E402
 from timm_dynamic.data import ConfidenceFeatures  # noqa: E402
 from timm_dynamic.evaluation.cascade import replay_members  # noqa: E402
 from timm_dynamic.exits import solve_thresholds  # noqa: E402
-from timm_dynamic.exits.confidence import auroc, cascade_table, curve_area  # noqa: E402
+from timm_dynamic.exits import cascade_table  # noqa: E402
+from timm_dynamic.exits.measures import auroc, curve_area  # noqa: E402
 from timm_dynamic.models.macs import count_macs  # noqa: E402
 from timm_dynamic.task import fit_confidence_net, fit_folds, make_folds, score_folds  # noqa: E402
 

@@ -1,13 +1,15 @@
 """Solved exits against given ones at equal cost, on other images than they were solved on."""
 import argparse
 import json
-from collections.abc import Sequence
+import math
+import time
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..exits import ExitTable, geometric_thresholds, judge_solver, load_exit_table, solve_curve
+from ..exits import ExitPoint, ExitTable, geometric_thresholds, load_exit_table, solve_curve
 
 NAME, HELP = 'exits', 'judge exits that are solved on one half of an exit table on the other half, against given ones'
 
@@ -73,6 +75,67 @@ def benchmark_exits(
         for i, point in enumerate(points)]
     share = {'share': result['share']} if oracle else {}
     return [*rows, {**row('all', gains, oracle_gains), **share, 'solve_seconds': result['seconds']}]
+
+
+def judge_solver(
+        table: ExitTable,
+        rivals: Sequence[Any],
+        seeds: Iterable[int] = range(5),
+        solve: Callable[[ExitTable], list[ExitPoint]] = solve_curve,
+        oracle: bool = True,
+) -> dict[str, Any]:
+    """Compare solved policies with given ones at equal cost, on other samples than they were solved on.
+
+    The table is split into random halves, in both directions. The policies solved on the one half make a curve on the
+    other; it is read off, linearly, at what each rival costs there.
+
+    Args:
+        table: The table.
+        rivals: Thresholds or policies that were chosen otherwise.
+        seeds: One split each.
+        solve: Gives policies for a grid of budgets.
+        oracle: Also solve on the half that is judged on, as a bound of what can be gained.
+
+    Returns:
+        'gains' [2 · seeds, rivals] in points of top-1 accuracy, their 'mean' and 'worst', and 'seconds' of CPU time per
+        solve; with the oracle, its gains 'oracle_gains' likewise, their mean 'oracle_mean', and the 'share' of that
+        which was reached.
+    """
+    gains, oracle_gains, seconds = [], [], 0.0
+    for seed in seeds:
+        halves = table.split(0.5, seed)
+        for fit, judge in (halves, halves[::-1]):
+            start = time.process_time()
+            points = solve(fit)
+            seconds += time.process_time() - start
+            given = [judge.evaluate(rival) for rival in rivals]
+            gains.append(_gains([judge.evaluate(point.policy) for point in points], given))
+            if oracle:
+                oracle_gains.append(_gains(solve(judge), given))
+    all_gains = torch.stack(gains)
+    result = {
+        'gains': all_gains,
+        'mean': all_gains.mean().item(),
+        'worst': all_gains.min().item(),
+        'seconds': seconds / len(gains),
+    }
+    if oracle:
+        result['oracle_gains'] = best = torch.stack(oracle_gains)
+        result['oracle_mean'] = best.mean().item()
+        result['share'] = result['mean'] / result['oracle_mean'] if result['oracle_mean'] else math.nan
+    return result
+
+
+def _gains(points: list[ExitPoint], rivals: list[ExitPoint]) -> torch.Tensor:
+    """Top-1 of a curve, read off at the rivals' costs, less theirs [rivals]; level beyond the curve's ends."""
+    points = sorted(points, key=lambda point: point.gmacs)
+    x = torch.tensor([point.gmacs for point in points], dtype=torch.float64)
+    y = torch.tensor([point.top1 for point in points], dtype=torch.float64)
+    at = torch.tensor([rival.gmacs for rival in rivals], dtype=torch.float64)
+    right = torch.searchsorted(x, at).clamp(1, max(len(x) - 1, 1)).clamp(max=len(x) - 1)
+    left = (right - 1).clamp(min=0)
+    share = ((at - x[left]) / (x[right] - x[left]).clamp(min=1e-12)).clamp(0, 1)
+    return y[left] + share * (y[right] - y[left]) - torch.tensor([rival.top1 for rival in rivals], dtype=torch.float64)
 
 
 def read_rivals(path: str | Path) -> list[list[float]]:

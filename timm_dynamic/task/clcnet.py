@@ -22,7 +22,8 @@ from ..data import ConfidenceFeatures, FoldMap, fold_names
 from ..data.image_names import image_names
 from ..exits import ExitTable
 from ..exits.collect import Outputs, run_loader
-from ..exits.confidence import auroc, cascade_table, cross_area, curve_area
+from ..exits.cascade_table import cascade_table
+from ..exits.measures import auroc, cross_area, curve_area
 from ..models.builder import load_checkpoint
 from ..models.clcnet import FINAL_RULES, CLCNet, fetch_members
 from ..utils import (

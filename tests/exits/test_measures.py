@@ -3,8 +3,8 @@ import math
 import pytest
 import torch
 
-from timm_dynamic.exits import ExitTable
-from timm_dynamic.exits.confidence import auroc, cascade_table, cross_area, curve_area
+from timm_dynamic.exits import ExitTable, cascade_table
+from timm_dynamic.exits.measures import auroc, cross_area, curve_area
 
 
 def test_auroc_by_hand():
