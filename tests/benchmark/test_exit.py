@@ -49,6 +49,17 @@ def test_exit(model, capsys, tmp_path):
     assert stream['latency_ms'] is None
 
 
+def test_compiled_steps_compete_with_eager_ones():
+    rows = benchmark_exit(
+        'test_gfnet', batch_size=4, num_images=10, repeats=1, static='none', torchcompile='eager', cuda_graphs=True,
+        latency_images=0)
+    assert [row['exit'] for row in rows[:3]] == ['all steps', 'early_exit', 'ExitStream']
+    assert all(row['x_static'] is row['latency_ms'] is None for row in rows[:3])
+    assert rows[1]['exit_shares'] == rows[2]['exit_shares']
+    candidates = {row['exit'].rpartition(', ')[2] for row in rows[3:]}
+    assert candidates <= {'contiguous', 'channels last', 'compiled'}
+
+
 @pytest.mark.parametrize(('args', 'message'), [
     (dict(repeats=0), 'Expected positive numbers.*0 repeats'),
     (dict(model='test_focusnet'), "'test_focusnet' has no steps"),
