@@ -18,6 +18,7 @@ from timm.task import TrainingTask, evaluation_sample_limit
 from timm.utils import dispatch_clip_grad, distribute_bn, unwrap_model
 from torch import nn
 
+from ..evaluation.pictures import draw_patches
 from ..launch.accelerator import create_control_channel
 from ..launch.build import (
     build_eval_loader,
@@ -46,7 +47,6 @@ from ..utils import (
 from ..utils.report import plot_curve, read_rows, write_rows, write_yaml
 from ..utils.signals import Stopped, StopRequest
 from .evaluate import StepRecorder, evaluate, progress_bar
-from .patches import draw_patches
 from .state import StateStore
 
 _logger = logging.getLogger(__name__)
