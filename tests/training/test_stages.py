@@ -85,7 +85,7 @@ def test_all_stages(image_folder, tmp_path, caplog):
     assert (model.img_size, model.patch_size) == (48, 16)  # what costs are counted for
     assert model.step_macs == timm.create_model('test_gfnet', num_classes=3, img_size=48, patch_size=16).step_macs
     with Image.open(run / 'patches.png') as picture:
-        assert picture.size == (4 * 166 + 6, 2 * 180 + 6)
+        assert picture.size == (4 * 166 + 6, 2 * 186 + 26)
     assert [r['model'] for r in result['table']] == ['test_focusnet, whole images', 'test_gfnet']
 
 
@@ -171,7 +171,7 @@ def test_anchornet(image_folder, tmp_path):
     assert (states[1]['patch.fc.weight'] - static['fc.weight']).abs().max() > 0.02
     assert [k for k in _rows(run)[0] if k.startswith('eval_top1_')] == [f'eval_top1_step{t}' for t in (1, 2, 3)]
     with Image.open(run / 'patches.png') as picture:
-        assert picture.size == (4 * 166 + 6, 2 * 180 + 6)
+        assert picture.size == (4 * 166 + 6, 2 * 186 + 26)
 
 
 def test_clcnet(image_folder, tmp_path, caplog):

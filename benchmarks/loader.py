@@ -1,4 +1,4 @@
-"""What a loader of timm gives, by number of workers."""
+"""How many images timm's loader gives in a second, by number of workers."""
 import argparse
 import time
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from timm.data import create_loader
 
-from ..data import DEMO_DATASET, create_dataset, worker_context
+from timm_dynamic.data import DEMO_DATASET, create_dataset, worker_context
 
 NAME, HELP = 'loader', 'images per second that a loader gives, by number of workers'
 
@@ -15,13 +15,13 @@ NAME, HELP = 'loader', 'images per second that a loader gives, by number of work
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--data-dir', metavar='DIR', help='root of the dataset')
     parser.add_argument(
-        '--dataset', metavar='NAME', help='as in train.py (default: a folder; without one the demo set)')
+        '--dataset', metavar='NAME', help='as in train.py (default: a folder; without --data-dir the demo set)')
     parser.add_argument('--split', default='train', metavar='NAME', help='(%(default)s)')
     parser.add_argument('--img-size', type=int, metavar='N', help='side of the images (default: 224; demo set 96)')
     parser.add_argument('--batch-size', '-b', type=int, default=64, metavar='N', help='(%(default)s)')
     parser.add_argument('--workers', '-j', type=int, nargs='+', default=[0, 1, 2], metavar='N', help='(%(default)s)')
     parser.add_argument(
-        '--num-batches', type=int, default=20, metavar='N', help='timed, after two others (%(default)s)')
+        '--num-batches', type=int, default=20, metavar='N', help='that are timed, after two others (%(default)s)')
     parser.add_argument('--no-aug', action='store_true', help='as for validation: no augmentation')
 
 
@@ -44,10 +44,10 @@ def benchmark_loader(
     """Time a loader by itself, with timm's training augmentation or without any.
 
     Returns:
-        A row for each number of workers: 'images_per_s' after two batches, and 'first_batch_s' from the start.
+        A row for each number of workers: 'images_per_s' after two batches, and 'first_batch_s', the time to the first.
 
     Raises:
-        ValueError: A number is not positive, or the dataset does not fill the batches.
+        ValueError: A number is not positive, or the dataset is too small.
     """
     if min(batch_size, num_batches, 1 if img_size is None else img_size) < 1 or not workers or min(workers) < 0:
         raise ValueError(f'Expected positive numbers, got batch size {batch_size}, {num_batches} batches, '

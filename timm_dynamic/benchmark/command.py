@@ -1,4 +1,4 @@
-"""The command line of benchmark.py."""
+"""The command line of benchmark.py and of `python -m benchmarks`: each benchmark is a sub-command and gives a table."""
 import argparse
 import json
 import logging
@@ -8,40 +8,53 @@ from typing import Any
 
 from ..launch.script import run_script
 from ..utils.report import format_table, write_rows
-from . import confidence, crop, exit, exits, loader, thresholds, train_step, windows
+from . import exit
 
 _logger = logging.getLogger(__name__)
 
-_BENCHMARKS = (exit, exits, thresholds, crop, confidence, windows, train_step, loader)
+# Modules with NAME, HELP, add_arguments(parser) and run(args), which gives the rows of a table.
+BENCHMARKS = (exit,)
 
 
-def create_benchmark_parser() -> argparse.ArgumentParser:
-    """Parser for benchmark.py, with a subcommand for each benchmark."""
+def create_benchmark_parser(
+        benchmarks: Sequence[Any] = BENCHMARKS,
+        prog: str = 'benchmark.py',
+) -> argparse.ArgumentParser:
+    """Parser with a sub-command for each benchmark.
+
+    Args:
+        benchmarks: Modules, see `BENCHMARKS`.
+        prog: Name of the command.
+    """
     parser = argparse.ArgumentParser(
-        prog='benchmark.py', description='Measure what timm_dynamic promises.', allow_abbrev=False)
+        prog=prog, description='Measure how fast timm_dynamic is.', allow_abbrev=False)
     commands = parser.add_subparsers(dest='benchmark', metavar='BENCHMARK', required=True)
-    for benchmark in _BENCHMARKS:
+    for benchmark in benchmarks:
         p = commands.add_parser(benchmark.NAME, help=benchmark.HELP, description=benchmark.HELP, allow_abbrev=False)
         benchmark.add_arguments(p)
-        p.add_argument('--results-file', metavar='FILE', help='write the table as CSV or JSON, too, by its ending')
+        p.add_argument('--results-file', metavar='FILE', help='also write the table, as CSV or JSON by its ending')
         p.add_argument('--json', action='store_true', help='print the table as JSON')
         p.set_defaults(run=benchmark.run)
     return parser
 
 
-def run_benchmark(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
-    """Run benchmark.py.
+def run_benchmark(
+        argv: Sequence[str] | None = None,
+        parser: argparse.ArgumentParser | None = None,
+) -> list[dict[str, Any]]:
+    """Run one benchmark and print its table.
 
     Args:
         argv: Command line without the script's name (default: this process's).
+        parser: Of `create_benchmark_parser` (default: that of benchmark.py).
 
     Returns:
-        The rows of the table that was printed.
+        The rows of the table.
 
     Raises:
-        ValueError: An argument cannot be worked with.
+        ValueError: An argument does not fit.
     """
-    args = create_benchmark_parser().parse_args(argv)
+    args = (parser or create_benchmark_parser()).parse_args(argv)
     file = Path(args.results_file) if args.results_file else None
     if file is not None:  # before anything is measured
         if file.suffix not in ('.csv', '.json') or file.is_dir():
@@ -57,10 +70,10 @@ def run_benchmark(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     return rows
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of benchmark.py. Returns the exit status: 0; 1 for what the user can mend."""
+def benchmark_main(argv: Sequence[str] | None = None, parser: argparse.ArgumentParser | None = None) -> int:
+    """Entry point of benchmark.py. Returns the exit status: 0, or 1 for a user error."""
     def script() -> int:
-        run_benchmark(argv)
+        run_benchmark(argv, parser)
         return 0
 
     return run_script(script)

@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 
-from ..layers import choose_windows
-from .timing import get_device, time_interleaved
+from timm_dynamic.benchmark import get_device, time_interleaved
+from timm_dynamic.layers import choose_windows
 
 NAME, HELP = 'windows', 'choice of windows on activation maps: vectorised against a loop over the images'
 
-# AnchorNet's on images of 224 pixels.
+# AnchorNet's maps and windows on images of 224 pixels.
 _CELLS, _STRIDE, _SIZE = 17, 8, 95
 
 
@@ -34,10 +34,10 @@ def benchmark_windows(
         device: str = 'cpu',
         repeats: int = 5,
 ) -> list[dict[str, Any]]:
-    """Time the choice on maps of 17x17 smooth random values, after checking that both ways choose the same.
+    """Time the choice on maps of 17x17 smooth random values, after checking that all choose the same.
 
-    The loops go image by image through the positions by falling value, and compare each with the windows taken so far,
-    one overlap at a time: one with boxes as tensors, as a straightforward script would, one with Python's own numbers.
+    The loops go through the positions of each image by falling value, and compare each with the windows chosen so far,
+    one overlap at a time. One holds boxes as tensors, as a straightforward script would, one as Python's numbers.
 
     Returns:
         A row for each: median 'ms', 'images_per_s', and 'speedup' over the loop.
@@ -64,8 +64,8 @@ def benchmark_windows(
         for name, box, overlap in (('loop', partial(_box, grid), _overlap),
                                    ('loop, plain numbers', partial(_plain_box, grid.tolist()), _plain_overlap))}
     for name, loop in choices.items():
-        if any(row[:n] != mine for row, n, mine in zip(index.tolist(), found.tolist(), loop())):
-            raise AssertionError(f'The vectorised choice is not that of the {name}.')
+        if any(row[:n] != other for row, n, other in zip(index.tolist(), found.tolist(), loop())):
+            raise AssertionError(f'The vectorised choice differs from that of the {name}.')
     seconds = time_interleaved({**choices, 'vectorised': vectorised}, repeats, device)
     return [{
         'windows': name, 'batch_size': batch_size, 'num_windows': num_windows, 'device': device, 'ms': 1e3 * s,
@@ -80,7 +80,7 @@ def _loop(
         box_at: Callable[[int, int], Any],
         overlap: Callable[[Any, Any], float],
 ) -> list[list[int]]:
-    """The rule, top-left quirk included, one window at a time."""
+    """The rule one window at a time. As in the released code, the top-left position is always allowed."""
     width, out = cam.shape[2], []
     for image in cam:
         chosen: list[int] = []

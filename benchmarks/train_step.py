@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..models.builder import check_model_name
-from ..models.dynamic_net import DynamicNet
-from ..models.gfnet import GFNet
-from ..task import FocusPickingTask, GlanceFocusTask
-from .timing import get_device, time_each
+from timm_dynamic.benchmark import get_device, time_each
+from timm_dynamic.models.builder import check_model_name
+from timm_dynamic.models.dynamic_net import DynamicNet
+from timm_dynamic.models.gfnet import GFNet
+from timm_dynamic.task import FocusPickingTask, GlanceFocusTask
 
 NAME, HELP = 'train-step', (
     "one training step of a GFNet's first stage, vectorised against a loop over the images; or of a FocusNet, against "
@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--device', default='cpu', metavar='DEVICE', help='(%(default)s)')
     parser.add_argument('--repeats', type=int, default=10, metavar='N', help='runs of each, by turns (%(default)s)')
     parser.add_argument('--amp-dtype', choices=['float16', 'bfloat16'], help='mixed precision')
-    parser.add_argument('--torchcompile', action='store_true', help=(
+    parser.add_argument('--torchcompile', nargs='?', const='inductor', metavar='BACKEND', help=(
         "also time a GFNet's vectorised step compiled; compile all networks of a FocusNet's step"))
     parser.add_argument('--channels-last', action='store_true', help='memory format of the network and the images')
 
@@ -45,25 +45,25 @@ def benchmark_train_step(
         device: str = 'cpu',
         repeats: int = 10,
         amp_dtype: str | None = None,
-        torchcompile: bool = False,
+        torchcompile: str | None = None,
         channels_last: bool = False,
 ) -> list[dict[str, Any]]:
     """Time forward, loss, backward and update.
 
-    Of a GFNet's first stage: vectorised against a loop, after checking that both have the same loss and gradient. The
-    loop scales glances, cuts patches and adds up losses image by image, as a straightforward script would; the
-    networks see whole batches in both.
+    A GFNet's first stage: vectorised against a loop, after checking that both have the same gradient. The loop scales
+    glances, cuts patches and adds up losses image by image, as a straightforward script would; the networks see whole
+    batches in both.
 
-    Of a FocusNet, which any network without steps may be: against what it cannot do without, the same net's plain step
-    and one forward pass of the frozen baseline, here a net of the same architecture, on images in its memory format.
+    A FocusNet, which any network without steps may be: its step needs a plain step of the same network and one forward
+    pass of the frozen baseline, and is compared with the sum of both. The baseline has the same architecture.
 
     Returns:
-        A row for each: median 'ms', 'images_per_s'; of a GFNet the 'speedup' over the loop, of the FocusNet's step its
-        'overhead' over the two others, as a share of them: the median of what it is within each repeat.
+        A row for each: median 'ms' and 'images_per_s'. For a GFNet also the 'speedup' over the loop. For the FocusNet's
+        step also the 'overhead' over the two others, as a share of them: the median over the repeats.
 
     Raises:
         ValueError: There is no such model or device, the model has steps and is no GFNet, or a number is not positive.
-        AssertionError: The results differ.
+        AssertionError: The gradients differ.
     """
     if min(batch_size, repeats) < 1:
         raise ValueError(f'Expected positive numbers, got batch size {batch_size}, {repeats} repeats.')
@@ -96,22 +96,17 @@ def _time_gfnet(
         target: torch.Tensor,
         autocast: Callable[[], Any],
         repeats: int,
-        torchcompile: bool,
+        torchcompile: str | None,
 ) -> dict[str, list[float]]:
     task = GlanceFocusTask(net, verbose=False).to(images.device)
-    actions = torch.rand(net.num_steps - 1, len(images), 2, device=images.device)
     step = _make_step(task.module, autocast)
-
-    def vectorised(module: Any = task.module) -> torch.Tensor:
-        out = module(images, actions=actions)
-        return task._classification_terms(out, target, task.aux_weight)['loss']
-
-    def loop() -> torch.Tensor:
-        return _loop(task, images, target, actions)
+    ways: dict[str, Callable[[], torch.Tensor]] = {
+        'loop': lambda: _loop(task, images, target), 'vectorised': lambda: task(images, target)['loss']}
 
     task.eval()  # with batch statistics, rounding errors would grow
     gradients = []
-    for loss_fn in (loop, vectorised):
+    for loss_fn in ways.values():
+        torch.manual_seed(0)  # both draw the same positions
         loss = step(loss_fn)
         gradients.append(torch.cat([p.grad.flatten() for p in task.module.parameters() if p.grad is not None]))
     with autocast():
@@ -119,10 +114,12 @@ def _time_gfnet(
     if (gradients[0] - gradients[1]).norm() > tolerance * gradients[0].norm():
         raise AssertionError(f'The vectorised step has another gradient than the loop (loss {loss.item():.6g}).')
     task.train()
-    steps: dict[str, Callable[[], Any]] = {'loop': lambda: step(loop), 'vectorised': lambda: step(vectorised)}
+    steps: dict[str, Callable[[], Any]] = {name: partial(step, loss_fn) for name, loss_fn in ways.items()}
     if torchcompile:
-        compiled = torch.compile(task.module)
-        steps['vectorised, compiled'] = lambda: step(lambda: vectorised(compiled))
+        compiled = GlanceFocusTask(net, verbose=False).to(images.device).train()
+        compiled_step = _make_step(compiled.module, autocast)
+        compiled.compile(torchcompile)
+        steps['vectorised, compiled'] = lambda: compiled_step(lambda: compiled(images, target)['loss'])
     return time_each(steps, repeats, images.device)
 
 
@@ -132,13 +129,13 @@ def _time_focusnet(
         target: torch.Tensor,
         autocast: Callable[[], Any],
         repeats: int,
-        torchcompile: bool,
+        torchcompile: str | None,
 ) -> dict[str, list[float]]:
     baseline = copy.deepcopy(net)
     task = FocusPickingTask(net, baseline, device=images.device, verbose=False)
     step = _make_step(net, autocast)
     if torchcompile:
-        task.compile()
+        task.compile(torchcompile)
     task.train()
     seen = images.contiguous(memory_format=torch.channels_last)
 
@@ -170,14 +167,11 @@ def _make_step(module: nn.Module, autocast: Callable[[], Any]) -> Callable[[Call
     return step
 
 
-def _loop(
-        task: GlanceFocusTask,
-        images: torch.Tensor,
-        target: torch.Tensor,
-        actions: torch.Tensor,
-) -> torch.Tensor:
+def _loop(task: GlanceFocusTask, images: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """The loss of a first-stage task, image by image."""
     module, net = task.module, task.module.model
     size, free = net.patch_size, images.shape[-1] - net.patch_size
+    actions = torch.rand(net.num_steps - 1, len(images), 2, device=images.device)
     loss, memory = torch.zeros((), device=images.device), None
     for t in range(net.num_steps):
         views = []
@@ -189,7 +183,7 @@ def _loop(
                 view = images[i, :, row:row + size, column:column + size]
             views.append(view)
         encoder = net.local_encoder if t else net.global_encoder
-        _, feature = net._encode(encoder, torch.stack(views))
+        feature = encoder.forward_head(encoder.forward_features(torch.stack(views)), pre_logits=True)
         logits, memory = net.classifier(t, feature, memory)
         if t == 0 and module.own_first_head:
             aux = logits

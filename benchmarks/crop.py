@@ -4,10 +4,10 @@ from typing import Any
 
 import torch
 
-from ..layers.patch_crop import crop_patches
-from .timing import get_device, time_interleaved
+from timm_dynamic.benchmark import get_device, time_interleaved
+from timm_dynamic.layers import crop_patches
 
-NAME, HELP = 'crop', 'crop a batch of patches: one vectorised gather against a loop over the images'
+NAME, HELP = 'crop', 'crop a batch of patches: one gather against a loop over the images'
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,7 +54,7 @@ def benchmark_crop(
         images = images.contiguous(memory_format=torch.channels_last)
     coords = torch.randint(img_size - patch_size + 1, (batch_size, 2), generator=generator).to(device)
     if not torch.equal(crop_patches(images, coords, patch_size), _loop(images, coords, patch_size)):
-        raise AssertionError('The vectorised patches are not those of the loop.')
+        raise AssertionError('The patches of the gather differ from those of the loop.')
     seconds = time_interleaved({
         'loop': lambda: _loop(images, coords, patch_size),
         'vectorised': lambda: crop_patches(images, coords, patch_size),

@@ -1,4 +1,4 @@
-"""The confidence net: what reaches its score, against all that the released code computes."""
+"""The confidence net: only what its score depends on, against all that the released code computes."""
 import argparse
 import math
 from collections.abc import Callable
@@ -9,18 +9,17 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ..models import ConfidenceNet
-from ..task.confidence import SparseMasks
-from .timing import get_device, time_interleaved
+from timm_dynamic.benchmark import get_device, time_interleaved
+from timm_dynamic.layers import ConfidenceNet, SparseMasks
 
-NAME, HELP = 'confidence', 'score probabilities: the confidence net against one that computes all the original does'
+NAME, HELP = 'confidence', 'score probabilities: the confidence net against one that computes all of the original'
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--batch-size', '-b', type=int, default=1024, metavar='N', help='(%(default)s)')
     parser.add_argument('--classes', type=int, nargs='+', default=[1000], metavar='N', help='(%(default)s)')
     parser.add_argument('--part', type=int, default=32, metavar='N', help=(
-        'rows that the straightforward version is timed on: for each it holds classes² numbers (%(default)s)'))
+        'rows that the straightforward version is timed on; each takes classes² numbers of memory (%(default)s)'))
     parser.add_argument('--device', default='cpu', metavar='DEVICE', help='(%(default)s)')
     parser.add_argument('--repeats', type=int, default=3, metavar='N', help='runs of each, by turns (%(default)s)')
 
@@ -41,8 +40,8 @@ def benchmark_confidence(
     """Time `ConfidenceNet` against a straightforward version, after checking that both give the same scores.
 
     Returns:
-        A row for each: 'rows' scored in one go, median 'ms', 'rows_per_s', 'largest_mib' (the largest tensor made on
-        the way), and 'speedup' in rows per second over the straightforward version.
+        A row for each: 'rows' scored in one call, median 'ms', 'rows_per_s', 'largest_mib' (the largest tensor that is
+        made), and 'speedup' in rows per second over the straightforward version.
 
     Raises:
         ValueError: A number is not positive, or there is no such device.
@@ -86,12 +85,12 @@ def straightforward(
         second: list[torch.nn.Linear],
         x: torch.Tensor,
 ) -> torch.Tensor:
-    """Scores [B] as the released code computes them: every token asks, twice, and masks are made.
+    """Scores [B] as the released code computes them: full attention twice, and masks.
 
     Args:
-        net: Holds the weights that matter.
-        masks: Those of the masks.
-        second: Query, key and value of the attention that goes nowhere.
+        net: The weights that the score depends on.
+        masks: Weights of the masks.
+        second: Query, key and value of the second attention, whose result is not used.
         x: Sorted probabilities [B, n].
     """
     size, n = net.mapping_dim, x.shape[1]
@@ -113,7 +112,7 @@ def straightforward(
 
 
 class _Largest(TorchDispatchMode):
-    """Notes the size in bytes of the largest tensor that is made."""
+    """Records the size in bytes of the largest tensor that is made."""
     size = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
