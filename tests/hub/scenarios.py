@@ -124,7 +124,8 @@ def publishing_again_sends_nothing_and_a_changed_card_is_one_small_commit():
     SERVER.log.clear()
     assert publish(changed, repo, verify=False)['uploaded'] == ['README.md']
     assert 0 < SERVER.uploaded() < 10_000
-    assert SERVER.repos[repo].titles[SERVER.repos[repo].refs['main']] == 'Update README.md'
+    title = SERVER.repos[repo].titles[SERVER.repos[repo].refs['main']]
+    assert title == f'Publish with timm_dynamic {timm_dynamic.__version__}'
     assert len(SERVER.repos[repo].commits) == 3
 
 
@@ -179,7 +180,7 @@ def a_commit_whose_answer_is_lost_is_not_made_twice():
     SERVER.fail('POST .*/commit/', after=True)
     done = publish(folder, repo, verify=False)
     assert len(SERVER.repos[repo].commits) == 2
-    assert 'model.safetensors' in done['uploaded']
+    assert sorted(done['uploaded']) == ['README.md', 'config.json', 'model.safetensors']
     assert done['commit'] == SERVER.repos[repo].refs['main']
 
 

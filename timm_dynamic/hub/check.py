@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from ..models.dynamic_net import DynamicNet
 from ..utils import CheckpointError
+from ..utils.download import first_line
 
 # Of the largest logit: the same code on the same machine, but threads may add up in another order.
 TOLERANCE = 1e-5
@@ -80,7 +81,7 @@ def _difference(name: str, expected: torch.Tensor, cache_dir: str | None) -> flo
     try:
         found = fixed_logits(timm.create_model(name, pretrained=True, cache_dir=cache_dir))
     except Exception as e:
-        return (str(e).strip() or type(e).__name__).splitlines()[0]
+        return first_line(e)
     if found.shape != expected.shape:
         return f'expected logits {list(expected.shape)}, got {list(found.shape)}.'
     return (found - expected).abs().max().item()

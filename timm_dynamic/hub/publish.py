@@ -1,33 +1,28 @@
 """Publish exported folders on the Hugging Face Hub, and see that what is there is what was meant."""
-import hashlib
 import json
-import logging
 import tempfile
-import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import timm
-from huggingface_hub import CommitOperationAdd, HfApi, get_token
+from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, ModelInfo, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 
-from ..utils import CheckpointError, fetch_weights, is_transient, read_json, sha256_of
-from ..utils.download import download_file
+from ..utils import CheckpointError, fetch_weights, read_json, sha256_of
+from ..utils.download import download_file, retry, status_of
 from ..utils.export import CONFIG, WEIGHTS
+from ..version import __version__
 from .card import CARD, PICTURE
 from .catalog import Entry
 from .check import check_in_fresh_process, fixed_logits
-
-_logger = logging.getLogger(__name__)
 
 T = TypeVar('T')
 
 _PICKLES = ('.pth', '.pt', '.bin', '.tar', '.th', '.pkl', '.pickle', '.ckpt', '.joblib', '.npy', '.npz', '.zip')
 _WAITS = (1, 2, 4, 8, 8, 8)  # seconds between tries
-_CONFLICT = 412  # the branch moved between the comparison and the commit
 
 
 class PublishError(RuntimeError):
@@ -145,24 +140,26 @@ def publish(
         branch = revision
         _call(f'create the branch {branch}', lambda: api.create_branch(repo_id, branch=branch, exist_ok=True))
 
-    def commit() -> tuple[str, list[str]]:
-        # Compared anew at every try: the last one may have arrived although its answer did not.
-        info = api.model_info(repo_id, revision=revision, files_metadata=True)
-        if private and info.private is False:
-            raise PublishError(f'{repo_id} is there already, and public. Make it private on the Hub first.')
-        there = {s.rfilename: s for s in info.siblings or ()}
-        changed = [name for name, path in files.items() if not _same(there.get(name), path)]
-        if not changed:
-            return str(info.sha), sent
-        sent[:] = changed
-        done = api.create_commit(
-            repo_id, [CommitOperationAdd(name, files[name]) for name in changed], revision=revision,
-            commit_message=f"{'Update' if WEIGHTS in there else 'Add'} {', '.join(changed)}", parent_commit=info.sha)
-        return done.oid, sent
+    def look(at: str | None) -> ModelInfo:
+        return api.model_info(repo_id, revision=at, files_metadata=True)
 
-    sent: list[str] = []
-    sha, uploaded = _call(f'publish {repo_id}', commit)
-    report: dict[str, Any] = {'repo': repo_id, 'commit': sha, 'uploaded': uploaded, 'url': f'{api.endpoint}/{repo_id}'}
+    def commit() -> CommitInfo:
+        # create_commit leaves out files that the Hub has already. It compares each operation only once, and the last
+        # try may have arrived although its answer did not: every try has operations of its own.
+        return api.create_commit(
+            repo_id, [CommitOperationAdd(name, path) for name, path in files.items()], revision=revision,
+            commit_message=f'Publish with timm_dynamic {__version__}', parent_commit=look(revision).sha)
+
+    before = _call(f'look at {repo_id}', lambda: look(revision))
+    if private and before.private is False:
+        raise PublishError(f'{repo_id} is there already, and public. Make it private on the Hub first.')
+    sha = str(_call(f'publish {repo_id}', commit).oid)
+    old, new = (
+        {file.rfilename: file.blob_id for file in info.siblings or ()}
+        for info in (before, _call(f'look at {repo_id}', lambda: look(sha))))
+    report: dict[str, Any] = {
+        'repo': repo_id, 'commit': sha, 'uploaded': [name for name in files if new.get(name) != old.get(name)],
+        'url': f'{api.endpoint}/{repo_id}'}
     if verify:
         report['difference'], = verify_published([(folder, repo_id, sha)]).values()
     return report
@@ -202,39 +199,18 @@ def verify_published(published: Iterable[tuple[str | Path, str, str]]) -> dict[s
     return dict(zip((repo_id for _, repo_id, _ in published), found.values()))
 
 
-def _same(there: Any, path: Path) -> bool:
-    """Whether a file on the Hub, as it is listed there, has the content of one here."""
-    if there is None or there.size != path.stat().st_size:
-        return False
-    if there.lfs is not None:
-        return bool(there.lfs['sha256'] == sha256_of(path))
-    content = path.read_bytes()
-    return bool(there.blob_id == hashlib.sha1(b'blob %d\0' % len(content) + content).hexdigest())
-
-
 def _call(what: str, request: Callable[[], T]) -> T:
-    """Make a request, again where the network or the server fails. The client itself does so only for some."""
-    for wait in (*_WAITS, None):
-        try:
-            return request()
-        except PublishError:
-            raise
-        except Exception as e:  # the client's HTTP library has errors of its own, and has changed
-            conflict = isinstance(e, HfHubHTTPError) and _status(e) == _CONFLICT
-            if wait is None or not (conflict or is_transient(e)):
-                raise PublishError(f'Could not {what}: {_explain(e)}') from e
-            _logger.warning(f'Could not {what} ({_explain(e)}); trying again in {wait} s.')
-            time.sleep(wait)
-    raise AssertionError('unreachable')
-
-
-def _status(error: HfHubHTTPError) -> int:
-    return error.response.status_code if error.response is not None else 0
+    """Make a request with `retry`; its errors become PublishErrors."""
+    try:
+        return retry(request, f'Could not {what}', _WAITS)
+    except Exception as e:  # the client's HTTP library has errors of its own, and has changed
+        raise PublishError(f'Could not {what}: {_explain(e)}') from e
 
 
 def _explain(error: BaseException) -> str:
-    if isinstance(error, HfHubHTTPError) and _status(error) in (401, 403):
-        return f'the Hub refuses the token ({_status(error)}): log in with one that may write there (`hf auth login`).'
     while error.__cause__ is not None and not isinstance(error, HfHubHTTPError):
         error = error.__cause__
+    status = status_of(error)
+    if status in (401, 403):
+        return f'the Hub refuses the token ({status}): log in with one that may write there (`hf auth login`).'
     return ' '.join((str(error).strip() or type(error).__name__).split())[:300]
