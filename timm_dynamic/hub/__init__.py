@@ -2,7 +2,7 @@
 from .card import render_card, write_card
 from .catalog import Entry, find_entry, read_catalog
 from .check import check_in_fresh_process, fixed_logits
-from .convert import account, convert, describe, export, finish, stage_bundled
+from .convert import account, convert, describe, stage_bundled
 from .publish import PublishError, check_login, check_permission, files_to_publish, publish, verify_published
 from .runs import describe_run
 
@@ -16,10 +16,8 @@ __all__ = [
     'convert',
     'describe',
     'describe_run',
-    'export',
     'files_to_publish',
     'find_entry',
-    'finish',
     'fixed_logits',
     'publish',
     'read_catalog',

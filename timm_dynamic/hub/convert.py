@@ -1,6 +1,5 @@
 """Convert the authors' files into folders that can be published."""
 import hashlib
-import json
 import re
 import shutil
 from collections import Counter
@@ -14,7 +13,15 @@ import torch
 from ..layers.confidence_net import read_confidence_net
 from ..models.builder import BUNDLED
 from ..models.dynamic_net import DynamicNet
-from ..utils import CheckpointError, copy_pretrained, read_checkpoint, save_pretrained, sha256_of, write_json
+from ..utils import (
+    CheckpointError,
+    copy_pretrained,
+    read_checkpoint,
+    read_json,
+    save_pretrained,
+    sha256_of,
+    write_json,
+)
 from ..utils.export import CONFIG, WEIGHTS
 from ..utils.files import partial_name
 from .card import anytime_of, write_card
@@ -48,23 +55,25 @@ def convert(source: Source, entry: Entry, folder: str | Path, verify: bool = Tru
             the logits of the source.
     """
     folder = Path(folder)
-    given: Path | dict[str, Path] = (
-        {k: Path(v) for k, v in source.items()} if isinstance(source, Mapping) else Path(source))
+    files = _files_of(source)
+    given = {k: Path(v) for k, v in source.items()} if isinstance(source, Mapping) else Path(source)
     model: Any = timm.create_model(entry.name, pretrained=True, pretrained_cfg_overlay=dict(file=given)).eval()
-    weights = {k: v for k, v in model.state_dict().items() if not entry.parts or k.startswith(entry.parts)}
-    if entry.parts and isinstance(given, dict):  # members that are given here come from their own repositories
-        given = {part: path for part, path in given.items() if part in entry.parts}
-    report = account(dict(_tensors(given)), weights, entry)
+    weights = model.state_dict()
+    if entry.parts:  # members that are given here come from their own repositories
+        weights = {k: v for k, v in weights.items() if k.startswith(entry.parts)}
+        files = {part: path for part, path in files.items() if not part or part in entry.parts}
+    report = account(dict(_tensors(files)), weights, entry)
     expected = fixed_logits(model)
     if isinstance(model, DynamicNet):
         _add_budgets(model, entry)
     conversion = {
-        'files': [{'name': p.name, 'bytes': p.stat().st_size, 'sha256': sha256_of(p)} for p in _files(given).values()],
+        'files': [{'name': p.name, 'bytes': p.stat().st_size, 'sha256': sha256_of(p)} for p in files.values()],
         'dropped': report['dropped'],
     }
     unverified = folder.with_name(partial_name(folder.name))
     try:
-        export(model, unverified, entry, weights, conversion=conversion)
+        save_pretrained(model, unverified, state_dict=weights, conversion=conversion)
+        describe(unverified, entry, model=model)
         if verify:
             report['difference'], = check_in_fresh_process({f'local-dir:{unverified}': expected}).values()
         folder.mkdir(parents=True, exist_ok=True)
@@ -75,37 +84,22 @@ def convert(source: Source, entry: Entry, folder: str | Path, verify: bool = Tru
     return report
 
 
-def export(
-        model: Any,
-        folder: str | Path,
-        entry: Entry,
-        state_dict: dict[str, torch.Tensor] | None = None,
-        **config: Any,
-) -> None:
-    """Write a folder that can be published: weights, config.json and card.
-
-    Args:
-        model: The model.
-        folder: Made if needed.
-        entry: Says what the card says.
-        state_dict: Weights to write in place of the model's own.
-        **config: Further entries of config.json.
-    """
-    save_pretrained(model, folder, state_dict=state_dict, **{**_numbers_of(model, entry), **config})
-    finish(folder, entry)
-
-
-def finish(folder: str | Path, entry: Entry, repo_id: str | None = None) -> None:
-    """Make an exported folder one that can be published: its weights' hash, where they are from, and a card.
+def describe(folder: str | Path, entry: Entry, repo_id: str | None = None, model: Any = None) -> None:
+    """Add to an exported folder what publishing needs beside the weights: costs, metrics, their hash, and a card.
 
     Args:
         folder: With model.safetensors and config.json.
         entry: Says what the card says.
         repo_id: 'ORG/NAME', for what is in no catalog. Default: the entry's.
+        model: The model, if the folder holds only a part of it. Default: what the folder holds.
     """
     folder = Path(folder)
-    config = json.loads((folder / CONFIG).read_text(encoding='utf-8'))
-    config.update(weights_sha256=sha256_of(folder / WEIGHTS), entry=repo_id or entry.name)
+    if model is None:
+        model = timm.create_model(f'local-dir:{folder}', pretrained=True)
+    config = {**read_json(folder / CONFIG), 'metrics': _metrics_of(model, entry),
+              'weights_sha256': sha256_of(folder / WEIGHTS), 'entry': repo_id or entry.name}
+    if isinstance(model, DynamicNet):
+        config['step_macs'] = list(model.step_macs)
     cfg = config.setdefault('pretrained_cfg', {})
     cfg.update({k: v for k, v in {'license': entry.licence, 'origin_url': entry.repository}.items() if v})
     write_json(folder / CONFIG, config)
@@ -120,19 +114,10 @@ def stage_bundled(entry: Entry, folder: str | Path) -> Path:
     return folder
 
 
-def describe(folder: str | Path, entry: Entry, repo_id: str | None = None) -> None:
-    """Add to an exported folder what `export` writes beside the weights: costs, metrics, hash and card."""
-    folder = Path(folder)
-    model: Any = timm.create_model(f'local-dir:{folder}', pretrained=True)
-    config = json.loads((folder / CONFIG).read_text(encoding='utf-8'))
-    write_json(folder / CONFIG, {**config, **_numbers_of(model, entry)})
-    finish(folder, entry, repo_id)
-
-
-def _numbers_of(model: Any, entry: Entry) -> dict[str, Any]:
+def _metrics_of(model: Any, entry: Entry) -> dict[str, float]:
     metrics = dict(entry.metrics)
     if not isinstance(model, DynamicNet):
-        return {'metrics': metrics}
+        return metrics
     anytime = anytime_of(model.exit_cfg, entry)
     if anytime:
         metrics.setdefault('top1', anytime[-1])
@@ -140,7 +125,7 @@ def _numbers_of(model: Any, entry: Entry) -> dict[str, Any]:
         judged = budget.get('evaluated', {})
         if judged.get('exit_shares', [0])[-1] == 1:  # the whole model, with nothing stopped early
             metrics.update({k: judged[k] for k in ('top1', 'top5') if k in judged and k not in metrics})
-    return {'step_macs': list(model.step_macs), 'metrics': metrics}
+    return metrics
 
 
 def _add_budgets(model: DynamicNet, entry: Entry) -> None:
@@ -199,27 +184,25 @@ def _digest(value: torch.Tensor) -> tuple[Any, ...]:
     return data.dtype, tuple(data.shape), hashlib.sha256(data.flatten().view(torch.uint8).numpy().tobytes()).digest()
 
 
-def _files(source: Path | dict[str, Path]) -> dict[str, Path]:
-    """Files of a source, by the prefix of their tensors."""
-    if isinstance(source, dict):
-        return {f'{part}/': path for part, path in source.items()}
-    if not source.is_dir():
-        return {'': source}
-    found = [p for p in sorted(source.iterdir()) if re.search(_SUFFIXES, p.name)]
-    # A folder of several files is AnchorNet's: localizer, resized, patch.
-    names = {'anchornet': 'localizer', 'resized': 'resized', 'patch': 'patch'}
-    part = {p: next((n for word, n in names.items() if word in p.name.lower()), p.name) for p in found}
-    return {f'{part[p]}/' if len(found) > 1 else '': p for p in found}
+def _files_of(source: Source) -> dict[str, Path]:
+    """Files of a source by part: by their names, where a folder holds several; '' where there is but one."""
+    if isinstance(source, Mapping):
+        return {part: Path(path) for part, path in source.items()}
+    path = Path(source)
+    files = [p for p in sorted(path.iterdir()) if re.search(_SUFFIXES, p.name)] if path.is_dir() else [path]
+    return {p.name if len(files) > 1 else '': p for p in files}
 
 
-def _tensors(source: Path | dict[str, Path]) -> Iterator[tuple[str, torch.Tensor]]:
-    for prefix, path in _files(source).items():
+def _tensors(files: Mapping[str, Path]) -> Iterator[tuple[str, torch.Tensor]]:
+    """All tensors in files, by part and path."""
+    for part, path in files.items():
         try:
             content = read_checkpoint(path)
         except CheckpointError:
             content = read_confidence_net(path)  # a zip around a checkpoint
         for name, value in _walk(content):
-            yield prefix + re.sub('^(state_dict|net)/', '', name), value
+            name = re.sub('^(state_dict|net)/', '', name)
+            yield f'{part}/{name}' if part else name, value
 
 
 def _walk(value: Any, path: str = '') -> Iterator[tuple[str, torch.Tensor]]:

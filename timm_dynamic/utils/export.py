@@ -1,5 +1,4 @@
 """Folders that `timm.create_model('local-dir:FOLDER', pretrained=True)` loads."""
-import json
 import os
 import shutil
 import tempfile
@@ -13,7 +12,7 @@ from timm.models import save_for_hf
 from torch import nn
 
 from .checkpoint import read_checkpoint
-from .files import atomic_write, write_json
+from .files import atomic_write, read_json, write_json
 
 WEIGHTS = 'model.safetensors'
 CONFIG = 'config.json'
@@ -75,7 +74,7 @@ def save_pretrained(
 def save_exit_cfg(folder: str | Path, exit_cfg: Mapping[str, Any]) -> None:
     """Note in an exported folder what is known about stopping, see `DynamicNet.exit_cfg`."""
     path = Path(folder) / CONFIG
-    config = json.loads(path.read_text(encoding='utf-8'))
+    config = read_json(path)
     config.setdefault('model_args', {})['exit_cfg'] = dict(exit_cfg)
     write_json(path, config)
 
@@ -95,10 +94,11 @@ def copy_pretrained(source: str | Path, folder: str | Path) -> None:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for name in (WEIGHTS, CONFIG, TASK_STATE):
-        if name == TASK_STATE and not (Path(source) / name).exists():
+        file = Path(source) / name
+        if name == TASK_STATE and not file.exists():
             continue
         with atomic_write(folder / name) as target:
             try:
-                os.link(Path(source) / name, target)
+                os.link(file, target)
             except OSError:
-                shutil.copyfile(Path(source) / name, target)
+                shutil.copyfile(file, target)
