@@ -10,7 +10,7 @@ import torch
 from ..utils import copy_pretrained
 from ..utils.export import TASK_STATE
 from ..version import __version__
-from .card import table
+from .card import markdown_table
 from .catalog import Entry
 from .convert import describe
 
@@ -56,7 +56,7 @@ def describe_run(
     if results:
         columns = list(dict.fromkeys(k for row in results for k in row))
         parts += [f'What the run compared, {where}:',
-                  table(columns, [[row.get(c) for c in columns] for row in results])]
+                  markdown_table(columns, [[row.get(c) for c in columns] for row in results])]
     describe(folder, Entry(
         repo_id.partition('/')[2],
         description=f'`{_shown(model)}`, trained on {dataset}.',
@@ -72,7 +72,7 @@ def _options(stages: Mapping[str, argparse.Namespace], defaults: Mapping[str, An
     names = dict.fromkeys(
         k for args in stages.values() for k, v in vars(args).items()
         if k not in _PRIVATE and (k in ('model', 'epochs', 'seed') or v != defaults.get(k)))
-    return table(('option', *stages), [
+    return markdown_table(('option', *stages), [
         (name, *(_shown(getattr(args, name)) for args in stages.values())) for name in sorted(names)])
 
 
