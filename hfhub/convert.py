@@ -24,7 +24,7 @@ def main() -> int:
     parser.add_argument('--catalog', default=CATALOG, help='Default: catalog.json beside this script.')
     args = parser.parse_args()
     parts = dict(file.split('=', 1) for file in args.files if '=' in file)
-    if len(parts) != (len(args.files) if len(args.files) > 1 or parts else 0):
+    if len(parts or args.files[:1]) != len(args.files):
         parser.error('Expected one file or folder, or several PART=FILE, each part once.')
     try:
         entry = find_entry(read_catalog(args.catalog), args.model)
@@ -37,8 +37,10 @@ def main() -> int:
           (f"; {report['elsewhere']} of the model's are not in the files" if report['elsewhere'] else ''))
     for reason, keys in report['dropped'].items():
         print(f"left out, {reason}: {len(keys)}")
-        print(''.join(f'    {key}\n' for key in keys[:20]) + (f'    ... {len(keys) - 20} more\n' if keys[20:] else ''),
-              end='')
+        for key in keys[:20]:
+            print(f'    {key}')
+        if keys[20:]:
+            print(f'    ... {len(keys) - 20} more')
     print(f"Loaded in a fresh process; logits differ from the source's by {report['difference']:.3g}.\n{folder}")
     if entry.licence is None:
         print(f'Not to be published without permission: {entry.licence_note}')

@@ -8,9 +8,7 @@
 Log in first, with `hf auth login`. Running it again is safe: only what differs is sent.
 """
 import argparse
-import json
 import logging
-import shutil
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -27,6 +25,9 @@ from timm_dynamic.hub import (
     stage_bundled,
     verify_published,
 )
+from timm_dynamic.utils import read_json
+
+Job = tuple[Entry | None, Path, str]  # what the catalog says, folder, repository
 
 CATALOG = Path(__file__).parent / 'catalog.json'
 
@@ -50,26 +51,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error('--repo is for one FOLDER; the organisation of --all is set by TIMM_DYNAMIC_HUB_ORG.')
     logging.basicConfig(format='%(message)s')
 
-    staged = Path(tempfile.mkdtemp(prefix='timm_dynamic-'))
-    try:
-        catalog = read_catalog(args.catalog)
-        if args.folder:
-            folder = Path(args.folder)
-            files_to_publish(folder)
-            name = json.loads((folder / 'config.json').read_text(encoding='utf-8')).get('entry')
-            entry = catalog.get(name)
-            repo = args.repo or (entry.hub_id if entry else name)  # train.py notes the whole id
-            if not repo or '/' not in repo:
-                raise PublishError(f"'{folder}' is of no model in the catalog: give its repository with --repo.")
-            jobs = [(entry, folder, repo)]
-        else:
-            jobs = [(e, _folder_of(e, Path(args.root), staged), e.hub_id) for e in catalog.values()]
-        return _publish_all(jobs, args)
-    except (PublishError, OSError, ValueError) as e:
-        print(f'error: {e}', file=sys.stderr)
-        return 1
-    finally:
-        shutil.rmtree(staged, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix='timm_dynamic-') as staged:
+        try:
+            return _publish(_find_jobs(args, Path(staged)), args)
+        except (PublishError, OSError, ValueError) as e:
+            print(f'error: {e}', file=sys.stderr)
+            return 1
+
+
+def _find_jobs(args: argparse.Namespace, staged: Path) -> list[Job]:
+    catalog = read_catalog(args.catalog)
+    if args.all:
+        return [(e, _folder_of(e, Path(args.root), staged), e.hub_id) for e in catalog.values()]
+    folder = Path(args.folder)
+    name = read_json(files_to_publish(folder)['config.json']).get('entry')
+    entry = catalog.get(name)
+    repo = args.repo or (entry.hub_id if entry else name)  # train.py notes the whole id
+    if not repo or '/' not in repo:
+        raise PublishError(f"'{folder}' is of no model in the catalog: give its repository with --repo.")
+    return [(entry, folder, repo)]
 
 
 def _folder_of(entry: Entry, root: Path, staged: Path) -> Path:
@@ -78,15 +78,16 @@ def _folder_of(entry: Entry, root: Path, staged: Path) -> Path:
     return stage_bundled(entry, staged / entry.name) if entry.family == 'digits' and not folder.exists() else folder
 
 
-def _publish_all(jobs: list[tuple[Entry | None, Path, str]], args: argparse.Namespace) -> int:
+def _publish(jobs: list[Job], args: argparse.Namespace) -> int:
     """Exit status. One model that fails does not stop the others."""
     chosen, published, status = [], [], 0
+    branch = f'@{args.revision}' if args.revision else ''
     for entry, folder, repo in jobs:
         if args.all and not folder.exists():
             print(f'{repo}: not converted yet (no {folder})')
             continue
         try:
-            files = files_to_publish(folder)
+            sizes = {name: path.stat().st_size for name, path in files_to_publish(folder).items()}
             if entry is not None:
                 check_permission(entry, args.i_have_permission)
         except PublishError as e:
@@ -95,9 +96,9 @@ def _publish_all(jobs: list[tuple[Entry | None, Path, str]], args: argparse.Name
             print(f'{repo}: {e}', file=sys.stdout if forbidden else sys.stderr)
             status = status if forbidden else 1
             continue
-        sizes = {name: path.stat().st_size for name, path in files.items()}
-        print(f'{_named(repo, args)}: {sum(sizes.values()):,} bytes from {folder}')
-        print(''.join(f'    {name:<20}{size:>14,}\n' for name, size in sizes.items()), end='', flush=True)
+        print(f'{repo}{branch}: {sum(sizes.values()):,} bytes from {folder}')
+        for name, size in sizes.items():
+            print(f'    {name:<20}{size:>14,}', flush=True)
         chosen.append((folder, repo))
     if args.dry_run or not chosen:
         return status
@@ -106,19 +107,15 @@ def _publish_all(jobs: list[tuple[Entry | None, Path, str]], args: argparse.Name
         try:
             report = publish(folder, repo, private=args.private, revision=args.revision, verify=False)
         except PublishError as e:
-            print(f'{_named(repo, args)}: {e}', file=sys.stderr)
+            print(f'{repo}{branch}: {e}', file=sys.stderr)
             status = 1
             continue
         sent = f"sent {', '.join(report['uploaded'])}" if report['uploaded'] else 'nothing differs, nothing was sent'
-        print(f"{_named(repo, args)}: {sent}; {report['url']}, commit {report['commit']}", flush=True)
+        print(f"{repo}{branch}: {sent}; {report['url']}, commit {report['commit']}", flush=True)
         published.append((folder, repo, report['commit']))
     for repo, difference in verify_published(published).items():
-        print(f'{_named(repo, args)}: downloaded again: all hashes agree, logits differ by {difference:.3g}')
+        print(f'{repo}{branch}: downloaded again: all hashes agree, logits differ by {difference:.3g}')
     return status
-
-
-def _named(repo: str, args: argparse.Namespace) -> str:
-    return f'{repo}@{args.revision}' if args.revision else repo
 
 
 if __name__ == '__main__':
