@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Publish folders that convert.py or train.py --push-to-hub wrote on the Hugging Face Hub, and verify what arrived.
+"""Publish folders from convert.py or train.py --push-to-hub on the Hugging Face Hub, and verify the result.
 
     python hfhub/publish.py --all --dry-run
     python hfhub/publish.py output/hub/gfnet_resnet50_96.paper_in1k
     python hfhub/publish.py output/train/RUN/hub --private
 
-Log in first, with `hf auth login`. Running it again is safe: only what differs is sent.
+Log in first with `hf auth login`. A second run is safe: it sends only files that differ.
 """
 import argparse
 import logging
@@ -27,7 +27,7 @@ from timm_dynamic.hub import (
 )
 from timm_dynamic.utils import read_json
 
-Job = tuple[Entry | None, Path, str]  # what the catalog says, folder, repository
+Job = tuple[Entry | None, Path, str]  # entry in the catalog, folder, repository
 
 CATALOG = Path(__file__).parent / 'catalog.json'
 
@@ -35,20 +35,22 @@ CATALOG = Path(__file__).parent / 'catalog.json'
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('folder', nargs='?', metavar='FOLDER', help='Folder to publish.')
-    parser.add_argument('--all', action='store_true', help='Publish every model of the catalog that is in --root.')
-    parser.add_argument('--root', default='output/hub', metavar='FOLDER', help='Where convert.py writes (%(default)s)')
-    parser.add_argument('--repo', metavar='ORG/NAME', help='Default: that of the catalog, or of the run.')
-    parser.add_argument('--dry-run', action='store_true', help='Say what would go where, and how much; send nothing.')
+    parser.add_argument('--all', action='store_true',
+                        help='Publish all models of the catalog that are in --root or come with the package.')
+    parser.add_argument('--root', default='output/hub', metavar='FOLDER',
+                        help='Output folder of convert.py. Default: %(default)s')
+    parser.add_argument('--repo', metavar='ORG/NAME', help='Repository. Default: from the catalog or the run.')
+    parser.add_argument('--dry-run', action='store_true', help='List files, sizes and repositories. Send nothing.')
     parser.add_argument('--private', action='store_true', help='Create private repositories.')
     parser.add_argument('--revision', metavar='BRANCH', help='Branch to publish to; created if needed. Default: main')
     parser.add_argument('--i-have-permission', action='store_true',
-                        help='The authors, who state no licence, have agreed to the publication.')
+                        help='The authors permit the publication although they state no licence.')
     parser.add_argument('--catalog', default=CATALOG, help='Default: catalog.json beside this script.')
     args = parser.parse_args(argv)
     if bool(args.folder) == args.all:
         parser.error('Expected either a FOLDER or --all.')
     if args.all and args.repo:
-        parser.error('--repo is for one FOLDER; the organisation of --all is set by TIMM_DYNAMIC_HUB_ORG.')
+        parser.error('--repo needs one FOLDER. For --all, set the organisation with TIMM_DYNAMIC_HUB_ORG.')
     logging.basicConfig(format='%(message)s')
 
     with tempfile.TemporaryDirectory(prefix='timm_dynamic-') as staged:
@@ -66,20 +68,20 @@ def _find_jobs(args: argparse.Namespace, staged: Path) -> list[Job]:
     folder = Path(args.folder)
     name = read_json(files_to_publish(folder)['config.json']).get('entry')
     entry = catalog.get(name)
-    repo = args.repo or (entry.hub_id if entry else name)  # train.py notes the whole id
+    repo = args.repo or (entry.hub_id if entry else name)  # train.py stores the full id
     if not repo or '/' not in repo:
-        raise PublishError(f"'{folder}' is of no model in the catalog: give its repository with --repo.")
+        raise PublishError(f"'{folder}' is not a model of the catalog. Name its repository with --repo.")
     return [(entry, folder, repo)]
 
 
 def _folder_of(entry: Entry, root: Path, staged: Path) -> Path:
-    """Where a model lies: what comes with the package needs no conversion, only a card."""
+    """Folder of a model. Weights that come with the package need no conversion, only a card."""
     folder = root / entry.name
     return stage_bundled(entry, staged / entry.name) if entry.family == 'digits' and not folder.exists() else folder
 
 
 def _publish(jobs: list[Job], args: argparse.Namespace) -> int:
-    """Exit status. One model that fails does not stop the others."""
+    """Publish all jobs, also if some fail. Returns the exit status."""
     chosen, published, status = [], [], 0
     branch = f'@{args.revision}' if args.revision else ''
     for entry, folder, repo in jobs:
@@ -91,7 +93,7 @@ def _publish(jobs: list[Job], args: argparse.Namespace) -> int:
             if entry is not None:
                 check_permission(entry, args.i_have_permission)
         except PublishError as e:
-            # That some may not be published is no failure of --all, which publishes the rest.
+            # --all skips models that may not be published: this is not a failure.
             forbidden = args.all and entry is not None and entry.licence is None and not args.i_have_permission
             print(f'{repo}: {e}', file=sys.stdout if forbidden else sys.stderr)
             status = status if forbidden else 1
@@ -110,11 +112,11 @@ def _publish(jobs: list[Job], args: argparse.Namespace) -> int:
             print(f'{repo}{branch}: {e}', file=sys.stderr)
             status = 1
             continue
-        sent = f"sent {', '.join(report['uploaded'])}" if report['uploaded'] else 'nothing differs, nothing was sent'
+        sent = f"sent {', '.join(report['uploaded'])}" if report['uploaded'] else 'nothing changed, nothing sent'
         print(f"{repo}{branch}: {sent}; {report['url']}, commit {report['commit']}", flush=True)
         published.append((folder, repo, report['commit']))
     for repo, difference in verify_published(published).items():
-        print(f'{repo}{branch}: downloaded again: all hashes agree, logits differ by {difference:.3g}')
+        print(f'{repo}{branch}: verified: all hashes match, logits differ by {difference:.3g}')
     return status
 
 

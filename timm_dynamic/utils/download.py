@@ -114,12 +114,12 @@ def fetch_weights(
             if expected is None or sha256_of(path) == expected:
                 return path
             _evict(path)
-            _logger.warning(f"'{filename}' of '{repo}' is not what its config.json says; fetching it once more.")
+            _logger.warning(f"'{filename}' of '{repo}' differs from the hash in config.json; downloading it again.")
     except (EntryNotFoundError, HfHubHTTPError, OSError, ValueError) as e:
         raise CheckpointError(_explain(e, repo, revision, filename)) from e
     raise CheckpointError(
-        f"'{filename}' of '{repo}' arrived twice with a content whose SHA-256 is not the one in its config.json "
-        f'({expected}). It was removed from the cache and not loaded.')
+        f"The SHA-256 of '{filename}' from '{repo}' differed twice from the one in config.json ({expected}). The file "
+        'was removed from the cache and not loaded.')
 
 
 def _explain(error: BaseException, repo: str, revision: str, filename: str) -> str:
@@ -130,16 +130,16 @@ def _explain(error: BaseException, repo: str, revision: str, filename: str) -> s
         why = f'answers: {first_line(cause)}' if refused and cause else 'cannot be reached. Try again when online'
         return f"'{repo}' is not in the local cache, and the Hugging Face Hub {why}."
     if isinstance(error, EntryNotFoundError):
-        return f"'{repo}' on the Hugging Face Hub holds no {filename}."
+        return f"'{repo}' on the Hugging Face Hub has no file {filename}."
     if isinstance(error, RevisionNotFoundError):
         return f"'{repo}' on the Hugging Face Hub has no revision '{revision}'."
     if isinstance(error, GatedRepoError):
-        return (f"'{repo}' on the Hugging Face Hub is open only to those whom its owners let in: ask there, and log in "
+        return (f"Access to '{repo}' on the Hugging Face Hub is restricted. Request access on its page, then log in "
                 '(`hf auth login`).')
     if isinstance(error, RepositoryNotFoundError) or status_of(error) == 401:
         return (f"The Hugging Face Hub has no repository '{repo}' (yet), or it is private and you are not logged in "
                 '(`hf auth login`).')
-    return f"'{repo}' could not be fetched from the Hugging Face Hub: {first_line(error)}."
+    return f"'{repo}' could not be downloaded from the Hugging Face Hub: {first_line(error)}."
 
 
 def download_file(repo: str, filename: str, revision: str | None, cache_dir: str | Path | None = None) -> Path:
@@ -168,7 +168,7 @@ def _read_config(fetch: Callable[..., Path], repo: str, revision: str, cache_dir
         except ValueError as e:
             _evict(path)
             if not again:
-                raise CheckpointError(f"config.json of '{repo}' is no JSON object: {first_line(e)}.") from e
+                raise CheckpointError(f"config.json of '{repo}' is not a JSON object: {first_line(e)}.") from e
     raise AssertionError('unreachable')
 
 
