@@ -124,7 +124,8 @@ def publishing_again_sends_nothing_and_a_changed_card_is_one_small_commit():
     SERVER.log.clear()
     assert publish(changed, repo, verify=False)['uploaded'] == ['README.md']
     assert 0 < SERVER.uploaded() < 10_000
-    assert SERVER.repos[repo].titles[SERVER.repos[repo].refs['main']] == 'Update README.md'
+    title = SERVER.repos[repo].titles[SERVER.repos[repo].refs['main']]
+    assert title == f'Publish with timm_dynamic {timm_dynamic.__version__}'
     assert len(SERVER.repos[repo].commits) == 3
 
 
@@ -179,7 +180,7 @@ def a_commit_whose_answer_is_lost_is_not_made_twice():
     SERVER.fail('POST .*/commit/', after=True)
     done = publish(folder, repo, verify=False)
     assert len(SERVER.repos[repo].commits) == 2
-    assert 'model.safetensors' in done['uploaded']
+    assert sorted(done['uploaded']) == ['README.md', 'config.json', 'model.safetensors']
     assert done['commit'] == SERVER.repos[repo].refs['main']
 
 
@@ -218,11 +219,11 @@ def a_hub_that_never_takes_the_weights_ends_in_an_error():
 def what_arrives_wrong_is_found_by_the_verification():
     folder, repo = fresh()
     SERVER.fail('GET /lfs/', times=9, spoil=True)
-    with pytest.raises(PublishError, match=r'was published, but does not verify: .*SHA-256'):
+    with pytest.raises(PublishError, match=r'was published, but verification failed: .*SHA-256'):
         publish(folder, repo)
     SERVER.faults.clear()
     SERVER.fail('GET .*/README.md', times=9, spoil=True)
-    with pytest.raises(PublishError, match='README'):
+    with pytest.raises(PublishError, match=r"'README\.md' in org/test_gfnet\.mine differs from"):
         publish(folder, repo)
 
 
@@ -249,7 +250,7 @@ def without_a_token_or_with_a_wrong_one_nothing_is_sent():
 def a_public_repository_is_no_place_for_what_is_to_be_private():
     folder, repo = fresh()
     publish(folder, repo, verify=False)
-    with pytest.raises(PublishError, match='is there already, and public'):
+    with pytest.raises(PublishError, match='already exists and is public'):
         publish(folder, repo, private=True, verify=False)
 
 
@@ -279,15 +280,15 @@ def pickles_are_not_published():
             publish(bad, repo)
         (bad / name).unlink()
     torch.save({}, bad / 'model.safetensors')
-    with pytest.raises(PublishError, match='is no safetensors file'):
+    with pytest.raises(PublishError, match='is not a safetensors file'):
         publish(bad, repo)
     shutil.copy(make_folder('other', 3) / 'model.safetensors', bad)
-    with pytest.raises(PublishError, match=r'is not the file that config\.json is of'):
+    with pytest.raises(PublishError, match=r'does not have the SHA-256 in config\.json'):
         publish(bad, repo)
     config = (folder / 'config.json').read_text()
     for text in ('{', '[1]', config.replace('{', '{"note": NaN,', 1)):
         (bad / 'config.json').write_text(text)
-        with pytest.raises(PublishError, match=r'config\.json. is not JSON that everybody reads'):
+        with pytest.raises(PublishError, match=r'config\.json. is not standard JSON'):
             publish(bad, repo)
     (bad / 'README.md').unlink()
     with pytest.raises(PublishError, match=r'lacks README\.md'):
@@ -327,7 +328,7 @@ def servers_that_stay_away_end_in_an_error():
         SERVER.fail('GET /lfs/', times=999, **fault)
         if 'cut' in fault:  # as long as something arrives the client goes on
             SERVER.faults[-1].cut = 0
-        with pytest.raises(CheckpointError, match='could not be fetched from the Hugging Face Hub'):
+        with pytest.raises(CheckpointError, match='could not be downloaded from the Hugging Face Hub'):
             load()
         assert not cached('.safetensors')
     SERVER.faults.clear()
@@ -348,7 +349,7 @@ def bytes_that_stay_wrong_are_neither_loaded_nor_kept():
     folder, _ = fresh()
     put(folder)
     SERVER.fail('GET /lfs/', times=2, spoil=True)
-    with pytest.raises(CheckpointError, match='arrived twice with a content whose SHA-256 is not'):
+    with pytest.raises(CheckpointError, match=r"'model\.safetensors' .* differed twice from the one in config\.json"):
         load()
     assert not cached('.safetensors')
     assert not [p for p in (FOLDER / 'cache').rglob('blobs/*') if p.stat().st_size > 100_000]
@@ -396,7 +397,7 @@ def what_is_not_there_is_named():
                                               r'The authors link their file at https://github.com/XueZ-phd/FocusNet'):
         load('focusnet_resnet18')
     SERVER.add('org/focusnet_resnet18.paper_in1k', {'README.md': b'soon'})
-    with pytest.raises(CheckpointError, match=r'holds no model\.safetensors'):
+    with pytest.raises(CheckpointError, match=r'has no file model\.safetensors'):
         load('focusnet_resnet18')
     put(folder)
     SERVER.repos[REPO].private = True
@@ -418,7 +419,7 @@ def what_the_hub_refuses_is_said():
     with pytest.raises(CheckpointError, match=rf"'{repo}' on the Hugging Face Hub has no revision 'v3'"):
         fetch_weights(f'{repo}@v3', cache_dir=FOLDER / 'cache')
     for status, code, message in (
-            (403, 'GatedRepo', 'open only to those whom its owners let in'), (403, '', r'Hub answers: .*403'),
+            (403, 'GatedRepo', 'is restricted. Request access on its page'), (403, '', r'Hub answers: .*403'),
             (451, '', r'Hub answers: .*451')):
         SERVER.fail('HEAD', times=99, status=status, headers={'X-Error-Code': code})
         with pytest.raises(CheckpointError, match=f'{repo}.*{message}'):
@@ -426,7 +427,7 @@ def what_the_hub_refuses_is_said():
         SERVER.faults.clear()
     for config in (b'[1]', b'5', b'[' * 100_000, b'\xff'):
         put(folder, repo=repo, config__json=config)
-        with pytest.raises(CheckpointError, match=rf"config\.json of '{repo}' is no JSON object"):
+        with pytest.raises(CheckpointError, match=rf"config\.json of '{repo}' is not a JSON object"):
             fetch_weights(repo, cache_dir=FOLDER / 'cache')
     assert fetch_weights(f'{repo}@{sha}', cache_dir=FOLDER / 'cache').is_file()
     # a moved repository answers with the way to the new one
@@ -445,7 +446,7 @@ def a_full_disk_is_said_and_leaves_nothing():
     limits, ignored = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, limits[1]))
     try:
-        with pytest.raises(CheckpointError, match=r'could not be fetched from the Hugging Face Hub: .*File too large'):
+        with pytest.raises(CheckpointError, match=r'could not be downloaded from .*: .*File too large'):
             load()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -588,7 +589,7 @@ def a_run_that_cannot_be_published_is_not_lost():
     said = io.StringIO()
     with contextlib.redirect_stdout(said):
         assert script([str(FOLDER / 'train/b/hub')]) == 0
-    assert 'me/digits: downloaded again: all hashes agree, logits differ by 0' in said.getvalue()
+    assert 'me/digits: verified: all hashes match, logits differ by 0' in said.getvalue()
     assert same(load('hf-hub:me/digits'), FOLDER / 'train/b/best')
 
 

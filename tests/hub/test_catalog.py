@@ -82,14 +82,14 @@ def test_anchornet_budgets_are_whole(catalog):
 def test_find_entry(catalog):
     assert find_entry(catalog, 'gfnet_resnet50_96').name == 'gfnet_resnet50_96.paper_in1k'
     assert find_entry(catalog, 'gfnet_resnet50_96.paper_in1k').name == 'gfnet_resnet50_96.paper_in1k'
-    with pytest.raises(ValueError, match=r"got 'resnet50'. There are: focusnet_resnet18.paper_in1k,"):
+    with pytest.raises(ValueError, match=r"got 'resnet50'. Available: focusnet_resnet18.paper_in1k,"):
         find_entry(catalog, 'resnet50')
 
 
 @pytest.mark.parametrize(('change', 'message'), [
-    (dict(family='nets'), "is of the family 'nets', which is not there"),
-    (dict(color='red'), 'has unknown entries: color'),
-    (dict(name='b.c'), 'b.c is there twice'),
+    (dict(family='nets'), "has the unknown family 'nets', expected a"),
+    (dict(color='red'), 'has unknown fields: color'),
+    (dict(name='b.c'), 'b.c appears twice'),
 ])
 def test_bad_catalogs(tmp_path, change, message):
     models = [{'name': 'b.c', 'family': 'a'}, {'name': 'b.d', 'family': 'a', **change}]

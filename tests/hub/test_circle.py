@@ -65,7 +65,7 @@ def test_from_the_authors_files_to_users(tmp_path, capsys):
                'TIMM_DYNAMIC_HUB_ORG': ORG, 'OMP_NUM_THREADS': '1'}
         _check_what_the_script_says_before(root, capsys)
         done = run_python('hfhub/publish.py', '--all', '--root', root, '--i-have-permission', env=env)
-        verified = done.stdout.count(': downloaded again: all hashes agree, logits differ by ')
+        verified = done.stdout.count(': verified: all hashes match, logits differ by ')
         assert verified == len(sources) + len(bundled)
         assert TOKEN not in done.stdout + done.stderr
         assert set(hub.repos) == {f'timm/{n}' for n in MEMBERS} | {
@@ -110,7 +110,7 @@ def _check_what_the_script_says_before(root, capsys):
     assert script([str(root / 'anchornet.paper_in1k')]) == 1
     said = capsys.readouterr().err
     assert 'anchornet.paper_in1k may not be published: The authors state no licence' in said
-    assert 'give --i-have-permission' in said
+    assert 'add --i-have-permission' in said
 
 
 @pytest.mark.skipif(os.environ.get('TIMM_DYNAMIC_FULL_TESTS') != '1', reason='large')

@@ -16,7 +16,7 @@ from ..exits import ExitStream, early_exit
 from ..layers import fuse_conv_bn
 from ..models.builder import check_model_name
 from ..models.dynamic_net import DynamicNet, State
-from ..training.anytime import count_macs
+from ..models.macs import count_macs
 from .timing import get_device, time_call
 
 NAME, HELP = 'exit', 'throughput and latency of a static network, all steps, early_exit and ExitStream'

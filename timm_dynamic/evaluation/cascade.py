@@ -13,7 +13,7 @@ from ..data import FoldMap
 from ..data.image_names import image_names
 from ..exits import ExitTable
 from ..exits.collect import rank_of
-from ..layers import ConfidenceNet
+from ..models import ConfidenceNet
 from ..models.clcnet import CONFIDENCES, FINAL_RULES, CLCNet
 from ..task import score_folds
 from ..task.clcnet import FOLDS_FILE, Choice, compare_confidences, describe_best
