@@ -154,6 +154,11 @@ def same_split(a: str, b: str) -> bool:
     return a == b or any(a in names and b in names for names in (TRAIN_SPLITS, VALIDATION_SPLITS))
 
 
+def same_images(a: str, b: str, open_dataset: Callable[[str], Any]) -> bool:
+    """Whether two splits have images in common, as far as their names and those of their files tell."""
+    return same_split(a, b) or _overlap(open_dataset(a), open_dataset(b))
+
+
 def calibration_splits(split: str) -> list[str]:
     """Splits to fit on when `split` is judged on, the best first."""
     return [name for name in ('validation', 'train') if not same_split(name, split)]

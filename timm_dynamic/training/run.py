@@ -48,7 +48,7 @@ from .anytime import (
     step_curve,
     step_rows,
 )
-from .budgets import same_split, split_in_halves
+from .budgets import same_images, split_in_halves
 from .cascade import CALIBRATION, RUNNERS
 from .evaluate import evaluate
 from .state import StateError, StateStore
@@ -409,20 +409,23 @@ def _compare(
     dynamic: list[tuple[str, Any, Any]] = []  # label, model, table of its exits
     references = [
         (label, create_baseline(source, models[-1][1]), args) for label, source in recipe.references.items()]
+    fit_split = out_of_fold[1] if out_of_fold else args.val_split
+    overlap = False  # whether these images are among those of `split`
+    if fit_split and any(isinstance(model, DynamicNet) for _, model, _ in [*references, *models]):
+        overlap = same_images(
+            fit_split, split, lambda name: _open_loader(args, name, models[-1][1], accelerator).dataset)
     for label, model, own in [*references, *models]:
         model = model.eval().to(accelerator.device, model_dtype(args))
         data_config = training_data_config(own, model)
         macs, judged = count_macs(model, data_config['input_size']), split
-        if out_of_fold and model is models[-1][1] and same_split(out_of_fold[1], split):
+        if out_of_fold and model is models[-1][1] and overlap:
             # The confidence net has seen these images: what nets say that have not seen them takes its place.
             exits, judged = out_of_fold[0], f'{split}, out of fold'
             metrics = {'top1': exits.anytime()[-1].top1, 'count': len(exits)}
             dynamic.append((label, model, exits))
             rows.append(_result_row(label, metrics, judged, model, macs))
             continue
-        loader = build_eval_loader(
-            own, split, data_config, model.num_classes, accelerator.device, accelerator.num_processes,
-            samples=args.val_num_samples, views=eval_views(own, model))
+        loader = _open_loader(own, split, model, accelerator)
         common: dict[str, Any] = dict(
             channels_last=args.channels_last, dtype=model_dtype(args), desc=f'{split}: {label}')
         if isinstance(model, DynamicNet):
@@ -437,8 +440,14 @@ def _compare(
     if dynamic:
         static = {r['model']: [(r['gmacs'], r['top1'])] for r in rows if r['model'] != dynamic[-1][0] and 'gmacs' in r}
         own_table = out_of_fold if out_of_fold and dynamic[-1][1] is models[-1][1] else None
-        _judge_exits(*dynamic[-1], args, split, accelerator, folder, static, own_table)
+        _judge_exits(*dynamic[-1], args, split, overlap, accelerator, folder, static, own_table)
     return rows
+
+
+def _open_loader(args: argparse.Namespace, split: str, model: Any, accelerator: Accelerator) -> Any:
+    return build_eval_loader(
+        args, split, training_data_config(args, model), model.num_classes, accelerator.device,
+        accelerator.num_processes, samples=args.val_num_samples, views=eval_views(args, model))
 
 
 def _result_row(label: str, metrics: dict[str, Any], split: str, model: Any, macs: int | None) -> dict[str, Any]:
@@ -455,6 +464,7 @@ def _judge_exits(
         table: ExitTable,
         args: argparse.Namespace,
         split: str,
+        overlap: bool,
         accelerator: Accelerator,
         folder: Path,
         static: dict[str, list[tuple[float, float]]],
@@ -462,7 +472,7 @@ def _judge_exits(
 ) -> None:
     """Show what every budget gets, and keep the budgets with the weights. Exits are fitted on the validation split."""
     fit_split = out_of_fold[1] if out_of_fold else args.val_split
-    own = out_of_fold is not None and same_split(fit_split, split)  # then `table` is this one
+    own = out_of_fold is not None and overlap  # then `table` is this one
     rows = step_rows(table, split=f'{split}, out of fold' if own else split)
     text = f'{label}, all images stopped after the same step:\n{format_table(rows)}'
     curves, points = {}, {f'{label}, same step': step_curve(table), **static}
@@ -472,14 +482,10 @@ def _judge_exits(
         split = halves.judged_on
     elif out_of_fold is not None:
         calibration, fitted_on = out_of_fold[0], f'{fit_split}, out of fold'
-    elif fit_split and fit_split != split:
-        data_config = training_data_config(args, model)
-        loader = build_eval_loader(
-            args, fit_split, data_config, model.num_classes, accelerator.device, accelerator.num_processes,
-            samples=args.val_num_samples, views=eval_views(args, model))
+    elif fit_split and not overlap:
         _, calibration = evaluate_dynamic(
-            model, loader, accelerator, channels_last=args.channels_last, dtype=model_dtype(args),
-            desc=f'{fit_split}: {label}')
+            model, _open_loader(args, fit_split, model, accelerator), accelerator, channels_last=args.channels_last,
+            dtype=model_dtype(args), desc=f'{fit_split}: {label}')
         fitted_on = fit_split
     else:
         calibration = None

@@ -1,0 +1,46 @@
+"""Bugs that were found by reading and by trying, each by what a user saw of it."""
+import json
+
+import pytest
+import timm
+
+from timm_dynamic.training import run_training
+from timm_dynamic.utils import save_pretrained
+
+
+def train_args(images, out, *more):
+    """Train a GFNet of three steps for one epoch, as one stage."""
+    return [
+        '--model', 'test_gfnet', '--img-size', '32', '--model-kwargs', 'patch_size=16', '--recipe', 'classification',
+        '--num-classes', '3', '--data-dir', str(images), '--device', 'cpu', '--batch-size', '8', '--epochs', '1',
+        '-j', '0', '--output', str(out), '--experiment', 'run', *map(str, more)]
+
+
+# Exits are fitted on other images than they are evaluated on
+
+@pytest.mark.parametrize(('folder', 'fit_split', 'split'), [
+    ('.', 'val', 'validation'),  # two names of one split
+    ('val', 'validation', 'test'),  # to timm, a folder without splits is every split
+])
+def test_train_does_not_fit_exits_on_the_images_it_evaluates_on(image_folder, tmp_path, folder, fit_split, split):
+    run_training(train_args(image_folder / folder, tmp_path, '--val-split', fit_split, '--test-split', split))
+    rows = json.loads((tmp_path / 'run/budgets.json').read_text())
+    assert [(row['point'], row['images']) for row in rows[:3]] == [(f'step {t}', 33) for t in (1, 2, 3)]
+    assert not any(row.get('fitted_on') == fit_split for row in rows)  # a half of them would do
+
+
+def test_train_does_not_evaluate_a_confidence_net_on_the_images_it_has_seen(image_folder, tmp_path):
+    """As above, where the two splits are one folder."""
+    model = timm.create_model('test_clcnet', num_classes=3, img_size=48)
+    for i, net in enumerate(model.members):
+        save_pretrained(net, tmp_path / str(i))
+    result = run_training([
+        '--model', 'test_clcnet', '--img-size', '48', '--folds', '2', '--init-members', str(tmp_path / '0'),
+        str(tmp_path / '1'), '--num-classes', '3', '--data-dir', str(image_folder / 'val'), '--device', 'cpu',
+        '--batch-size', '8', '--epochs', '1', '-j', '0', '--output', str(tmp_path), '--experiment', 'run',
+        '--feature-split', 'validation', '--test-split', 'test'])
+    assert result['table'][-1]['split'] == 'test, out of fold'
+    budgets = [row for row in json.loads((tmp_path / 'run/budgets.json').read_text()) if row['point'] == 'budget']
+    assert budgets
+    assert {(row['fitted_on'], row['split'], row['images']) for row in budgets} == {
+        ('a random half of test, out of fold', 'the other half of test, out of fold', 17)}
