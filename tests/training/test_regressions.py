@@ -1,11 +1,17 @@
 """Bugs that were found by reading and by trying, each by what a user saw of it."""
 import json
+import os
+from pathlib import Path
 
 import pytest
 import timm
+from helpers import make_images, run_python
 
 from timm_dynamic.training import run_training
+from timm_dynamic.training.state import StateStore
 from timm_dynamic.utils import save_pretrained
+
+HERE = Path(__file__).parent
 
 
 def train_args(images, out, *more):
@@ -44,3 +50,25 @@ def test_train_does_not_evaluate_a_confidence_net_on_the_images_it_has_seen(imag
     assert budgets
     assert {(row['fitted_on'], row['split'], row['images']) for row in budgets} == {
         ('a random half of test, out of fold', 'the other half of test, out of fold', 17)}
+
+
+# A loss that is not finite in one of two processes
+
+@pytest.mark.parametrize(('recipe', 'spoiled', 'message'), [
+    # the loss of the third batch
+    (['--recipe', 'classification'], '1:GFNet:3', 'The loss of stage classification is not finite: epoch 0, batch 2'),
+    # the second of two updates on the second batch, whose first loss was finite
+    (['--recipe', 'gfnet', '--stage', 'policy', '--init-from', '{start}', '--policy-updates', '2'], '1:PatchPolicy:7',
+     'The loss of stage policy is not finite: epoch 0, batch 1')])
+def test_a_loss_that_is_not_finite_in_one_process_stops_all_and_spoils_no_state(tmp_path, recipe, spoiled, message):
+    images = make_images(tmp_path / 'images', {'train': 12, 'val': 2})
+    save_pretrained(timm.create_model('test_gfnet', num_classes=3, img_size=32, patch_size=16), tmp_path / 'start')
+    args = train_args(images, tmp_path, '--batch-size', 4, '--checkpoint-interval', 1, '--device-modules', 'nan_module')
+    result = run_python(
+        'train.py', *args, *(word.replace('{start}', str(tmp_path / 'start')) for word in recipe), processes=2,
+        check=False, env={**os.environ, 'NAN_AT': spoiled, 'PYTHONPATH': f"{HERE}:{os.environ.get('PYTHONPATH', '')}"})
+    assert result.returncode != 0
+    assert result.stderr.count(f'NonFiniteLoss: {message}, process 1') == 2, result.stderr  # both processes say so
+    state = StateStore(tmp_path / 'run/state').load()
+    assert state['progress']['batch'] == int(message[-1])  # what was saved before it
+    assert all(value.isfinite().all() for value in state['model']['state_dict'].values())

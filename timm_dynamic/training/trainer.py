@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.task import TrainingTask, evaluation_sample_limit
 from timm.utils import dispatch_clip_grad, distribute_bn, unwrap_model
@@ -273,7 +274,11 @@ class Trainer:
             self.scheduler.step(epoch)
 
     def save_state(self) -> None:
-        """Write the state (main process only)."""
+        """Write the state, in the main process. All processes must call it.
+
+        Raises:
+            NonFiniteLoss: The loss of some process went wrong; the last good state is kept.
+        """
         self._check_finite()
         if self.main:
             self.store.save(self.state_dict(), f'{self.stage.name}-{self.epoch:04d}-{self.batch:07d}')
@@ -365,8 +370,9 @@ class Trainer:
             except RuntimeError:
                 if not stop:
                     raise
-                # The signal went to the loader's workers, too.
-                if self.batch % self.accum == 0:
+                # The signal went to the loader's workers, too. The other processes cannot be asked whether the state is
+                # good: they wait for this one's gradients.
+                if self.batch % self.accum == 0 and self.world_size == 1:
                     self.save_state()
                 raise Stopped(stop.signum or signal.SIGTERM) from None
             window = tail if tail and self.batch >= num_batches - tail else self.accum
@@ -421,14 +427,18 @@ class Trainer:
         self.accelerator.backward(loss * scale, **(
             {'create_graph': True} if getattr(self.raw_optimizer, 'is_second_order', False) else {}))
 
-        # On the device, so that nothing waits for it: sums for the epoch, and the first batch that went wrong.
+        # On the device, so that nothing waits for it: the first batch that went wrong, and sums for the epoch.
+        self._note_loss(loss, self.batch)
         with torch.no_grad():
-            bad = ~torch.isfinite(loss.detach())
-            self.first_bad = torch.where(bad & (self.first_bad < 0), self.batch, self.first_bad)
             for key, value in result.items():
                 if key != 'output' and isinstance(value, torch.Tensor) and (value.ndim < 2 or value.numel() == 1):
                     self._add(key, value, input.shape[0])
             self._add('count', loss.new_ones(()), input.shape[0])
+
+    @torch.no_grad()
+    def _note_loss(self, loss: torch.Tensor, batch: int) -> None:
+        bad = ~torch.isfinite(loss)
+        self.first_bad = torch.where(bad & (self.first_bad < 0), batch, self.first_bad)
 
     def _add(self, key: str, value: torch.Tensor, count: int) -> None:
         """Add what holds for `count` samples; a tensor [n] has a value per step."""
@@ -443,6 +453,7 @@ class Trainer:
             with self.accelerator.autocast():
                 loss = task.replay()
             self.accelerator.backward(loss)
+            self._note_loss(loss, self.batch - 1)
             self._step()
         with self.accelerator.autocast():
             diagnostics = task.diagnose()
@@ -466,9 +477,18 @@ class Trainer:
             torch.accelerator.synchronize()
 
     def _check_finite(self) -> None:
+        """Raise NonFiniteLoss in all processes if the loss of one went wrong. All must call it at the same place.
+
+        Gradients are averaged over processes, so that one loss spoils the weights of all.
+        """
         batch = int(self.first_bad)
+        if self.any_process(batch >= 0):
+            raise NonFiniteLoss(next(text for text in gather_object([self._describe_loss(batch)]) if text))
+
+    def _describe_loss(self, batch: int) -> str:
+        """What is known of the batch whose loss went wrong; nothing if there is none."""
         if batch < 0:
-            return
+            return ''
         indices = self.loader.indices(self.epoch, batch)
         names = ''
         if indices is not None:
@@ -477,7 +497,7 @@ class Trainer:
             if base is not None and hasattr(base, 'filename'):
                 names += f' (first: {base.filename(indices[0])})'
         lr = self.raw_optimizer.param_groups[0]['lr']
-        raise NonFiniteLoss(
+        return (
             f'The loss of stage {self.stage.name} is not finite: epoch {self.epoch}, batch {batch}, '
             f'process {self.rank}, learning rate {lr:.3g}{names}. Terms so far, summed: '
             + ', '.join(f'{k} {_show(v)}' for k, v in self.totals.items() if k != 'count')
