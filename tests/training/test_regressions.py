@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 import timm
+from flag_tables import make_weights
 from helpers import make_images, run_python
 
-from timm_dynamic.training import run_training
+from timm_dynamic.training import run_training, run_validation
 from timm_dynamic.training.state import StateStore
 from timm_dynamic.utils import save_pretrained
 
@@ -72,3 +73,20 @@ def test_a_loss_that_is_not_finite_in_one_process_stops_all_and_spoils_no_state(
     state = StateStore(tmp_path / 'run/state').load()
     assert state['progress']['batch'] == int(message[-1])  # what was saved before it
     assert all(value.isfinite().all() for value in state['model']['state_dict'].values())
+
+
+# Datasets that can only be iterated
+
+def test_metrics_of_uneven_shares_count_every_image_once(image_folder, tmp_path):
+    """In two processes what one process gives: nothing is added to make the shares of a stream even."""
+    weights = make_weights(tmp_path / 'weights')
+    args = ['--model', f'local-dir:{weights}', '--data-dir', str(image_folder), '--img-size', '32', '-b', '4',
+            '-j', '0', '--device', 'cpu', '--metrics-avg', 'macro']
+    one, = run_validation(args)
+    file = tmp_path / 'two.json'
+    run_python(
+        HERE / 'stream_driver.py', *args, '--dataset', 'wds/stream', '--results-file', file, '--results-format', 'json',
+        processes=2)
+    two, = json.loads(file.read_text())
+    keys = 'images', 'top1', 'precision', 'recall', 'f1_score'
+    assert [two[key] for key in keys] == [one[key] for key in keys]

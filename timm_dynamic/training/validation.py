@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from timm.data import RealLabelsImagenet, resolve_data_config
 from timm.layers import apply_test_time_pool
 from timm.models import is_model, is_model_in_modules, list_pretrained, model_entrypoint, parse_model_name
@@ -18,6 +19,7 @@ from timm.utils import check_batch_size_retry, decay_batch_step, reparameterize_
 from torch import nn
 
 from ..exits import ExitTable
+from ..exits.engine import interleave
 from ..launch.accelerator import create_accelerator
 from ..launch.build import build_eval_loader, build_model, eval_views, model_dtype, uses_demo_data
 from ..launch.options import create_validate_parser
@@ -55,7 +57,7 @@ _logger = logging.getLogger(__name__)
 
 
 class _Predictions:
-    """The best five classes of every sample, in the order of the dataset, over all processes."""
+    """The best five classes of every sample over all processes, in the order of the dataset if it has one."""
 
     def __init__(self, limit: int | None, accelerator: Accelerator) -> None:
         self.limit, self.accelerator = limit, accelerator
@@ -71,12 +73,9 @@ class _Predictions:
         top5, target = torch.cat(self.top5)[:self.limit], torch.cat(self.target)[:self.limit]
         if self.accelerator.num_processes == 1:
             return top5, target
-        # Process r has samples r, r + R, ...; all but the first few may have one less.
-        both = torch.cat([top5, target[:, None]], dim=1)
-        count = self.accelerator.reduce(torch.tensor([len(both)], device=both.device), 'sum')
-        both = self.accelerator.gather(self.accelerator.pad_across_processes(both, dim=0))
-        both = both.unflatten(0, (self.accelerator.num_processes, -1)).transpose(0, 1).flatten(0, 1)[:int(count)]
-        return both[:, :-1], both[:, -1]
+        join = torch.cat if self.limit is None else interleave  # as `collect_exit_table`
+        top5, target = (join(shares) for shares in zip(*gather_object([(top5.cpu(), target.cpu())])))
+        return top5, target
 
 
 # What a cascade's answers are not known for if they are made of what its members said.
