@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 import timm
-from flag_tables import make_weights
+import torch
+from flag_tables import fresh_accelerate, make_weights
 from helpers import make_images, run_python
 
 from timm_dynamic.training import run_training, run_validation
@@ -90,3 +91,24 @@ def test_metrics_of_uneven_shares_count_every_image_once(image_folder, tmp_path)
     two, = json.loads(file.read_text())
     keys = 'images', 'top1', 'precision', 'recall', 'f1_score'
     assert [two[key] for key in keys] == [one[key] for key in keys]
+
+
+# Checkpoints
+
+def test_validate_reads_the_three_files_of_an_anchornet_as_one_model(image_folder, tmp_path):
+    kwargs = dict(num_classes=3, img_size=80, patch_size=32)
+    model = timm.create_model('test_anchornet_patch', **kwargs)
+    save_pretrained(model, tmp_path / 'whole')
+    (tmp_path / 'parts').mkdir()
+    for part, file in (('localizer', 'anchornet.pth'), ('resized', 'r18_resized.pth.tar'), ('patch', 'r18_patch.pth')):
+        torch.save({'state_dict': getattr(model, part).state_dict()}, tmp_path / 'parts' / file)
+    args = ['--data-dir', str(image_folder), '--img-size', '80', '-b', '8', '-j', '0', '--device', 'cpu']
+    whole, *_ = run_validation(['--model', f"local-dir:{tmp_path / 'whole'}", *args])
+    fresh_accelerate()
+    row, *points = run_validation([
+        '--model', 'test_anchornet_patch', '--num-classes', '3', '--model-kwargs', 'patch_size=32',
+        '--checkpoint', str(tmp_path / 'parts'), *args])
+    assert [point['point'] for point in points] == ['step 1', 'step 2', 'step 3']
+    assert {key: row[key] for key in ('top1', 'loss', 'images')} == {
+        key: whole[key] for key in ('top1', 'loss', 'images')}
+    assert row['checkpoint'] == str(tmp_path / 'parts')

@@ -495,17 +495,31 @@ def _names(value: Any) -> tuple[str, ...]:
 _PARTS = {'localizer': 'anchornet', 'resized': 'resized', 'patch': 'patch'}
 
 
-def read_anchornet_checkpoint(path: str | Path) -> dict[str, Any]:
+def _weight_files(folder: Path) -> list[Path]:
+    return [p for p in sorted(folder.iterdir()) if re.search(r'\.(pth|pt|tar|safetensors)$', p.name)]
+
+
+def is_anchornet_folder(path: str | Path) -> bool:
+    """Whether a folder has one file for each of the three networks, named as the authors' files are."""
+    names = [p.name.lower() for p in _weight_files(Path(path))]
+    found = [[name for name in names if word in name] for word in _PARTS.values()]
+    return all(len(part) == 1 for part in found) and len({part[0] for part in found}) == len(found)
+
+
+def read_anchornet_checkpoint(path: str | Path, use_ema: bool = True) -> dict[str, Any]:
     """Read weights; of a folder with the authors' three files, {'localizer', 'resized', 'patch'}.
+
+    Args:
+        path: A file or folder.
+        use_ema: See `read_state_dict`.
 
     Raises:
         CheckpointError: A part is missing, or there is more than one file for it.
     """
     path = Path(path)
     if not path.is_dir() or any((path / name).is_file() for name in ('model.safetensors', 'config.json')):
-        return dict(read_state_dict(path))
-    files = [p for p in sorted(path.iterdir()) if re.search(r'\.(pth|pt|tar|safetensors)$', p.name)]
-    out = {}
+        return dict(read_state_dict(path, use_ema=use_ema))
+    files, out = _weight_files(path), {}
     for part, word in _PARTS.items():
         found = [p for p in files if word in p.name.lower()]
         if len(found) != 1:
@@ -513,7 +527,7 @@ def read_anchornet_checkpoint(path: str | Path) -> dict[str, Any]:
             raise CheckpointError(
                 f"'{path}' should hold one file with '{word}' in its name, for the {part} net; found {names}. Name the "
                 "files: pretrained_cfg_overlay=dict(file=dict(localizer='...', resized='...', patch='...')).")
-        out[part] = read_state_dict(found[0])
+        out[part] = read_state_dict(found[0], use_ema=use_ema)
     return out
 
 

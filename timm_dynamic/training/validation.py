@@ -23,6 +23,7 @@ from ..exits.engine import interleave
 from ..launch.accelerator import create_accelerator
 from ..launch.build import build_eval_loader, build_model, eval_views, model_dtype, uses_demo_data
 from ..launch.options import create_validate_parser
+from ..models.anchornet import AnchorNetPatch, is_anchornet_folder, read_anchornet_checkpoint
 from ..models.builder import checkpoint_filter_of
 from ..models.clcnet import CONFIDENCES, CLCNet
 from ..models.dynamic_net import DynamicNet
@@ -116,6 +117,8 @@ def _open_model(
         source = read_checkpoint(checkpoint) if exit_cfg_fn else None
         exit_cfg = exit_cfg_fn(source) if exit_cfg_fn and isinstance(source, Mapping) else {}
         weights: Any = source if exit_cfg else checkpoint
+        if isinstance(model, AnchorNetPatch) and Path(checkpoint).is_dir():
+            weights = read_anchornet_checkpoint(checkpoint, args.use_ema)
         load_weights(
             model, weights, checkpoint_filter_of(architecture), use_ema=args.use_ema, label=f"'{checkpoint}'")
         if exit_cfg:
@@ -534,6 +537,8 @@ def _jobs(args: argparse.Namespace) -> Iterator[tuple[str, str]]:
             raise CheckpointError(f"--checkpoint: there are no weights in '{checkpoint}'.")
         if folders:
             yield from ((f'local-dir:{folder}', '') for folder in folders)
+        elif is_model_in_modules(name.split('.')[0], ['anchornet']) and is_anchornet_folder(checkpoint):
+            yield name, checkpoint  # three files of one model
         else:
             yield from ((name, file) for file in files)
     elif checkpoint:
