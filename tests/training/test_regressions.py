@@ -8,7 +8,9 @@ import timm
 import torch
 from flag_tables import fresh_accelerate, make_weights
 from helpers import make_images, run_python
+from timm.data import create_loader
 
+from timm_dynamic.data import create_dataset
 from timm_dynamic.training import run_training, run_validation
 from timm_dynamic.training.state import StateStore
 from timm_dynamic.utils import save_pretrained
@@ -112,3 +114,21 @@ def test_validate_reads_the_three_files_of_an_anchornet_as_one_model(image_folde
     assert {key: row[key] for key in ('top1', 'loss', 'images')} == {
         key: whole[key] for key in ('top1', 'loss', 'images')}
     assert row['checkpoint'] == str(tmp_path / 'parts')
+
+
+# Options of train.py
+
+def test_tta_averages_the_logits_of_every_step(image_folder, tmp_path):
+    args = train_args(image_folder, tmp_path, '--tta', 3, '-vb', 6, '--epochs', 2, '--opt', 'adamw', '--lr', 0.003)
+    result = run_training(args)['results']['classification']
+    model = timm.create_model(f"local-dir:{tmp_path / 'run/last'}", pretrained=True).eval()
+    config = model.pretrained_cfg
+    loader = create_loader(
+        create_dataset('', root=image_folder, split='val'), (3, 32, 32), 33, use_prefetcher=False,
+        **{key: config[key] for key in ('crop_pct', 'interpolation', 'mean', 'std')})
+    (x, target), = loader
+    with torch.no_grad():
+        logits = torch.stack(list(model.forward_steps(x))).unflatten(1, (11, 3)).mean(dim=2)
+    top1 = (100 * (logits.argmax(dim=2) == target[::3]).double().mean(dim=1)).tolist()
+    assert [result[f'eval_top1_step{t}'] for t in (1, 2, 3)] == pytest.approx(top1)
+    assert result['eval_top1'] == pytest.approx(top1[2])

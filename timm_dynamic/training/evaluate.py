@@ -37,10 +37,12 @@ class StepRecorder:
         return self._logits[-1]
 
     def add(self, output: torch.Tensor, target: torch.Tensor) -> None:
-        """Take in the targets of the batch just seen. See `evaluate`."""
-        self._hits.append(self._logits.argmax(dim=-1) == target)
+        """Take in the targets of the batch just seen. See `evaluate`, which may have averaged neighbouring outputs."""
+        logits = self._logits.unflatten(1, (len(target), -1)).mean(dim=2)
+        self._hits.append(logits.argmax(dim=-1) == target)
         if self.keep and self.images is None:
-            self.images, self.targets = self._input[:self.keep].clone(), target[:self.keep].clone()
+            first_views = self._input[::len(self._input) // len(target)]
+            self.images, self.targets = first_views[:self.keep].clone(), target[:self.keep].clone()
 
     def accuracy(self, limit: int | None, accelerator: Accelerator) -> dict[str, float]:
         """Top-1 accuracy (%) after each step, over all processes: 'top1_step1' and so on.
