@@ -11,7 +11,7 @@ from helpers import make_images, run_python
 from timm.data import create_loader
 
 from timm_dynamic.data import create_dataset
-from timm_dynamic.training import run_training, run_validation
+from timm_dynamic.training import run_training, run_validation, train_main
 from timm_dynamic.training.state import StateStore
 from timm_dynamic.utils import save_pretrained
 
@@ -132,3 +132,30 @@ def test_tta_averages_the_logits_of_every_step(image_folder, tmp_path):
     top1 = (100 * (logits.argmax(dim=2) == target[::3]).double().mean(dim=1)).tolist()
     assert [result[f'eval_top1_step{t}'] for t in (1, 2, 3)] == pytest.approx(top1)
     assert result['eval_top1'] == pytest.approx(top1[2])
+
+
+STEPS = ', top1_step1, top1_step2, top1_step3'
+
+
+@pytest.mark.parametrize(('more', 'metric', 'choices'), [
+    ([], 'f1', f'loss, top1, top5{STEPS}'),
+    ([], 'top1_step4', f'loss, top1, top5{STEPS}'),
+    (['--model', 'test_resnet', '--model-kwargs'], 'top1_step1', 'loss, top1, top5'),
+    # the first stage trains the backbone on whole images
+    (['--recipe', 'gfnet', '--init-local', 'scratch'], 'top1_step3', 'loss, top1, top5'),
+    # the first stage trains the localizer, which makes one prediction
+    (['--recipe', 'anchornet', '--model', 'test_anchornet_patch', '--img-size', '80', '--model-kwargs', 'patch_size=32',
+      '--init-downstream', 'resnet18'], 'top1_step3', 'loss, top1, top5, top1_step1'),
+])
+def test_a_metric_that_there_is_not_is_refused_before_training(
+        image_folder, tmp_path, capsys, more, metric, choices):
+    assert train_main(train_args(image_folder, tmp_path, *more, '--eval-metric', metric)) == 1
+    error = capsys.readouterr().err
+    assert f'--eval-metric {metric}' in error
+    assert f'Choose from {choices}.' in error
+    assert not list((tmp_path / 'run').rglob('stage.yaml'))  # written when a stage begins
+
+
+def test_a_step_can_be_what_best_means(image_folder, tmp_path):
+    result = run_training(train_args(image_folder, tmp_path, '--eval-metric', 'top1_step2'))['results']
+    assert result['classification']['best'] == result['classification']['eval_top1_step2']

@@ -61,9 +61,9 @@ def create_anchornet_recipe(args: argparse.Namespace, demo: bool, model: Any) ->
     load = partial(partial, _load_downstream)
     return Recipe('anchornet', (
         *([create_static_stage(model, defaults.get('static'), '--init-downstream')] if scratch else ()),
-        Stage('localizer', task(part='localizer'), defaults['localizer'], shown=False),
+        Stage('localizer', task(part='localizer'), defaults['localizer'], num_steps=1, shown=False),
         Stage('resized', task(part='resized'), defaults['resized'], starts_from='localizer',
-              prepare=load(part='resized'), shown=False),
+              prepare=load(part='resized'), num_steps=1, shown=False),
         Stage('patch', task(part='patch'), defaults['patch'], starts_from='resized', prepare=load(part='patch'),
               label=args.model),
     ))

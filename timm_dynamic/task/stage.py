@@ -37,6 +37,7 @@ class Stage:
         label: What a table calls the result.
         options: Options that belong to the stage, whatever is given.
         runs: What runs in place of the training loop: 'features' or 'confidence' of a cascade.
+        num_steps: Number of steps whose accuracy validation reports (default: the model's).
         check: Raises a ValueError for options that the stage cannot work with; asked of all stages before the first.
         seed_offset: Added to `--seed`, so that two stages that train the same net do not make the very same one.
     """
@@ -51,6 +52,7 @@ class Stage:
     label: str = ''
     options: Mapping[str, Any] = field(default_factory=dict)
     runs: str = ''
+    num_steps: int | None = None
     check: Callable[[argparse.Namespace], None] | None = None
     seed_offset: int = 0
 

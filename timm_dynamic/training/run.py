@@ -18,6 +18,7 @@ import yaml
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from timm.models import is_model_in_modules, parse_model_name, safe_model_name
+from timm.task import ClassificationEvaluator
 from timm.utils import setup_default_logging
 
 from .. import hub
@@ -247,8 +248,10 @@ def run_training(argv: Sequence[str] | None = None) -> dict[str, Any]:
     if state is not None:
         check_identity(state, identity, store.folder)
     for stage in stages:
+        args = options.for_stage(stage, accelerator.num_processes)
+        _check_metric(stage, args)
         if stage.check is not None:
-            stage.check(options.for_stage(stage, accelerator.num_processes))
+            stage.check(args)
     if main:
         _show_stages(stages, options, accelerator.num_processes)
     weights = {s.name: _stage_folder(folder, recipe, s) / 'best' for s in recipe.stages}
@@ -345,6 +348,19 @@ def _model_with_recipes(args: argparse.Namespace) -> Any:
     if source is None and not is_model_in_modules(name.split('.')[0], ['anchornet', 'clcnet', 'gfnet']):
         return None
     return build_model(args)
+
+
+def _check_metric(stage: Stage, args: argparse.Namespace) -> None:
+    """Raise a ValueError if the validation of a stage will not give what --eval-metric names."""
+    names = list(ClassificationEvaluator.metric_names)
+    if stage.runs or not args.val_split or args.eval_metric in names:
+        return
+    model = build_model(args)
+    if isinstance(model, DynamicNet):
+        names += [f'top1_step{t}' for t in range(1, (stage.num_steps or model.num_steps) + 1)]
+    if args.eval_metric not in names:
+        raise ValueError(
+            f'--eval-metric {args.eval_metric}: stage {stage.name} has no such metric. Choose from {", ".join(names)}.')
 
 
 def _select_stages(recipe: Recipe, args: argparse.Namespace, options: TrainOptions) -> list[Stage]:
