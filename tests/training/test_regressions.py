@@ -1,6 +1,7 @@
 """Bugs that were found by reading and by trying, each by what a user saw of it."""
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -159,3 +160,20 @@ def test_a_metric_that_there_is_not_is_refused_before_training(
 def test_a_step_can_be_what_best_means(image_folder, tmp_path):
     result = run_training(train_args(image_folder, tmp_path, '--eval-metric', 'top1_step2'))['results']
     assert result['classification']['best'] == result['classification']['eval_top1_step2']
+
+
+@pytest.mark.parametrize(('classes', 'learns'), [
+    (3, {'model.local_encoder', 'model.classifier', 'heads.global_aux', 'heads.local_aux'}),
+    (10, {'model.local_encoder', 'model.classifier', 'heads.local_aux'}),  # the glance's classifier belongs to it
+])
+def test_the_log_does_not_name_what_is_frozen_among_what_learns(image_folder, tmp_path, caplog, classes, learns):
+    model = timm.create_model('test_gfnet', num_classes=classes, img_size=32, patch_size=16)
+    save_pretrained(model, tmp_path / 'start')
+    with caplog.at_level('INFO'):
+        run_training(train_args(
+            image_folder, tmp_path, '--recipe', 'gfnet', '--stage', 'warmup', '--init-from', tmp_path / 'start',
+            '--freeze-global', '--num-classes', classes))
+    count, names = re.search(r'GlanceFocusTask: ([0-9.]+) M parameters learn: ([^\n]+)\.', caplog.text).groups()
+    assert set(names.split(', ')) == learns
+    parts = [model.local_encoder, model.classifier]
+    assert float(count) == round(sum(p.numel() for part in parts for p in part.parameters()) / 1e6, 2)  # heads: 0.000
