@@ -1,4 +1,5 @@
 """Bugs that were found by reading and by trying, each by what a user saw of it."""
+import csv
 import json
 import os
 import re
@@ -7,11 +8,12 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from flag_tables import fresh_accelerate, make_weights
+from flag_tables import fresh_accelerate, make_cascade, make_dynamic, make_weights
 from helpers import make_images, run_python
 from timm.data import create_loader
 
 from timm_dynamic.data import create_dataset
+from timm_dynamic.exits import ExitTable, early_exit
 from timm_dynamic.training import run_training, run_validation, train_main
 from timm_dynamic.training.state import StateStore
 from timm_dynamic.utils import save_pretrained
@@ -25,6 +27,15 @@ def train_args(images, out, *more):
         '--model', 'test_gfnet', '--img-size', '32', '--model-kwargs', 'patch_size=16', '--recipe', 'classification',
         '--num-classes', '3', '--data-dir', str(images), '--device', 'cpu', '--batch-size', '8', '--epochs', '1',
         '-j', '0', '--output', str(out), '--experiment', 'run', *map(str, more)]
+
+
+def load_images(folder, model):
+    """All 33 images of the validation split as a model of 32 pixels sees them, and their classes."""
+    config = model.pretrained_cfg
+    loader = create_loader(
+        create_dataset('', root=folder, split='val'), (3, 32, 32), 33, use_prefetcher=False,
+        **{key: config[key] for key in ('crop_pct', 'interpolation', 'mean', 'std')})
+    return next(iter(loader))
 
 
 # Exits are fitted on other images than they are evaluated on
@@ -123,11 +134,7 @@ def test_tta_averages_the_logits_of_every_step(image_folder, tmp_path):
     args = train_args(image_folder, tmp_path, '--tta', 3, '-vb', 6, '--epochs', 2, '--opt', 'adamw', '--lr', 0.003)
     result = run_training(args)['results']['classification']
     model = timm.create_model(f"local-dir:{tmp_path / 'run/last'}", pretrained=True).eval()
-    config = model.pretrained_cfg
-    loader = create_loader(
-        create_dataset('', root=image_folder, split='val'), (3, 32, 32), 33, use_prefetcher=False,
-        **{key: config[key] for key in ('crop_pct', 'interpolation', 'mean', 'std')})
-    (x, target), = loader
+    x, target = load_images(image_folder, model)
     with torch.no_grad():
         logits = torch.stack(list(model.forward_steps(x))).unflatten(1, (11, 3)).mean(dim=2)
     top1 = (100 * (logits.argmax(dim=2) == target[::3]).double().mean(dim=1)).tolist()
@@ -177,3 +184,64 @@ def test_the_log_does_not_name_what_is_frozen_among_what_learns(image_folder, tm
     assert set(names.split(', ')) == learns
     parts = [model.local_encoder, model.classifier]
     assert float(count) == round(sum(p.numel() for part in parts for p in part.parameters()) / 1e6, 2)  # heads: 0.000
+
+
+# Answers of validate.py
+
+def answers(path):
+    rows = list(csv.DictReader(path.open()))
+    return rows, [int(row['steps_used']) for row in rows], [int(row['prediction']) for row in rows]
+
+
+@pytest.mark.parametrize(('family', 'options'), [
+    ('dynamic', ['--thresholds', '{median}', '0.36', '0']),
+    ('dynamic', ['--thresholds', '{median}', '0.36', '0', '--strict']),
+    ('dynamic', ['--budget', '{budget}']),
+    ('dynamic', ['--budget', '{budget}', '--calibrate-split', 'half']),
+    ('dynamic', ['--budget', '{budget}', '--budget-rule', 'value']),
+    ('cascade', ['--confidence', 'all', '--budget', '{budget}', '--calibrate-split', 'half']),
+])
+def test_saved_predictions_are_those_of_the_exits_asked_for(image_folder, tmp_path, family, options):
+    """The file has the images that the row of the table is about, each with its step."""
+    folder = {'dynamic': make_dynamic, 'cascade': make_cascade}[family](tmp_path / family)
+    model = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
+    args = ['--model', f'local-dir:{folder}', '--data-dir', str(image_folder), '--img-size', '32', '-b', '8', '-j', '0',
+            '--device', 'cpu']
+    run_validation([*args, '--save-exit-table', str(tmp_path / 'table.safetensors')])
+    fresh_accelerate()
+    table = ExitTable.load(tmp_path / 'table.safetensors')
+    median = table.confidence[:, 0].median().item()  # of an odd number: the confidence of an image
+    options = [o.format(median=repr(median), budget=sum(model.step_macs) / model.num_steps / 1e9) for o in options]
+    row = run_validation([*args, *options, '--save-predictions', str(tmp_path / 'answers.csv')])[-1]
+    rows, steps, predictions = answers(tmp_path / 'answers.csv')
+    assert len(rows) == row['images']
+    assert [round(steps.count(t) / len(steps), 4) for t in range(1, model.num_steps + 1)] == row['exit_shares']
+    correct = sum(prediction == int(r['truth']) for prediction, r in zip(predictions, rows))
+    assert round(100 * correct / len(rows), 4) == row['top1']
+    files = create_dataset('', root=image_folder, split='val').filenames()
+    assert [r['file'] for r in rows] == [f for f in files if f in {r['file'] for r in rows}]  # in their order
+
+
+def test_saved_predictions_are_what_running_the_model_gives(image_folder, tmp_path):
+    folder = make_dynamic(tmp_path / 'net')
+    model = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
+    x, _ = load_images(image_folder, model)
+    thresholds = [early_exit(model, x, [0., 0., 0.]).confidence.sort().values[15:17].mean().item(), 9., 0.]
+    expected = early_exit(model, x, thresholds)
+    assert expected.steps_used.unique().tolist() == [1, 3]
+    run_validation([
+        '--model', f'local-dir:{folder}', '--data-dir', str(image_folder), '--img-size', '32', '-b', '8', '-j', '0',
+        '--device', 'cpu', '--thresholds', *map(str, thresholds), '--save-predictions', str(tmp_path / 'answers.csv')])
+    _, steps, predictions = answers(tmp_path / 'answers.csv')
+    assert steps == expected.steps_used.tolist()
+    assert predictions == expected.logits.argmax(dim=1).tolist()
+
+
+@pytest.mark.parametrize('options', [
+    ['--thresholds', '0.5', '0.5', '0', '--thresholds', '0.4', '0.4', '0'],
+    ['--thresholds', '0.5', '0.5', '0', '--budget', '0.001'],
+    ['--geometric'], ['--stored-thresholds'], ['--save-budgets', 'x']])
+def test_saved_predictions_are_of_one_choice_of_exits(image_folder, tmp_path, capsys, options):
+    with pytest.raises(SystemExit):
+        run_validation(['--model', 'test_gfnet', '--save-predictions', str(tmp_path / 'answers.csv'), *options])
+    assert '--save-predictions writes one answer to an image' in capsys.readouterr().err

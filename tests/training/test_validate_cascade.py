@@ -152,8 +152,7 @@ def test_each_image_is_scored_by_the_net_that_has_not_seen_it(folder, run, fold_
     used = torch.where(scores[0] >= threshold, 1, 2)
     right = answers.gather(0, used[None] - 1)[0] == target
     assert rows[-1]['top1'] == pytest.approx(100 * right.double().mean().item(), abs=1e-3)
-    # the exits kept in the model are in use for the file
-    used = table.steps_used(model.exit_policy)
+    # and so does the file say
     saved = list(csv.DictReader((tmp_path / 'answers.csv').open()))
     assert [r['file'] for r in saved] == names
     assert [int(r['steps_used']) for r in saved] == used.tolist()

@@ -58,6 +58,7 @@ def evaluate_dynamic(
         dtype: torch.dtype | None = None,
         classes: torch.Tensor | None = None,
         on_batch: Callable[[torch.Tensor, torch.Tensor], Any] | None = None,
+        on_answers: Callable[[torch.Tensor], Any] | None = None,
 ) -> tuple[dict[str, float], ExitTable]:
     """Evaluate a dynamic model, all steps in one pass, exact to the sample in several processes.
 
@@ -72,6 +73,7 @@ def evaluate_dynamic(
         dtype: Of images (default: as the loader gives them).
         classes: Indices of the classes that count [C'], int64 (default: all); targets are positions among them.
         on_batch: Called with the logits that `forward` would give, and the targets, of every batch.
+        on_answers: Called with the classes after each step of every batch [B, T], int64.
 
     Returns:
         Metrics of what `forward` gives (the last step; with an exit policy set on the model, the step it stops at),
@@ -86,8 +88,10 @@ def evaluate_dynamic(
     evaluator = create_evaluator(
         device=accelerator.device, max_samples=getattr(batches.sampler, 'num_valid_samples', None))
 
-    def on_output(output: torch.Tensor) -> None:
+    def on_output(output: torch.Tensor, answers: torch.Tensor) -> None:
         evaluator.update(output, batches.target)
+        if on_answers is not None:
+            on_answers(answers)
         if on_batch is not None:
             on_batch(output, batches.target)
 
@@ -128,9 +132,10 @@ class _Batches:
 
 
 class _Observed:
-    """A dynamic model as `collect_exit_table` runs it, that also hands on what `forward` would give."""
+    """A dynamic model as `collect_exit_table` runs it. It also hands on what `forward` would give, and all answers."""
     _logits: torch.Tensor
     _output: torch.Tensor
+    _answers: list[torch.Tensor]
     _history: torch.Tensor
     _going: torch.Tensor
     _t: int
@@ -138,7 +143,7 @@ class _Observed:
     def __init__(
             self,
             model: DynamicNet,
-            on_output: Callable[[torch.Tensor], None],
+            on_output: Callable[[torch.Tensor, torch.Tensor], None],
             classes: torch.Tensor | None,
     ) -> None:
         self._model, self._on_output = model, on_output
@@ -155,13 +160,14 @@ class _Observed:
     def confidence(self, logits: torch.Tensor, state: Any) -> torch.Tensor:
         confidence = self._model.confidence(self._logits, state)  # of all classes: the model knows of no others
         if self._t == 0:
-            self._output, self._history = logits, confidence[:, None]
+            self._output, self._history, self._answers = logits, confidence[:, None], []
             self._going = torch.ones_like(confidence, dtype=torch.bool)
         else:
             self._output = torch.where(self._going[:, None], logits, self._output)
             self._history = torch.cat([self._history, confidence[:, None]], dim=1)
+        self._answers.append(logits.argmax(dim=1))
         if self._t == self._model.num_steps - 1:
-            self._on_output(self._output)
+            self._on_output(self._output, torch.stack(self._answers, dim=1))
         elif self._model.exit_policy is not None:
             self._going = self._going & ~self._model.exit_policy(self._history)
         return confidence

@@ -11,7 +11,7 @@ from torch.utils.data import Sampler
 from torchvision.datasets import VisionDataset
 
 from ..data.dataset_factory import TRAIN_SPLITS, VALIDATION_SPLITS
-from ..exits import ExitTable
+from ..exits import ExitTable, solve_curve
 from ..models.dynamic_net import DynamicNet, _from_json
 from ..utils.report import Curve, format_table
 from .anytime import (
@@ -62,12 +62,22 @@ def short_name(name: str) -> str:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Tables to fit on and to judge on, and what to call them."""
+    """Tables to fit on and to judge on, and what to call them.
+
+    Attributes:
+        fit: To fit on.
+        judge: To judge on.
+        fitted_on: What the images to fit on are called.
+        judged_on: What those to judge on are called.
+        note: What has to be said of it.
+        rows: Rows of the whole table that are judged on [n] int64; None if all are.
+    """
     fit: ExitTable
     judge: ExitTable
     fitted_on: str
     judged_on: str
     note: str = ''
+    rows: torch.Tensor | None = None
 
 
 def dynamic_options(args: argparse.Namespace) -> list[str]:
@@ -254,8 +264,9 @@ def take_samples(loader: Any, num: int, seed: int, rank: int, world_size: int) -
 
 def split_in_halves(table: ExitTable, name: str, seed: int) -> Calibration:
     """Fit on a random half of a table, judge on the other."""
-    fit, judge = table.split(0.5, seed)
-    return Calibration(fit, judge, f'a random half of {name}', f'the other half of {name}')
+    fit, judge = table.split_indices(0.5, seed)
+    return Calibration(
+        table.subset(fit), table.subset(judge), f'a random half of {name}', f'the other half of {name}', rows=judge)
 
 
 def calibrate_on(fit: ExitTable, judge: ExitTable, fitted_on: str, judged_on: str) -> Calibration:
@@ -341,6 +352,37 @@ def report_points(
     if args.save_budgets:
         assert model is not None
         model.store_budgets(budgets_to_keep(fit, judge, args.budget, args.budget_rule, **more))
+
+
+def chosen_steps(
+        args: argparse.Namespace,
+        table: ExitTable,
+        calibration: Calibration | None,
+        model: DynamicNet,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Find out where images stop by the exits that are asked for: one budget, or one list of thresholds.
+
+    Args:
+        args: Options.
+        table: What was measured.
+        calibration: What the budget is fitted on.
+        model: Its exits are taken if none are asked for, or all steps if it has none.
+
+    Returns:
+        Rows of the table that are judged on [n] int64, rising, and their steps [n] int64, in 1..T.
+    """
+    rows = torch.arange(len(table))
+    if args.budget:
+        assert calibration is not None
+        if calibration.rows is not None:
+            rows = calibration.rows.sort().values
+        point, = solve_curve(calibration.fit, args.budget, method=args.budget_rule)
+        return rows, table.subset(rows).steps_used(point.policy)
+    if args.thresholds:
+        return rows, table.steps_used(args.thresholds[0], args.strict)
+    if model.exit_policy is not None:
+        return rows, table.steps_used(model.exit_policy)
+    return rows, torch.full((len(table),), table.num_steps)
 
 
 def stored_policies(model: DynamicNet, name: str, table: ExitTable, split: str) -> list[Row]:

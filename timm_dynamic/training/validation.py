@@ -37,6 +37,7 @@ from .budgets import (
     check_requests,
     check_stored,
     check_table,
+    chosen_steps,
     dynamic_options,
     load_table,
     needs_fit,
@@ -64,6 +65,7 @@ class _Predictions:
         self.limit, self.accelerator = limit, accelerator
         self.top5: list[torch.Tensor] = []
         self.target: list[torch.Tensor] = []
+        self.answers: list[torch.Tensor] = []
 
     def add(self, output: torch.Tensor, target: torch.Tensor) -> None:
         self.top5.append(output.topk(min(5, output.shape[1]), dim=1).indices)
@@ -71,12 +73,18 @@ class _Predictions:
 
     def gather(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Gather [N, 5] classes and [N] targets."""
-        top5, target = torch.cat(self.top5)[:self.limit], torch.cat(self.target)[:self.limit]
+        return self._gather(self.top5), self._gather(self.target)
+
+    def gather_answers(self) -> torch.Tensor:
+        """Gather the classes after each step of a dynamic model [N, T]."""
+        return self._gather(self.answers)
+
+    def _gather(self, batches: list[torch.Tensor]) -> torch.Tensor:
+        share = torch.cat(batches)[:self.limit]
         if self.accelerator.num_processes == 1:
-            return top5, target
+            return share
         join = torch.cat if self.limit is None else interleave  # as `collect_exit_table`
-        top5, target = (join(shares) for shares in zip(*gather_object([(top5.cpu(), target.cpu())])))
-        return top5, target
+        return join(tuple(gather_object([share.cpu()])))
 
 
 # What a cascade's answers are not known for if they are made of what its members said.
@@ -214,7 +222,8 @@ def validate_model(
             if fold_nets and fit_loader is not None:
                 folds.append(fold_nets.folds_of(image_names(fit_loader.dataset, fit_on)))
         metrics, table = evaluate_dynamic(
-            model, loader, accelerator, desc=name, classes=classes, on_batch=_all_of(recorder, on_batch), **how)
+            model, loader, accelerator, desc=name, classes=classes, on_batch=_all_of(recorder, on_batch),
+            on_answers=predictions.answers.append if args.save_predictions else None, **how)
     else:
         metrics = evaluate(_restricted(model, valid_labels), loader, accelerator, desc=name, on_batch=on_batch, **how)
 
@@ -276,9 +285,6 @@ def validate_model(
             'seen these images (else: --fold-nets).')
     if accelerator.is_main_process and args.save_exit_table:
         _save_table(table, args.save_exit_table, exported)
-    if args.save_predictions:
-        top5, target = predictions.gather()
-        _save_predictions(args, top5[:, 0] if answers is None else answers, target, table, model, loader, accelerator)
     calibration = compared_tables
     if calibration is not None:
         pass
@@ -293,6 +299,12 @@ def validate_model(
         calibration = calibrate_on(fit, table, fit_on, args.split)
     elif fit_on:
         calibration = split_in_halves(table, args.split, args.seed)
+    if args.save_predictions:
+        answers = predictions.gather_answers() if answers is None else answers
+        _, target = predictions.gather()
+        if accelerator.is_main_process:
+            names = image_names(loader.dataset, args.split)
+            _save_predictions(args, answers, target, table, calibration, exported, names)
     _finish(report, args, name, table, args.split, calibration, exported, data_config, accelerator)
     return report
 
@@ -346,14 +358,15 @@ def _replay(
             return judged[key], None
         return judged[key], calibrate_on(fitted[key].table, judged[key].table, fit_on, args.split)
     judge = {key: replayed.table for key, replayed in judged.items()}
-    note = ''
+    note, judged_rows = '', None
     if fitted is not None:
         fit = {key: replayed.table for key, replayed in fitted.items()}
         where = fit_on, args.split
         note = calibrate_on(fit[key], judge[key], *where).note
     else:
-        halves = {key: table.split(0.5, args.seed) for key, table in judge.items()}
-        fit, judge = ({key: pair[i] for key, pair in halves.items()} for i in (0, 1))
+        parts = judge[key].split_indices(0.5, args.seed)
+        fit, judge = [{key: table.subset(part) for key, table in judge.items()} for part in parts]
+        judged_rows = parts[1]
         where = f'a random half of {args.split}', f'the other half of {args.split}'
     rows = compare_confidences(fit, judge)
     best = max(rows, key=lambda row: row['fit_area'])
@@ -364,7 +377,7 @@ def _replay(
     if key != (best['confidence'], best['final_rule']):
         key = best['confidence'], best['final_rule']
         model.set_confidence(*key)
-    return judged[key], Calibration(fit[key], judge[key], *where, note)
+    return judged[key], Calibration(fit[key], judge[key], *where, note, judged_rows)
 
 
 def _save_predictions(
@@ -372,23 +385,19 @@ def _save_predictions(
         answers: torch.Tensor,
         target: torch.Tensor,
         table: ExitTable,
+        calibration: Calibration | None,
         model: DynamicNet,
-        loader: Any,
-        accelerator: Accelerator,
+        names: Sequence[str],
 ) -> None:
-    """Write a row an image, as the policy in use answers, or all steps: one of `answers` [N, T], or these [N]."""
-    if not accelerator.is_main_process:
-        return
-    rule = model.exit_policy
-    steps = torch.full((len(table),), table.num_steps) if rule is None else table.steps_used(rule)
-    confidence = table.confidence.gather(1, steps[:, None] - 1)[:, 0]
-    if answers.ndim == 2:
-        answers = answers.gather(1, steps[:, None] - 1)[:, 0]
+    """Write a row an image, as the exits that are asked for answer: by one of `answers` [N, T]."""
+    images, steps = chosen_steps(args, table, calibration, model)
     columns = (
-        image_names(loader.dataset, args.split), answers.tolist(), target.tolist(), steps.tolist(), confidence.tolist())
+        [names[i] for i in images.tolist()], answers.cpu()[images, steps - 1].tolist(), target.cpu()[images].tolist(),
+        steps.tolist(), table.confidence[images, steps - 1].tolist())
     write_rows(args.save_predictions, [
         dict(zip(('file', 'prediction', 'truth', 'steps_used', 'confidence'), row)) for row in zip(*columns)], 'csv')
-    _logger.info(f'Answer to every image: {args.save_predictions}')
+    judged_on = calibration.judged_on if args.budget and calibration is not None else args.split
+    _logger.info(f'Answer to every image of {judged_on} ({len(images)}): {args.save_predictions}')
 
 
 def _accuracy(top1: float, top5: float | None) -> dict[str, float]:
@@ -576,6 +585,11 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
             parser.error('--stored-results, --stored-thresholds and --save-budgets need --model beside --exit-table.')
     if args.fold_dir and not args.fold_nets:
         parser.error('--fold-dir says which images each of --fold-nets has not seen: give some.')
+    several = len(args.thresholds or ()) + len(args.budget or ()) > 1 or (args.save_budgets and not args.budget)
+    if args.save_predictions and (several or args.geometric or args.stored_thresholds):
+        parser.error(
+            '--save-predictions writes one answer to an image: beside it, ask for one list of --thresholds or for one '
+            '--budget, not for several exits.')
     if args.strict and not args.thresholds:
         parser.error('--strict says how to compare with --thresholds: give some.')
     for option in ('steps', 'anchor_gmacs'):
