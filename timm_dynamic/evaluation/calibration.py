@@ -25,12 +25,14 @@ class Calibration:
         fitted_on: Name of the images of the first.
         evaluated_on: Name of the images of the second.
         note: A warning to show beside the results.
+        rows: Which images of the split the evaluation table has, int64; None for all.
     """
     calibration: ExitTable
     evaluation: ExitTable
     fitted_on: str
     evaluated_on: str
     note: str = ''
+    rows: torch.Tensor | None = None
 
     @classmethod
     def of_tables(
@@ -59,8 +61,10 @@ class Calibration:
     @classmethod
     def in_halves(cls, table: ExitTable, name: str, seed: int) -> 'Calibration':
         """Fit on a random half of a table, evaluate on the other half."""
-        first, second = table.split(0.5, seed)
-        return cls(first, second, f'a random half of {name}', f'the other half of {name}')
+        first, second = table.split_indices(0.5, seed)
+        return cls(
+            table.subset(first), table.subset(second), f'a random half of {name}', f'the other half of {name}',
+            rows=second.sort().values)
 
 
 def same_split(a: str, b: str) -> bool:

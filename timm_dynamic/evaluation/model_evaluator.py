@@ -19,7 +19,7 @@ from ..models.clcnet import CLCNet
 from ..models.dynamic_net import DynamicNet
 from ..models.macs import count_macs
 from ..utils.report import write_rows
-from .calibration import HALF, Calibration, open_calibration_loader, same_split
+from .calibration import HALF, Calibration, open_calibration_loader, same_split, share_images
 from .cascade import CascadeReplay, FoldNets, MemberAnswers
 from .exit_report import Report, Row, report_points, report_steps, short_name
 from .metrics import evaluate
@@ -28,11 +28,10 @@ from .requests import load_table, needs_fit
 _logger = logging.getLogger(__name__)
 
 
-class KnownTable(NamedTuple):
-    """An exit table that was measured before, and takes the place of running a model."""
+class OutOfFold(NamedTuple):
+    """Exit table of a cascade, by confidence nets that had not seen the images: its own net was trained on them."""
     table: ExitTable
     split: str
-    name: str  # of the images, for captions
 
 
 class _Measured(NamedTuple):
@@ -54,7 +53,7 @@ class ModelEvaluator:
         args: Options of validate.py.
         accelerator: Processes, device, precision.
         data_config: Preprocessing (default: the options', else the model's).
-        known: Exit table that is used instead of running the model on its split.
+        out_of_fold: Exit table that takes the place of running a cascade on the images of its split.
         fit_splits: Splits to fit exits on, the best first, unless `--calibrate-split` names one.
         fold_nets: Confidence nets of a cross-validation, for a cascade.
         compared: The model is one of `--compare`: budgets and the like are not asked of it.
@@ -67,13 +66,13 @@ class ModelEvaluator:
             args: argparse.Namespace,
             accelerator: Accelerator,
             data_config: Mapping[str, Any] | None = None,
-            known: KnownTable | None = None,
+            out_of_fold: OutOfFold | None = None,
             fit_splits: Sequence[str] = ('validation', 'train', HALF),
             fold_nets: FoldNets | None = None,
             compared: bool = False,
     ) -> None:
         self.name, self.args, self.accelerator = name, args, accelerator
-        self.known, self.fit_splits, self.compared = known, fit_splits, compared
+        self.out_of_fold, self.fit_splits, self.compared = out_of_fold, fit_splits, compared
         self.dynamic = isinstance(model, DynamicNet)
         self.num_classes = model.num_classes
         self.data_config: dict[str, Any] = dict(
@@ -118,9 +117,9 @@ class ModelEvaluator:
             ValueError: The data does not fit the model, or exits would be fitted on the images they are evaluated on.
         """
         args = self.args
-        if self.known is not None and same_split(self.known.split, args.split):
-            return self._report_known(self.known)
         loader = self._open_loader(args.split, args.num_samples)
+        if self.out_of_fold is not None and self._has_seen(self.out_of_fold.split, loader):
+            return self._report_out_of_fold(self.out_of_fold.table)
         if self.replay is not None:
             self.replay.add_split(args.split, loader.dataset, some=True)
         fit_on, fit_loader = '', None
@@ -163,8 +162,8 @@ class ModelEvaluator:
             crop_border_pixels=args.crop_border_pixels, tf_preprocessing=args.tf_preprocessing)
 
     def _find_calibration(self, loader: Any) -> tuple[str, Any]:
-        if self.known is not None:
-            return self.known.name, None
+        if self.out_of_fold is not None:
+            return f'{self.out_of_fold.split}, out of fold', None
         num = self.args.calibrate_samples
         fit_on, fit_loader = open_calibration_loader(
             self.args.split, self.args.calibrate_split, self.fit_splits, loader,
@@ -179,8 +178,8 @@ class ModelEvaluator:
         if args.calibrate_table:
             fitted = load_table(args, '--calibrate-table', self.exported.step_macs)
             return Calibration.of_tables(fitted, table, args.calibrate_table, args.split)
-        if self.known is not None and fit_on:
-            return Calibration.of_tables(self.known.table, table, self.known.name, args.split)
+        if self.out_of_fold is not None and fit_on:
+            return Calibration.of_tables(self.out_of_fold.table, table, fit_on, args.split)
         if fit_loader is not None:
             measured = self._measure(fit_loader, fit_on, f'{self.name}: {fit_on}')
             assert measured.table is not None
@@ -245,15 +244,20 @@ class ModelEvaluator:
                 f'{short_name(self.name)} on {self.args.split}: not cross-validated. This is valid only if the '
                 'confidence net has not seen these images (else: --fold-nets).')
 
-    def _report_known(self, known: KnownTable) -> Report:
+    def _has_seen(self, split: str, loader: Any) -> bool:
+        """Whether the images of a loader are those of a split."""
+        return same_split(split, self.args.split) or share_images(
+            self._open_loader(split, self.args.num_samples).dataset, loader.dataset)
+
+    def _report_out_of_fold(self, table: ExitTable) -> Report:
         """Report by a table that was measured before, a half of it fitted on."""
-        args, last = self.args, known.table.anytime()[-1]
+        args, last, where = self.args, table.anytime()[-1], f'{self.args.split}, out of fold'
         report = Report({
-            'model': self.name, 'top1': round(last.top1, 4), 'images': len(known.table),
-            'gmacs': round(last.gmacs, 6), **self._described(), 'split': known.name})
-        report_steps(report, self.name, known.table, known.name)
-        calibration = Calibration.in_halves(known.table, known.name, args.seed) if needs_fit(args) else None
-        report_points(report, args, self.name, known.table, calibration, self.exported)
+            'model': self.name, 'top1': round(last.top1, 4), 'images': len(table),
+            'gmacs': round(last.gmacs, 6), **self._described(), 'split': where})
+        report_steps(report, self.name, table, where)
+        calibration = Calibration.in_halves(table, where, args.seed) if needs_fit(args) else None
+        report_points(report, args, self.name, table, calibration, self.exported)
         return report
 
     # Files
@@ -272,26 +276,35 @@ class ModelEvaluator:
         if args.save_exit_table:
             save_table(table, args.save_exit_table, self.exported)
         if args.save_predictions:
-            policy = self._policy_to_save(calibration)
-            steps = torch.full((len(table),), table.num_steps)
-            if policy is not None:
-                steps = table.steps_used(policy, strict=args.strict and bool(args.thresholds))
-            at = steps[:, None] - 1
-            columns = (
-                image_names(loader.dataset, args.split), answers.gather(1, at)[:, 0].tolist(), target.tolist(),
-                steps.tolist(), table.confidence.gather(1, at)[:, 0].tolist())
-            names = ('file', 'prediction', 'truth', 'steps_used', 'confidence')
-            write_rows(args.save_predictions, [dict(zip(names, row)) for row in zip(*columns)], 'csv')
-            _logger.info(f'Prediction for every image: {args.save_predictions}')
+            self._save_predictions(table, answers, target, loader, calibration)
 
-    def _policy_to_save(self, calibration: Calibration | None) -> Any:
-        """The policy that predictions are saved of: the one asked for, else the one in use, else None (all steps)."""
-        if self.args.thresholds:
-            return self.args.thresholds[0]
-        if self.args.budget and calibration is not None:
-            point, = solve_curve(calibration.calibration, self.args.budget, method=self.args.budget_rule)
-            return point.policy
-        return self.exported.exit_policy
+    def _save_predictions(
+            self,
+            table: ExitTable,
+            answers: torch.Tensor,
+            target: torch.Tensor,
+            loader: Any,
+            calibration: Calibration | None,
+    ) -> None:
+        """Write a row for every image, by the one policy asked for, else by the one in use, else of all steps."""
+        args, policy, where = self.args, self.exported.exit_policy, self.args.split
+        images = torch.arange(len(table))
+        if args.thresholds:
+            policy = args.thresholds[0]
+        elif args.budget and calibration is not None:
+            point, = solve_curve(calibration.calibration, args.budget, method=args.budget_rule)
+            policy, where = point.policy, calibration.evaluated_on
+            images = images if calibration.rows is None else calibration.rows
+        steps = torch.full((len(table),), table.num_steps)
+        if policy is not None:
+            steps = table.steps_used(policy, strict=args.strict and bool(args.thresholds))
+        names, at = image_names(loader.dataset, args.split), (images, steps[images] - 1)
+        columns = (
+            [names[i] for i in images.tolist()], answers[at].tolist(), target[images].tolist(),
+            steps[images].tolist(), table.confidence[at].tolist())
+        keys = ('file', 'prediction', 'truth', 'steps_used', 'confidence')
+        write_rows(args.save_predictions, [dict(zip(keys, row)) for row in zip(*columns)], 'csv')
+        _logger.info(f'Answer to every image of {where} ({len(images)}): {args.save_predictions}')
 
 
 def accuracy(top1: float, top5: float | None) -> dict[str, float]:

@@ -16,7 +16,7 @@ from ..launch.accelerator import create_accelerator
 from ..launch.build import build_model, uses_demo_data
 from ..launch.options import create_validate_parser
 from ..launch.script import run_script
-from ..models.builder import check_model_name, is_checkpoint_of_several_files, load_checkpoint
+from ..models.builder import Family, check_model_name, load_checkpoint
 from ..models.clcnet import CLCNet
 from ..utils import CheckpointError, save_pretrained, seeded
 from ..utils.report import check_plot, format_table, plot_accuracy_over_macs, write_rows
@@ -174,7 +174,8 @@ def _with_retry(
 def _jobs(args: argparse.Namespace) -> Iterator[tuple[str, str]]:
     """Model names and checkpoints to evaluate."""
     name, checkpoint = args.model, args.checkpoint
-    if checkpoint and Path(checkpoint).is_dir() and not (name and is_checkpoint_of_several_files(name, checkpoint)):
+    in_parts = Family.of(name).is_checkpoint_folder
+    if checkpoint and Path(checkpoint).is_dir() and not (in_parts and in_parts(Path(checkpoint))):
         folders = sorted(p.parent for p in Path(checkpoint).glob('**/config.json'))
         files = sorted(f for s in ('*.pth.tar', '*.pth', '*.safetensors') for f in glob.glob(f'{checkpoint}/{s}'))
         if not folders and not files:
@@ -216,8 +217,11 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
                     'has no effect beside it. Exits are fitted on --calibrate-table, or on one half of the table.')
         if not args.model and (args.stored_results or args.stored_thresholds or args.save_budgets):
             parser.error('--stored-results, --stored-thresholds and --save-budgets need --model beside --exit-table.')
-    if args.save_predictions and len(args.thresholds or ()) + len(args.budget or ()) > 1:
-        parser.error('--save-predictions writes the predictions of one policy: give one --thresholds or one --budget.')
+    several = len(args.thresholds or ()) + len(args.budget or ()) > 1 or (args.save_budgets and not args.budget)
+    if args.save_predictions and (several or args.geometric or args.stored_thresholds):
+        parser.error(
+            '--save-predictions writes one answer to an image: beside it, ask for one list of --thresholds or for one '
+            '--budget, not for several exits.')
     if args.fold_dir and not args.fold_nets:
         parser.error('--fold-dir says which images each of --fold-nets has not seen: give some.')
     if args.strict and not args.thresholds:

@@ -185,12 +185,17 @@ class ExitTable:
         Raises:
             ValueError: One of the parts would be empty.
         """
+        first, rest = self.split_indices(fraction, seed)
+        return self.subset(first), self.subset(rest)
+
+    def split_indices(self, fraction: float = 0.5, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+        """Indices, int64, of the two parts that `split` makes."""
         size = round(self.num_samples * fraction)
         if not 0 < size < self.num_samples:
             raise ValueError(
                 f'A fraction of {fraction:g} of {self.num_samples} samples leaves no samples in one of the parts.')
         order = torch.randperm(self.num_samples, generator=torch.Generator().manual_seed(seed))
-        return self.subset(order[:size]), self.subset(order[size:])
+        return order[:size], order[size:]
 
     def first_steps(self, num: int) -> 'ExitTable':
         """Table of the first steps only.

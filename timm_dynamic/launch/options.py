@@ -406,7 +406,9 @@ def create_validate_parser() -> argparse.ArgumentParser:
     g.add_argument('--fold-dir', metavar='DIR', help=(
         'folder with a folder of images for each of --fold-nets (e.g. split_part_1 to 5), or a CSV with the columns file '
         'and fold'))
-    g.add_argument('--save-predictions', metavar='FILE', help='write file, answer, truth, steps used and confidence of every image (CSV)')
+    g.add_argument('--save-predictions', metavar='FILE', help=(
+        'write file, answer, truth, steps used and confidence of every image (CSV), by the exits of one --budget or one list '
+        "of --thresholds, else by the model's own, else of all steps; of the images that the budget is judged on"))
     g.add_argument('--curve', metavar='FILE', help='picture of accuracy over multiply-adds, with the --compare models (needs matplotlib)')
 
     g = p.add_argument_group('Run')

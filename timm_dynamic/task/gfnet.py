@@ -132,9 +132,14 @@ class _GlanceFocusTask(OneModuleTask):
         self.trainable_module = GlanceFocusModule(model)
         for name, parameter in self.trainable_module.named_parameters():
             parameter.requires_grad_(name.startswith(trains))
+
+    def _log_learning(self) -> None:
+        """Say what learns, once all that does not is frozen."""
         if self.verbose:
-            learning = sum(p.numel() for p in self.trainable_module.parameters() if p.requires_grad)
-            _logger.info(f'{type(self).__name__}: {learning / 1e6:.2f} M parameters learn: {", ".join(trains)}.')
+            learning = {name: p.numel() for name, p in self.trainable_module.named_parameters() if p.requires_grad}
+            parts = dict.fromkeys('.'.join(name.split('.')[:2]) for name in learning)
+            _logger.info(
+                f'{type(self).__name__}: {sum(learning.values()) / 1e6:.2f} M parameters learn: {", ".join(parts)}.')
 
     @property
     def module(self) -> GlanceFocusModule:
@@ -256,6 +261,7 @@ class GlanceFocusTask(_GlanceFocusTask):
                     heads[model.classifier.head_name(0)] if module.own_first_head else module.heads['global_aux'],)
             for part in self.frozen:
                 part.requires_grad_(False)
+        self._log_learning()
 
     def _look(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
         shape = (self.module.model.num_steps - 1, len(x), 2)
@@ -309,6 +315,7 @@ class EndToEndTask(_GlanceFocusTask):
     ) -> None:
         super().__init__(model, (*_CLASSIFICATION, 'model.policy'), smoothing, device, dtype, verbose)
         self.aux_weight, self.std = aux_weight, std
+        self._log_learning()
 
     def forward(self, input: torch.Tensor, target: torch.Tensor) -> dict[str, torch.Tensor]:
         """Compute the loss, see `GlanceFocusTask.forward`."""
@@ -360,6 +367,7 @@ class PatchPolicyTask(_GlanceFocusTask):
         self.epsilon, self.value_coeff, self.entropy_coeff = epsilon, value_coeff, entropy_coeff
         self.frozen += (self.module,)
         self._memory: dict[str, torch.Tensor] = {}
+        self._log_learning()
 
     def forward(self, input: torch.Tensor, target: torch.Tensor) -> dict[str, torch.Tensor]:
         """Act, and compute the loss of the first update.

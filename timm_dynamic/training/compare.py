@@ -9,7 +9,7 @@ import timm
 from accelerate import Accelerator
 
 from ..evaluation.exit_report import Row
-from ..evaluation.model_evaluator import KnownTable, ModelEvaluator
+from ..evaluation.model_evaluator import ModelEvaluator, OutOfFold
 from ..exits import ExitTable
 from ..launch.build import training_data_config, uses_demo_data
 from ..launch.settings import TrainOptions, validation_options
@@ -58,14 +58,14 @@ def compare_stages(
         for s in stages if s.shown and (weights[s.name] / 'config.json').exists()]
     references = [
         (label, create_baseline(source, models[-1][1]), args) for label, source in recipe.references.items()]
-    known = _out_of_fold(stages[-1], folder, results, args)
+    out_of_fold = _out_of_fold(stages[-1], folder, results, args)
     rows, reports = [], []
     for label, model, own in [*references, *models]:
         last = model is models[-1][1]
         budgets = last and isinstance(model, DynamicNet)
         evaluator = ModelEvaluator(
             model, label, validation_options(own, split, save_budgets=budgets, curve=budgets), accelerator,
-            training_data_config(own, model), known if last else None, fit_splits=[own.val_split] * bool(own.val_split),
+            training_data_config(own, model), out_of_fold if last else None, fit_splits=[own.val_split] * bool(own.val_split),
             compared=not budgets)
         report = evaluator.run()
         rows.append(_result_row(report.row or {}, evaluator, split))
@@ -84,12 +84,11 @@ def _out_of_fold(
         folder: Path,
         results: Mapping[str, Mapping[str, Any]],
         args: argparse.Namespace,
-) -> KnownTable | None:
-    """Exit table of a cascade by confidence nets that had not seen the images, if the stage left one."""
+) -> OutOfFold | None:
+    """What a cascade's confidence stage left."""
     if stage.run is not train_confidence or not (folder / CALIBRATION).exists():
         return None
-    split = results[stage.name].get('split', args.val_split)
-    return KnownTable(ExitTable.load(folder / CALIBRATION), split, f'{split}, out of fold')
+    return OutOfFold(ExitTable.load(folder / CALIBRATION), results[stage.name].get('split', args.val_split))
 
 
 def _result_row(row: Row, evaluator: ModelEvaluator, split: str) -> Row:

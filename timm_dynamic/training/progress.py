@@ -31,11 +31,11 @@ class LossGuard:
         return int(self.first_bad) >= 0
 
     def describe(self, loader: Any, epoch: int, rank: int) -> str:
-        """Batch, process and samples of the bad loss, as far as this process knows them."""
+        """Epoch, batch, process and samples of the bad loss; empty if this process has seen none."""
         batch = int(self.first_bad)
         if batch < 0:
-            return 'in another process'
-        text = f'batch {batch}, process {rank}'
+            return ''
+        text = f'epoch {epoch}, batch {batch}, process {rank}'
         indices = loader.indices(epoch, batch)
         if indices is not None:
             text += f', samples {indices[:8]}{"..." if len(indices) > 8 else ""}'

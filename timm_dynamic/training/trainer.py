@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.task import TrainingTask
 from timm.utils import dispatch_clip_grad, distribute_bn, unwrap_model
@@ -254,11 +255,12 @@ class Trainer:
             self.scheduler.step(epoch)
 
     def save_state(self) -> None:
-        """Write the state, on the main process. All processes call it: none may have seen a bad loss."""
-        self._check_finite()
-        self._write_state()
+        """Write the state, in the main process. All processes call it.
 
-    def _write_state(self) -> None:
+        Raises:
+            NonFiniteLoss: The loss of some process went wrong; the last good state is kept.
+        """
+        self._check_finite()
         if self.main:
             self.states.save(self.state_dict(), f'{self.stage.name}-{self.epoch:04d}-{self.batch:07d}')
 
@@ -346,9 +348,9 @@ class Trainer:
             except RuntimeError:
                 if not stop:
                     raise
-                # The signal went to the loader's workers, too. Nothing waits here for other processes.
-                if self.batch % self.accum == 0 and not self.guard.is_bad():
-                    self._write_state()
+                # The signal went to the loader's workers, too. Other processes cannot be asked whether the state is good.
+                if self.batch % self.accum == 0 and self.world_size == 1:
+                    self.save_state()
                 raise Stopped(stop.signum or signal.SIGTERM) from None
             window = tail if tail and self.batch >= num_batches - tail else self.accum
             update = self.batch + 1 == num_batches or (self.batch + 1) % self.accum == 0
@@ -420,6 +422,7 @@ class Trainer:
             if loss is None:
                 break
             self.accelerator.backward(loss)
+            self.guard.watch(loss, self.batch - 1)
             self._step()
         with self.accelerator.autocast():
             diagnostics = task.diagnose()
@@ -438,14 +441,19 @@ class Trainer:
             torch.accelerator.synchronize()
 
     def _check_finite(self) -> None:
-        """Raise in every process if any of them has seen a loss that is not finite. All of them call it alike."""
+        """Raise in every process if one of them has seen a loss that is not finite. All of them call it alike.
+
+        Gradients are averaged over the processes, so that one bad loss spoils the weights of all.
+        """
         if not self.any_process(self.guard.is_bad()):
             return
+        where = self.guard.describe(self.loader, self.epoch, self.rank)
+        found = f'{where}. Terms so far: {self.means}.' if where else ''
+        first = next(text for text in gather_object([found]) if text)
+        lr = self.raw_optimizer.param_groups[0]['lr']
         kept = f" The last good state is kept at '{self.states.folder}'." if self.states.exists() else ''
         raise NonFiniteLoss(
-            f'The loss of stage {self.stage.name} is not finite: epoch {self.epoch}, '
-            f'{self.guard.describe(self.loader, self.epoch, self.rank)}, learning rate '
-            f"{self.raw_optimizer.param_groups[0]['lr']:.3g}. Terms so far: {self.means}.{kept}")
+            f'The loss of stage {self.stage.name} is not finite: {first} The learning rate was {lr:.3g}.{kept}')
 
     # results
 
