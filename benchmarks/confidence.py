@@ -10,7 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from timm_dynamic.benchmark import get_device, time_interleaved
-from timm_dynamic.layers import ConfidenceNet, SparseMasks
+from timm_dynamic.models import ConfidenceNet
+from timm_dynamic.task.confidence_net import SparseMasks
 
 NAME, HELP = 'confidence', 'score probabilities: the confidence net against one that computes all of the original'
 

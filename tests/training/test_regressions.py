@@ -13,8 +13,8 @@ from helpers import make_images, run_python
 from timm.data import create_loader
 
 from timm_dynamic.data import create_dataset
-from timm_dynamic.exits import ExitTable, early_exit
 from timm_dynamic.evaluation import run_validation
+from timm_dynamic.exits import ExitTable, early_exit
 from timm_dynamic.training import run_training, train_main
 from timm_dynamic.training.run_folder import CheckpointManager
 from timm_dynamic.utils import save_pretrained

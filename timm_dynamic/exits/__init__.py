@@ -1,5 +1,6 @@
 """When to stop: exit tables, the solvers that make an exit policy of one, and early exit that runs it."""
-from ..models.dynamic_net import ExitResult, register_exit_policy
+from ..models.dynamic_net import ExitResult
+from ..models.exit_cfg import register_exit_policy
 from .cascade_table import cascade_table
 from .collect import collect_exit_table
 from .engine import early_exit

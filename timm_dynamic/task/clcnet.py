@@ -21,8 +21,8 @@ from safetensors.torch import save_file
 from ..data import ConfidenceFeatures, FoldMap, fold_names
 from ..data.image_names import image_names
 from ..exits import ExitTable
-from ..exits.collect import Outputs, run_loader
 from ..exits.cascade_table import cascade_table
+from ..exits.collect import Outputs, run_loader
 from ..exits.measures import auroc, cross_area, curve_area
 from ..models.builder import load_checkpoint
 from ..models.clcnet import FINAL_RULES, CLCNet, fetch_members

@@ -65,8 +65,8 @@ def compare_stages(
         budgets = last and isinstance(model, DynamicNet)
         evaluator = ModelEvaluator(
             model, label, validation_options(own, split, save_budgets=budgets, curve=budgets), accelerator,
-            training_data_config(own, model), out_of_fold if last else None, fit_splits=[own.val_split] * bool(own.val_split),
-            compared=not budgets)
+            training_data_config(own, model), out_of_fold if last else None,
+            fit_splits=[own.val_split] if own.val_split else [], compared=not budgets)
         report = evaluator.run()
         rows.append(_result_row(report.row or {}, evaluator, split))
         reports.append(report)

@@ -348,7 +348,7 @@ class Trainer:
             except RuntimeError:
                 if not stop:
                     raise
-                # The signal went to the loader's workers, too. Other processes cannot be asked whether the state is good.
+                # The signal went to the loader's workers, too. Other processes cannot be asked about their losses.
                 if self.batch % self.accum == 0 and self.world_size == 1:
                     self.save_state()
                 raise Stopped(stop.signum or signal.SIGTERM) from None

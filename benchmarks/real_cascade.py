@@ -1,8 +1,8 @@
-"""Cascades of real networks on real images: which confidence is best? Not a test: it needs ../shared/real.
+"""Cascades of real networks on real images: which confidence is best? Needs ../shared/real.
 
-    python tests/parity/real_cascade.py [CACHE_FOLDER]
+    python -m benchmarks.real_cascade [CACHE_FOLDER]
 
-For three random halves: thresholds are fitted on one half and judged on the other, and so is the confidence net that is
+For three random halves: thresholds are fitted on one half and evaluated on the other, and so is the confidence net that is
 trained here (out of two folds of the first half for its thresholds). Prints the tables of docs/clcnet.md.
 """
 import importlib.util
@@ -15,19 +15,18 @@ import timm
 import torch
 from PIL import Image
 
-sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
+from timm_dynamic import ConfidenceNet
+from timm_dynamic.data import ConfidenceFeatures
+from timm_dynamic.evaluation.cascade import replay_members
+from timm_dynamic.exits import (
+    cascade_table,
+    solve_thresholds,
+)
+from timm_dynamic.exits.measures import auroc, curve_area
+from timm_dynamic.models.macs import count_macs
+from timm_dynamic.task import fit_confidence_net, fit_folds, make_folds, score_folds
 
-from helpers import SHARED  # noqa: E402
-
-from timm_dynamic import ConfidenceNet  # noqa: E402
-from timm_dynamic.data import ConfidenceFeatures  # noqa: E402
-from timm_dynamic.evaluation.cascade import replay_members  # noqa: E402
-from timm_dynamic.exits import solve_thresholds  # noqa: E402
-from timm_dynamic.exits import cascade_table  # noqa: E402
-from timm_dynamic.exits.measures import auroc, curve_area  # noqa: E402
-from timm_dynamic.models.macs import count_macs  # noqa: E402
-from timm_dynamic.task import fit_confidence_net, fit_folds, make_folds, score_folds  # noqa: E402
-
+SHARED = Path(__file__).parents[2] / 'shared'  # reference material that is not part of the repository
 HALVES, FOLDS, SHARES = 3, 2, (0.25, 0.5, 0.75)
 FIT = dict(epochs=60, patience=15)
 
