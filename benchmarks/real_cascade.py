@@ -2,13 +2,14 @@
 
     python -m benchmarks.real_cascade [CACHE_FOLDER]
 
-For three random halves: thresholds are fitted on one half and evaluated on the other, and so is the confidence net that is
+For three random halves: thresholds are fitted on one half and evaluated on the other, as is the confidence net that is
 trained here (out of two folds of the first half for its thresholds). Prints the tables of docs/clcnet.md.
 """
 import importlib.util
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import timm
@@ -28,11 +29,11 @@ from timm_dynamic.task import fit_confidence_net, fit_folds, make_folds, score_f
 
 SHARED = Path(__file__).parents[2] / 'shared'  # reference material that is not part of the repository
 HALVES, FOLDS, SHARES = 3, 2, (0.25, 0.5, 0.75)
-FIT = dict(epochs=60, patience=15)
+FIT: dict[str, Any] = dict(epochs=60, patience=15)
 
 
-def real():
-    spec = importlib.util.spec_from_file_location('load', SHARED / 'real/load.py')
+def real() -> Any:
+    spec: Any = importlib.util.spec_from_file_location('load', SHARED / 'real/load.py')
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -49,7 +50,7 @@ def nips17(load):
     for name in ('mobilenetv1_050_160', 'mobilenet_edgetpu_100_224'):
         size = int(name.rpartition('_')[2])
         net = load.imagenet_net(name)
-        pixels = [torch.from_numpy(np.array(image.resize((size, size), Image.BICUBIC))) for image in images]
+        pixels = [torch.from_numpy(np.array(image.resize((size, size), Image.Resampling.BICUBIC))) for image in images]
         x = (torch.stack(pixels).permute(0, 3, 1, 2).float() - 127.5) / 127.5
         logits.append(say(net, x.split(50)))
         macs.append(count_macs(net, (3, size, size)))
@@ -66,14 +67,14 @@ def cifar10(load):
 
 def cascade(macs, classes):
     """Replays answers; its members are never run, only their costs count."""
-    model = timm.create_model('test_clcnet', num_classes=classes).eval()
+    model: Any = timm.create_model('test_clcnet', num_classes=classes).eval()
     model._step_macs = (macs[0], sum(macs))
     return model
 
 
 def compare(logits, target, macs, nets):
     """Rows by confidence and rule: AUROC, area and accuracies of every half."""
-    found = {}
+    found: dict[tuple[str, str], list[list[float]]] = {}
     for seed in range(HALVES):
         order = torch.randperm(len(target), generator=torch.Generator().manual_seed(seed))
         a, b = order.chunk(2)

@@ -56,6 +56,8 @@ def compare_stages(
         (s.label or s.name, timm.create_model(f'local-dir:{weights[s.name]}', pretrained=True),
          options.for_stage(s, accelerator.num_processes))
         for s in stages if s.shown and (weights[s.name] / 'config.json').exists()]
+    if not models:
+        return []
     references = [
         (label, create_baseline(source, models[-1][1]), args) for label, source in recipe.references.items()]
     out_of_fold = _out_of_fold(stages[-1], folder, results, args)
