@@ -138,15 +138,15 @@ def test_keeps_itself(tiny, tmp_path):
 
 @pytest.mark.parametrize(('arguments', 'message'), [
     (dict(img_size=(96, 80)), 'square images, got img_size 96x80'),
-    (dict(patch_size=97), 'patch_size must be between 1 and img_size 96, got 97'),
+    (dict(patch_size=97), 'Images of 96 pixels have no windows of 97'),
     (dict(num_steps=1), 'num_steps must be at least 2'),
     (dict(iou_thresholds=[0.3, 0.3]), '3 steps look at 2 windows, which need 1 iou_thresholds, got 2'),
     (dict(backbone='resnet51'), "Unknown backbone 'resnet51'"),
     (dict(global_pool='max'), "must be 'avg', or '' without classes, got 'max' with 7 classes"),
     (dict(iou_thresholds=[1.5]), r'Overlap thresholds are shares in 0..1, got \[1.5\]'),
     (dict(iou_thresholds=float('nan')), r'Overlap thresholds are shares in 0..1, got \[nan\]'),
-    (dict(num_steps=27), "Images of 96 pixels hold 5x5 windows for the localizer 'anchornet', 27 steps look at 26"),
-    (dict(img_size=60), "Images of 60 pixels hold 0x0 windows for the localizer 'anchornet'"),
+    (dict(num_steps=27), "Images of 96 pixels have 5x5 windows for the localizer 'anchornet', 27 steps need 26"),
+    (dict(img_size=60), "Images of 60 pixels have 0x0 windows for the localizer 'anchornet'"),
     (dict(localizer='test_vit', localizer_stride=16), r"'test_vit' needs a feature map .* it gives \[1, 37, 64\]"),
     (dict(localizer='inception_v3', localizer_stride=32, img_size=60, device='meta'),
      "localizer 'inception_v3' cannot take images of 60 pixels"),
@@ -163,9 +163,9 @@ def test_bad_arguments(arguments, message):
 
 @pytest.mark.parametrize(('shape', 'message'), [
     ((2, 3, 96, 80), 'square images, got 96x80'),
-    ((2, 3, 40, 40), 'Images of 40 pixels are smaller than the windows of 48'),
-    ((2, 3, 70, 70), "Images of 70 pixels hold 1x1 windows for the localizer 'anchornet', 3 steps look at 2"),
-    ((2, 3, 62, 62), 'Images of 62 pixels hold 0x0 windows'),
+    ((2, 3, 40, 40), 'Images of 40 pixels have no windows of 48'),
+    ((2, 3, 70, 70), "Images of 70 pixels have 1x1 windows for the localizer 'anchornet', 3 steps need 2"),
+    ((2, 3, 62, 62), 'Images of 62 pixels have 0x0 windows'),
     ((2, 1, 96, 96), r'Expected images \[batch, 3, height, width\], got \[2, 1, 96, 96\]'),
 ])
 def test_bad_images(tiny, shape, message):
@@ -175,7 +175,7 @@ def test_bad_images(tiny, shape, message):
 
 
 def test_sizes_that_hold_too_few_windows_cannot_be_set(tiny):
-    for size, message in ((70, 'hold 1x1 windows'), (40, 'patch_size must be between 1 and img_size 40, got 48')):
+    for size, message in ((70, 'have 1x1 windows'), (40, 'Images of 40 pixels have no windows of 48')):
         with pytest.raises(ValueError, match=message):
             tiny.set_input_size(size)
     assert tiny.img_size == 96

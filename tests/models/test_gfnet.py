@@ -155,7 +155,7 @@ def test_input_channels_sizes_and_layouts():
 
 @pytest.mark.parametrize(('arguments', 'message'), [
     (dict(img_size=(96, 80)), 'square images, got img_size 96x80'),
-    (dict(img_size=48), 'patch_size must be between 1 and img_size 48, got 64'),
+    (dict(img_size=48), 'Images of 48 pixels have no patches of 64'),
     (dict(num_steps=1), 'num_steps must be at least 2'),
     (dict(step_classifier='mean'), "step_classifier must be 'recurrent' or 'concat', got 'mean'"),
     (dict(policy='mlp'), "policy must be 'linear' or 'conv', got 'mlp'"),
@@ -164,7 +164,7 @@ def test_input_channels_sizes_and_layouts():
     (dict(backbone='test_vit'), "The backbone 'test_vit' has no spatial feature map"),
     (dict(backbone='swin_tiny_patch4_window7_224', patch_size=50, img_size=96, backbone_args=dict(img_size=64)),
      r"The backbone 'swin_tiny_patch4_window7_224' does not take patches of 50 pixels: Input height \(50\)"),
-    (dict(backbone_args=dict(width=3)), r"The backbone 'test_resnet' cannot be made with .*'width': 3"),
+    (dict(backbone_args=dict(width=3)), r"The backbone 'test_resnet' cannot be created with .*'width': 3"),
 ])
 def test_bad_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
@@ -173,7 +173,7 @@ def test_bad_arguments(arguments, message):
 
 @pytest.mark.parametrize(('shape', 'message'), [
     ((2, 3, 96, 80), 'square images, got 96x80'),
-    ((2, 3, 24, 24), 'Images of 24 pixels are smaller than the patches of 48'),
+    ((2, 3, 24, 24), 'Images of 24 pixels have no patches of 48'),
     ((2, 1, 96, 96), r'Expected images \[batch, 3, height, width\], got \[2, 1, 96, 96\]'),
     ((3, 96, 96), r'Expected images \[batch, 3, height, width\], got \[3, 96, 96\]'),
 ])
@@ -207,6 +207,13 @@ def test_any_backbone(backbone, classifier, policy):
         torch.testing.assert_close(model.forward_head(model.forward_features(x)), logits)
     weights = model.state_dict()
     assert all(f'{n}.weight' in weights for k in ('first_conv', 'classifier') for n in model.pretrained_cfg[k])
+
+
+def test_backbone_arguments_may_be_named_as_ours():
+    model = timm.create_model(
+        'gfnet', backbone='swin_tiny_patch4_window7_224', patch_size=64, policy='conv', device='meta',
+        backbone_args=dict(patch_size=2, img_size=64))
+    assert model.local_encoder.patch_embed.patch_size == (2, 2)
 
 
 def test_backbone_arguments_are_exported(tmp_path):

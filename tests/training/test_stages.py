@@ -449,7 +449,7 @@ def test_two_processes_in_every_stage(tmp_path, family, stages):
     (['--init-from', 'missing'], "No checkpoint at 'missing'"),
     (['--stage', 'finetune', '--init-from', '{first}'], 'holds no policy'),
     (['--init-local', 'resnet18'], "The weights of 'resnet18' are not to be had"),
-    (['--model-kwargs', 'patch_size=64'], 'patch_size must be between 1 and img_size 48, got 64'),
+    (['--model-kwargs', 'patch_size=64'], 'Images of 48 pixels have no patches of 64'),
     (['--recipe', 'focusnet'], 'needs a baseline'),
     (['--device-modules', 'nonsense'], "--device-modules nonsense: No module named 'nonsense'"),
     (['--torchcompile', 'nonsense'], '--torchcompile nonsense: expected one of'),

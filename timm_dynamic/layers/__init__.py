@@ -2,6 +2,7 @@ from .autocast import no_autocast
 from .fuse import fuse_conv_bn
 from .patch_crop import crop_patches, crop_patches_bilinear, get_glance, get_patch_coords
 from .patch_policy import PatchPolicy
+from .renormalize import Renormalize
 from .restricted_attention import restricted_attention
 from .step_classifier import ConcatStepClassifier, RecurrentStepClassifier, StepClassifier
 from .tabnet import FeatureTransformer, GhostBatchNorm
@@ -13,6 +14,7 @@ __all__ = [
     'GhostBatchNorm',
     'PatchPolicy',
     'RecurrentStepClassifier',
+    'Renormalize',
     'StepClassifier',
     'check_iou_thresholds',
     'choose_windows',

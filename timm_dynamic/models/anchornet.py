@@ -30,7 +30,7 @@ from ..layers import check_iou_thresholds, choose_windows, class_activation_map,
 from ..utils import CheckpointError, read_state_dict
 from .builder import build_dynamic_model, hub_id
 from .dynamic_net import DynamicNet, State, on_meta
-from .gfnet import check_pool, create_encoder
+from .networks import check_pool, create_encoder, join_group_matchers, join_layer_names, join_no_weight_decay
 
 __all__ = ['AnchorNet', 'AnchorNetPatch']
 
@@ -243,11 +243,6 @@ class AnchorNetPatch(DynamicNet):
             dtype: torch.dtype | None = None,
     ) -> None:
         dd: dict[str, Any] = {'device': device, 'dtype': dtype}
-        height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
-        if height != width:
-            raise ValueError(f'AnchorNetPatch takes square images, got img_size {height}x{width}.')
-        if not 0 < patch_size <= height:
-            raise ValueError(f'patch_size must be between 1 and img_size {height}, got {patch_size}.')
         if num_steps < 2:
             raise ValueError(f'num_steps must be at least 2, the small image and a window, got {num_steps}.')
         check_pool(global_pool, num_classes)
@@ -256,7 +251,7 @@ class AnchorNetPatch(DynamicNet):
             raise ValueError(
                 f'{num_steps} steps look at {num_steps - 1} windows, which need {num_steps - 2} iou_thresholds, '
                 f'got {len(thresholds)}.')
-        super().__init__(num_steps, num_classes, in_chans, height, exit_cfg)
+        super().__init__(num_steps, num_classes, in_chans, img_size, exit_cfg)
         self.backbone, self.backbone_args = backbone, dict(backbone_args or {})
         self.patch_size = patch_size
         self.iou_thresholds = check_iou_thresholds(thresholds)
@@ -272,18 +267,19 @@ class AnchorNetPatch(DynamicNet):
         else:
             if localizer_stride is None:
                 raise ValueError(f"Give the stride of the localizer '{localizer}' as localizer_stride, in pixels.")
-            self.localizer = create_encoder(localizer, in_chans, height, num_classes, **(localizer_args or {}), **dd)
+            self.localizer = create_encoder(
+                localizer, in_chans, self.img_size, num_classes, **(localizer_args or {}), **dd)
             self.localizer_stride, self.localizer_field = localizer_stride, localizer_field
         self.localizer_name = localizer
         self._grids: dict[int, tuple[int, int]] = {}  # by side of the image, as far as asked for
         self._check_localizer()
-        self._check_windows(height)
+        self.check_img_size(self.img_size)
         self.num_features = self.resized.num_features
         self.head_hidden_size = self.resized.head_hidden_size
-        first_convs = [_names(n.pretrained_cfg.get('first_conv')) if hasattr(n, 'pretrained_cfg') else ('stem.0',)
-                       for n in self._networks().values()]
-        self._traits: dict[str, Any] = {'first_conv': tuple(
-            f'{part}.{name}' for part, names in zip(self._networks(), first_convs) for name in names)}
+        localizer_conv = ('localizer.stem.0',) if isinstance(self.localizer, AnchorNet) else \
+            join_layer_names({'localizer': self.localizer}, 'first_conv')
+        self._traits: dict[str, Any] = {'first_conv': (
+            *join_layer_names({'resized': self.resized, 'patch': self.patch}, 'first_conv'), *localizer_conv)}
 
     @property
     def setup_name(self) -> str:
@@ -294,8 +290,7 @@ class AnchorNetPatch(DynamicNet):
         return {'resized': self.resized, 'patch': self.patch, 'localizer': self.localizer}
 
     def init_state(self, x: torch.Tensor) -> State:
-        self.check_square_images(x, self.patch_size, 'windows')
-        self._check_windows(x.shape[2])
+        self.check_images(x)
         return {'image': x}
 
     def _grid(self, img_size: int) -> tuple[int, int]:
@@ -319,13 +314,14 @@ class AnchorNetPatch(DynamicNet):
                 f"The localizer '{self.localizer_name}' cannot take images of {img_size} pixels: "
                 f'{str(e).splitlines()[0]}') from e
 
-    def _check_windows(self, img_size: int) -> None:
-        """Raise a ValueError if images of a size hold fewer windows than steps look at."""
-        rows, columns = self._grid(img_size)
+    def check_img_size(self, side: int) -> None:
+        if not 0 < self.patch_size <= side:
+            raise ValueError(f'Images of {side} pixels have no windows of {self.patch_size}.')
+        rows, columns = self._grid(side)
         if rows * columns < self.num_steps - 1:
             raise ValueError(
-                f'Images of {img_size} pixels hold {rows}x{columns} windows for the localizer '
-                f"'{self.localizer_name}', {self.num_steps} steps look at {self.num_steps - 1}.")
+                f"Images of {side} pixels have {rows}x{columns} windows for the localizer '{self.localizer_name}', "
+                f'{self.num_steps} steps need {self.num_steps - 1}.')
 
     def _check_localizer(self) -> None:
         """Raise a ValueError unless the localizer is a linear classifier of the mean of a feature map."""
@@ -353,13 +349,6 @@ class AnchorNetPatch(DynamicNet):
             raise ValueError(
                 f'{what} classifies {classifier.in_features} features, its map has {shape[1]}: expected a classifier '
                 'of the mean of the map.')
-
-    def set_input_size(self, img_size: int | tuple[int, int]) -> None:
-        side = img_size if isinstance(img_size, int) else min(img_size)
-        if side < self.patch_size:
-            raise ValueError(f'patch_size must be between 1 and img_size {side}, got {self.patch_size}.')
-        self._check_windows(side)
-        super().set_input_size(img_size)
 
     def step(self, t: int, state: State) -> tuple[torch.Tensor, State]:
         """Run one step, see `DynamicNet.step`.
@@ -471,24 +460,12 @@ class AnchorNetPatch(DynamicNet):
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        return {f'{part}.{name}' for part, net in self._networks().items()
-                for name in getattr(net, 'no_weight_decay', set)()}
-
+        return join_no_weight_decay(self._networks())
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """The networks' groups side by side."""
-        out: dict[str, Any] = {}
-        for part, net in self._networks().items():
-            for name, spec in net.group_matcher(coarse=coarse).items():
-                for pattern, suffix in ([(spec, None)] if isinstance(spec, str) else spec or ()):
-                    inner = pattern.replace('^', '')
-                    out.setdefault(name, []).append((rf'^{part}\.(?:{inner})', suffix))
-        return out
-
-
-def _names(value: Any) -> tuple[str, ...]:
-    return () if not value else (value,) if isinstance(value, str) else tuple(value)
+        """Groups of the networks, side by side."""
+        return join_group_matchers(self._networks(), coarse)
 
 
 # Parts of the model, and the word in the name of the authors' file with its weights.

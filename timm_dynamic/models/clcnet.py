@@ -32,11 +32,13 @@ from timm.models import (
 )
 from torch import nn
 
+from ..layers.renormalize import Renormalize, per_channel
 from ..utils import CheckpointError
 from .builder import BUNDLED, build_dynamic_model, checkpoint_filter_of, hub_id
 from .cascade_members import Member, number_networks, record_members, resolve_members
 from .confidence_net import ConfidenceNet, confidence_net_filter_fn, read_confidence_net
 from .dynamic_net import DynamicNet, State, on_meta
+from .networks import join_group_matchers, join_layer_names, join_no_weight_decay
 
 __all__ = ['CLCNet']
 
@@ -113,10 +115,7 @@ class CLCNet(DynamicNet):
         _check_choice('final_rule', final_rule, FINAL_RULES)
         _check_pool(global_pool)
         largest = max(m.view['size'] for m in members)
-        height, width = (img_size, img_size) if isinstance(img_size, int) else img_size or (largest, largest)
-        if height != width:
-            raise ValueError(f'Cascades take square images, got img_size {height}x{width}.')
-        super().__init__(len(members), num_classes, in_chans, height, exit_cfg)
+        super().__init__(len(members), num_classes, in_chans, img_size or largest, exit_cfg)
         self.confidence_kind = confidence
         self.final_rule = final_rule
         self.specs = members
@@ -133,16 +132,13 @@ class CLCNet(DynamicNet):
             self.confidence_net = ConfidenceNet(device=device, dtype=dtype)
 
         # An image given as one tensor is normalised for the member with the largest view.
-        reference = self.reference_view
-        for i, member in enumerate(members):
-            scale, shift = _renormalisation(reference, member.view, in_chans)
-            for name, values in (('scale', scale), ('shift', shift)):
-                value = None if values is None else torch.tensor(values, device=device, dtype=dtype).view(1, -1, 1, 1)
-                self.register_buffer(f'{name}_{i}', value, persistent=False)
+        view = self.reference_view
+        self.renormalize = nn.ModuleList([Renormalize(
+            view['mean'], view['std'], m.view['mean'], m.view['std'], in_chans, device, dtype) for m in members])
         self.num_features = self.head_hidden_size = sum(self._widths())
-        self._traits: Any = {'first_conv': self._names_of('first_conv')}
+        self._traits: Any = {'first_conv': join_layer_names(self._networks(), 'first_conv')}
         if any(m.fixed_size for m in members):
-            self._traits['img_size'] = (height, height)
+            self._traits['img_size'] = (self.img_size, self.img_size)
 
     def recorded_args(self) -> dict[str, Any]:
         return {
@@ -165,7 +161,7 @@ class CLCNet(DynamicNet):
         """For each member how it wants its images prepared, as timm's `create_transform` takes it."""
         return tuple({
             **{k: v for k, v in m.view.items() if k != 'size'}, 'input_size': (self.in_chans, size, size),
-            **{k: tuple(_of_channels(m.view[k], self.in_chans)) for k in ('mean', 'std')},
+            **{k: per_channel(m.view[k], self.in_chans) for k in ('mean', 'std')},
         } for m, size in zip(self.specs, self.view_sizes))
 
     def step_macs_of(self, confidence: str) -> tuple[int, ...]:
@@ -181,12 +177,10 @@ class CLCNet(DynamicNet):
     def _net(self, t: int) -> Any:
         return self.members[self.member_of_step[t]]
 
-    def set_input_size(self, img_size: int | tuple[int, int]) -> None:
-        side = img_size if isinstance(img_size, int) else img_size[0]
+    def check_img_size(self, side: int) -> None:
         fixed = [m.label for m in self.specs if m.fixed_size]
         if fixed and side != self.img_size:
-            raise ValueError(f"The member {fixed[0]} takes images of one size only: give img_size to create_model.")
-        super().set_input_size(img_size)
+            raise ValueError(f'The member {fixed[0]} takes images of one size only: give img_size to create_model.')
 
     # Steps
 
@@ -232,8 +226,7 @@ class CLCNet(DynamicNet):
             mode = 'bilinear' if self.specs[t].view['interpolation'] == 'bilinear' else 'bicubic'
             low = x.dtype in (torch.float16, torch.bfloat16)  # not implemented on the CPU
             x = F.interpolate(x.float() if low else x, size, mode=mode, antialias=True).to(x.dtype)
-        scale, shift = getattr(self, f'scale_{t}'), getattr(self, f'shift_{t}')
-        return x if scale is None else x * scale.to(x.dtype) + shift.to(x.dtype)
+        return self.renormalize[t](x)
 
     def step(self, t: int, state: State) -> tuple[torch.Tensor, State]:
         """Run one member, see `DynamicNet.step`.
@@ -414,13 +407,8 @@ class CLCNet(DynamicNet):
 
     # What timm asks of its models
 
-    def _names_of(self, what: str) -> tuple[str, ...]:
-        """Names of the members' first convolutions or classifiers."""
-        out = []
-        for i, net in enumerate(self.members):
-            names = getattr(net, 'pretrained_cfg', {}).get(what) or ()
-            out += [f'members.{i}.{name}' for name in ((names,) if isinstance(names, str) else names)]
-        return tuple(out)
+    def _networks(self) -> dict[str, Any]:
+        return {f'members.{i}': net for i, net in enumerate(self.members)}
 
     @torch.jit.ignore
     def get_classifier(self) -> tuple[nn.Module, ...]:
@@ -442,34 +430,12 @@ class CLCNet(DynamicNet):
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        return {f'members.{i}.{name}' for i, net in enumerate(self.members)
-                for name in getattr(net, 'no_weight_decay', set)()}
+        return join_no_weight_decay(self._networks())
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """The members' groups side by side; the confidence net comes last."""
-        out: dict[str, Any] = {}
-        for i, net in enumerate(self.members):
-            for name, spec in net.group_matcher(coarse=coarse).items():
-                for pattern, suffix in ([(spec, None)] if isinstance(spec, str) else spec or ()):
-                    inner = pattern.replace('^', '')
-                    out.setdefault(name, []).append((rf'^members\.{i}\.(?:{inner})', suffix))
-        return out
-
-
-def _renormalisation(old: Mapping[str, Any], new: Mapping[str, Any], in_chans: int) -> tuple[Any, Any]:
-    """Scale and shift per channel that turn images normalised in one way into such normalised in the other."""
-    old_mean, old_std, new_mean, new_std = (
-        _of_channels(values, in_chans) for values in (old['mean'], old['std'], new['mean'], new['std']))
-    if list(old_mean) == list(new_mean) and list(old_std) == list(new_std):
-        return None, None
-    return ([a / b for a, b in zip(old_std, new_std)],
-            [(a - b) / c for a, b, c in zip(old_mean, new_mean, new_std)])
-
-
-def _of_channels(values: Sequence[float], in_chans: int) -> Sequence[float]:
-    """Mean or deviation for each channel: their average, as in timm, where there are not as many."""
-    return values if len(values) == in_chans else [sum(values) / len(values)] * in_chans
+        """Groups of the members, side by side. The confidence net comes last."""
+        return join_group_matchers(self._networks(), coarse)
 
 
 def _check_pool(global_pool: str) -> None:
@@ -624,7 +590,7 @@ default_cfgs = generate_default_cfgs({
 def _create(pretrained: bool = False, pretrained_cfg: Any = None, variant: str = '', **kwargs: Any) -> CLCNet:
     model: Any = build_model_with_cfg(CLCNet, variant, pretrained, pretrained_cfg=pretrained_cfg, **kwargs)
     cfg = model.pretrained_cfg
-    cfg.update(first_conv=model._traits['first_conv'], classifier=model._names_of('classifier'))
+    cfg.update(first_conv=model._traits['first_conv'], classifier=join_layer_names(model._networks(), 'classifier'))
     # Images are prepared for the member with the largest view, unless another preparation was asked for.
     view, static = model.reference_view, vars(get_pretrained_cfg(variant))
     for key, value in dict(view, input_size=(model.in_chans, view['size'], view['size'])).items():

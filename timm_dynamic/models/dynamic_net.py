@@ -43,6 +43,18 @@ def select_rows(state: State, rows: torch.Tensor) -> State:
     return {name: value[rows] for name, value in state.items()}
 
 
+def square_side(img_size: int | Sequence[int], name: str) -> int:
+    """Side of square images, from an argument like timm's `img_size`.
+
+    Raises:
+        ValueError: The images are not square; `name` takes square ones only.
+    """
+    height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
+    if height != width:
+        raise ValueError(f'{name} takes square images, got img_size {height}x{width}.')
+    return height
+
+
 class ExitResult(NamedTuple):
     """Result of early exit, in the order of the input."""
     logits: torch.Tensor  # [B, num_classes]
@@ -73,14 +85,14 @@ class DynamicNet(nn.Module):
             num_steps: int,
             num_classes: int,
             in_chans: int = 3,
-            img_size: int = 224,
+            img_size: int | Sequence[int] = 224,
             exit_cfg: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.num_steps = num_steps
         self.num_classes = num_classes
         self.in_chans = in_chans
-        self.img_size = img_size
+        self.img_size = square_side(img_size, type(self).__name__)
         self._step_macs: tuple[int, ...] | None = None
         self.exit_policy: StopRule | None = None
         self._compiled_steps: Sequence[Any] | None = None
@@ -113,16 +125,18 @@ class DynamicNet(nn.Module):
         """
         raise NotImplementedError
 
-    def check_square_images(self, x: torch.Tensor, least: int, what: str) -> None:
-        """Raise a ValueError unless x is images [B, in_chans, S, S] with S of at least `least`, the size of `what`."""
+    def check_img_size(self, side: int) -> None:
+        """Raise a ValueError if the model cannot take images of this side. Families override it."""
+
+    def check_images(self, x: torch.Tensor) -> None:
+        """Raise a ValueError unless x is a batch of square images [B, in_chans, S, S] of a size the model can take."""
         if not isinstance(x, torch.Tensor):
             raise ValueError(f'Expected images as a tensor, got {type(x).__name__}.')
         if x.ndim != 4 or x.shape[1] != self.in_chans:
             raise ValueError(f'Expected images [batch, {self.in_chans}, height, width], got {list(x.shape)}.')
         if x.shape[2] != x.shape[3]:
             raise ValueError(f'{type(self).__name__} takes square images, got {x.shape[2]}x{x.shape[3]}.')
-        if x.shape[2] < least:
-            raise ValueError(f'Images of {x.shape[2]} pixels are smaller than the {what} of {least}.')
+        self.check_img_size(x.shape[2])
 
     def step(self, t: int, state: State) -> tuple[torch.Tensor, State]:
         """Run one step.
@@ -203,16 +217,15 @@ class DynamicNet(nn.Module):
         return self._step_macs
 
     def set_input_size(self, img_size: int | tuple[int, int]) -> None:
-        """Set the side of the images that costs are counted for, as the argument `img_size` would.
+        """Set the side of the images that costs are counted for, like the argument `img_size`.
 
         Raises:
             ValueError: The model cannot take images of this size.
         """
-        height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
-        if height != width:
-            raise ValueError(f'{type(self).__name__} takes square images, got img_size {height}x{width}.')
-        self.img_size, self._step_macs = height, None
-        self._traits: dict[str, Any] = {**getattr(self, '_traits', {}), 'img_size': (height, height)}  # timm exports it
+        side = square_side(img_size, type(self).__name__)
+        self.check_img_size(side)
+        self.img_size, self._step_macs = side, None
+        self._traits: dict[str, Any] = {**getattr(self, '_traits', {}), 'img_size': (side, side)}  # timm exports it
 
     # Running it
 

@@ -19,12 +19,11 @@ Departures from the released code (https://github.com/blackfeather-wang/GFNet-Py
 """
 import logging
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import get_device_dtype
@@ -32,12 +31,8 @@ from timm.models import (
     build_model_with_cfg,
     clean_state_dict,
     generate_default_cfgs,
-    get_pretrained_cfg,
-    is_model,
-    list_models,
     register_model,
 )
-from timm.models.mobilenetv3 import _gen_mobilenet_v3  # timm has the generator, but no entry point of this width
 from torch import nn
 
 from ..layers import (
@@ -50,38 +45,16 @@ from ..layers import (
     get_glance,
     get_patch_coords,
 )
-from ..utils import CheckpointError, did_you_mean, read_checkpoint
+from ..utils import CheckpointError, read_checkpoint
 from ..utils.checkpoint import find_state_dict
 from .builder import build_dynamic_model, hub_id
 from .dynamic_net import DynamicNet, State, on_meta
 from .exit_cfg import plain_json
+from .networks import check_pool, create_encoder, join_group_matchers, join_layer_names, join_no_weight_decay
 
 __all__ = ['GFNet']
 
 _logger = logging.getLogger(__name__)
-
-# Backbones beside timm's registered ones.
-_BACKBONES = {'mobilenetv3_large_125': partial(_gen_mobilenet_v3, 'mobilenetv3_large_100', 1.25)}
-
-
-def create_encoder(backbone: str, in_chans: int, patch_size: int, num_classes: int = 0, **kwargs: Any) -> Any:
-    """Create a network for images of the size of a patch, which ends with its feature vector.
-
-    Raises:
-        ValueError: There is no such backbone, or it does not take these arguments.
-    """
-    name = backbone.split('.')[0]
-    if name not in _BACKBONES and not is_model(name):
-        raise ValueError(f"Unknown backbone '{backbone}'.{did_you_mean(backbone, [*list_models(), *_BACKBONES])}")
-    cfg = get_pretrained_cfg(backbone)
-    if cfg is not None and cfg.fixed_input_size:
-        kwargs = {'img_size': patch_size, **kwargs}
-    create_fn: Any = _BACKBONES.get(name) or partial(timm.create_model, backbone)
-    try:
-        return create_fn(num_classes=num_classes, in_chans=in_chans, **kwargs)
-    except TypeError as e:
-        raise ValueError(f"The backbone '{backbone}' cannot be made with {kwargs}: {e}") from e
-
 
 class GFNet(DynamicNet):
     """Glance-and-focus network over any timm backbone that has a spatial feature map.
@@ -135,20 +108,17 @@ class GFNet(DynamicNet):
             dtype: torch.dtype | None = None,
     ) -> None:
         dd: dict[str, Any] = {'device': device, 'dtype': dtype}
-        height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
-        if height != width:
-            raise ValueError(f'GFNet takes square images, got img_size {height}x{width}.')
-        _check_patch_size(patch_size, height)
         if num_steps < 2:
             raise ValueError(f'num_steps must be at least 2, a glance and a patch, got {num_steps}.')
         if step_classifier not in ('recurrent', 'concat'):
             raise ValueError(f"step_classifier must be 'recurrent' or 'concat', got {step_classifier!r}.")
         if glance_mode not in ('bicubic', 'bilinear'):
             raise ValueError(f"glance_mode must be 'bicubic' or 'bilinear', got {glance_mode!r}.")
-        super().__init__(num_steps, num_classes, in_chans, height, exit_cfg)
+        super().__init__(num_steps, num_classes, in_chans, img_size, exit_cfg)
         self.backbone = backbone
         self.backbone_args = dict(backbone_args or {})
         self.patch_size = patch_size
+        self.check_img_size(self.img_size)
         self.glance_mode = glance_mode
         self.drop_rate = drop_rate
         self.global_pool = check_pool(global_pool, num_classes)
@@ -169,8 +139,10 @@ class GFNet(DynamicNet):
 
         self.num_features = num_steps * map_shape[0]
         self.head_hidden_size = self.classifier.num_features
-        first_conv = self.global_encoder.pretrained_cfg.get('first_conv') or ()
-        self._traits: Any = {'first_conv': _of_both((first_conv,) if isinstance(first_conv, str) else first_conv)}
+        self._traits: Any = {'first_conv': join_layer_names(self._encoders(), 'first_conv')}
+
+    def _encoders(self) -> dict[str, Any]:
+        return {'global_encoder': self.global_encoder, 'local_encoder': self.local_encoder}
 
     def _probe(self) -> tuple[tuple[int, int, int], int]:
         """Shape [C, h, w] of the encoders' feature map, and the width of their feature vector."""
@@ -196,12 +168,12 @@ class GFNet(DynamicNet):
         feature = encoder.forward_head(x, pre_logits=True)
         return (x.permute(0, 3, 1, 2) if _is_nhwc(encoder) else x), feature
 
-    def set_input_size(self, img_size: int | tuple[int, int]) -> None:
-        _check_patch_size(self.patch_size, img_size if isinstance(img_size, int) else min(img_size))
-        super().set_input_size(img_size)
+    def check_img_size(self, side: int) -> None:
+        if not 0 < self.patch_size <= side:
+            raise ValueError(f'Images of {side} pixels have no patches of {self.patch_size}.')
 
     def init_state(self, x: torch.Tensor) -> State:
-        self.check_square_images(x, self.patch_size, 'patches')
+        self.check_images(x)
         return {'image': x}
 
     def step(self, t: int, state: State) -> tuple[torch.Tensor, State]:
@@ -338,42 +310,17 @@ class GFNet(DynamicNet):
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        for encoder in (self.global_encoder, self.local_encoder):
+        for encoder in self._encoders().values():
             encoder.set_grad_checkpointing(enable)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        return set(_of_both(getattr(self.global_encoder, 'no_weight_decay', set)()))
+        return join_no_weight_decay(self._encoders())
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """The backbone's groups, each for both encoders; policy and classifier come last."""
-        def both(pattern: str) -> str:
-            return rf'(?:global|local)_encoder\.(?:{pattern.replace("^", "")})'
-
-        matcher = self.global_encoder.group_matcher(coarse=coarse)
-        return {
-            name: both(spec) if isinstance(spec, str) else [(both(pattern), suffix) for pattern, suffix in spec]
-            for name, spec in matcher.items()
-        }
-
-
-def _of_both(names: Iterable[str]) -> tuple[str, ...]:
-    return tuple(f'{encoder}.{name}' for encoder in ('global_encoder', 'local_encoder') for name in names)
-
-
-def _check_patch_size(patch_size: int, img_size: int) -> None:
-    if not 0 < patch_size <= img_size:
-        raise ValueError(f'patch_size must be between 1 and img_size {img_size}, got {patch_size}.')
-
-
-def check_pool(global_pool: str, num_classes: int) -> str:
-    """Raise a ValueError for a way of pooling that the networks of a dynamic model do not have."""
-    if global_pool not in ('avg', '') or (not global_pool and num_classes):
-        raise ValueError(
-            f"Pooling is the backbone's: global_pool must be 'avg', or '' without classes, got {global_pool!r} with "
-            f'{num_classes} classes.')
-    return global_pool
+        """Groups of the backbone, each for both encoders. Patch policy and classifier come last."""
+        return join_group_matchers(self._encoders(), coarse)
 
 
 def _is_nhwc(encoder: Any) -> bool:

@@ -12,6 +12,7 @@ from timm.task import TrainingTask
 from timm.utils import unwrap_model
 from torch import nn
 
+from ..layers.renormalize import Renormalize
 from ..loss import FocusPickingLoss
 from ..models.builder import checkpoint_filter_of
 from ..utils import did_you_mean, hash_weights, load_weights
@@ -107,21 +108,17 @@ class FocusPickingTask(OneModuleTask):
 
         cfg = getattr(unwrap_model(model), 'pretrained_cfg', {})
         base_cfg = getattr(self.baseline, 'pretrained_cfg', {})
-        # x * old_std + old_mean is the image; (image - new_mean) / new_std is what the baseline expects.
-        old_mean, old_std, new_mean, new_std = (torch.tensor(v, dtype=torch.float64) for v in (
-            mean or cfg.get('mean', IMAGENET_DEFAULT_MEAN), std or cfg.get('std', IMAGENET_DEFAULT_STD),
-            base_cfg.get('mean', IMAGENET_DEFAULT_MEAN), base_cfg.get('std', IMAGENET_DEFAULT_STD)))
-        self.renormalize = not (torch.equal(old_mean, new_mean) and torch.equal(old_std, new_std))
-        self.scale: torch.Tensor
-        self.shift: torch.Tensor
-        for name, value in (('scale', old_std / new_std), ('shift', (old_mean - new_mean) / new_std)):
-            self.register_buffer(name, value.to(self.device, self.dtype).view(1, -1, 1, 1), persistent=False)
+        mean, std = mean or cfg.get('mean', IMAGENET_DEFAULT_MEAN), std or cfg.get('std', IMAGENET_DEFAULT_STD)
+        self.renormalize = Renormalize(
+            mean, std, base_cfg.get('mean', IMAGENET_DEFAULT_MEAN), base_cfg.get('std', IMAGENET_DEFAULT_STD),
+            in_chans=len(mean), device=self.device, dtype=self.dtype)
 
         config = get_model_input_config(self.baseline)
         self.baseline_size = tuple(config['input_size'][1:]) if config['fixed_input_size'] else None
         if self.verbose:
             name = base_cfg.get('architecture', type(self.baseline).__name__)
-            _logger.info(f'FocusPickingTask: baseline={name}, renormalize={self.renormalize}, {self.criterion}')
+            renormalize = not self.renormalize.is_identity
+            _logger.info(f'FocusPickingTask: baseline={name}, renormalize={renormalize}, {self.criterion}')
 
     def compile(  # type: ignore[override]
             self,
@@ -165,9 +162,7 @@ class FocusPickingTask(OneModuleTask):
                 f'The baseline takes images of {self.baseline_size} only, training has {tuple(input.shape[-2:])}: '
                 'choose the same --img-size, or another baseline.')
         with torch.inference_mode():
-            if self.renormalize:
-                input = input * self.scale + self.shift
-            logits = self.baseline(input.contiguous(memory_format=torch.channels_last))
+            logits = self.baseline(self.renormalize(input).contiguous(memory_format=torch.channels_last))
         return logits.clone()  # an ordinary tensor again: autograd refuses to keep those of inference mode
 
     def forward(self, input: torch.Tensor, target: torch.Tensor) -> dict[str, torch.Tensor]:
