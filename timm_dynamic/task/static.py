@@ -12,7 +12,7 @@ from timm.task import TrainingTask
 from torch import nn
 
 from ..models.builder import checkpoint_filter_of
-from ..models.gfnet import create_encoder
+from ..models.networks import create_encoder
 from ..utils import CheckpointError, load_weights, read_state_dict
 from .classification import Classification
 from .stage import Stage, StageContext
