@@ -106,6 +106,10 @@ class Trainer:
             samples=args.val_num_samples) if args.val_split else None
         if self.eval_loader is not None:
             check_same_classes(self.loader.class_to_idx, self.eval_loader.class_to_idx)
+        val_batch = args.validation_batch_size or args.batch_size
+        if args.tta > 1 and val_batch % args.tta:
+            raise ValueError(
+                f'--tta {args.tta} averages neighbouring images: expected batches of a multiple, got {val_batch}.')
         if not self.loader.resumable and self.main:
             _logger.info('This dataset can only be iterated: a run killed within an epoch repeats it from its start.')
 
