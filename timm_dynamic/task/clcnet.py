@@ -4,8 +4,6 @@ Paper: `CLCNet: Rethinking of Ensemble Modeling with Classification Confidence N
 https://arxiv.org/abs/2205.09612
 """
 import argparse
-import hashlib
-import json
 import logging
 import shutil
 import signal
@@ -15,8 +13,6 @@ from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from ..data import ConfidenceFeatures, FoldMap, fold_names
 from ..data.image_names import image_names
@@ -27,7 +23,6 @@ from ..exits.measures import auroc, cross_area, curve_area
 from ..models.builder import load_checkpoint
 from ..models.clcnet import FINAL_RULES, CLCNet, fetch_members
 from ..utils import (
-    atomic_write,
     copy_pretrained,
     hash_weights,
     read_json,
@@ -38,6 +33,7 @@ from ..utils import (
 from ..utils.report import format_table, write_rows
 from ..utils.signals import Stopped
 from .confidence_net import fit_confidence_net, fit_folds, make_folds, match_scores, score_folds
+from .feature_parts import FeatureParts
 from .stage import Recipe, Stage, StageContext
 from .static import DEMO_COMMON, STATIC_PAPER, create_static_task
 
@@ -192,7 +188,7 @@ def collect_features(args: argparse.Namespace, context: StageContext) -> dict[st
     names = image_names(whole, split)
     if args.fold_dir:
         _read_folds(args.fold_dir, names)  # raises its errors early
-    parts = _Parts(folder, [
+    parts = FeatureParts(folder, [
         hash_weights(model.members.state_dict()), split, names, first.views, str(context.dtype),
         accelerator.mixed_precision])
     done = parts.begin(accelerator)
@@ -229,7 +225,7 @@ def _run_members(
         model: CLCNet,
         loader: Any,
         indices: Sequence[int],
-        parts: '_Parts',
+        parts: FeatureParts,
         context: StageContext,
         desc: str,
 ) -> None:
@@ -249,64 +245,6 @@ def _run_members(
             raise Stopped(context.stop.signum or signal.SIGTERM)
 
     run_loader(model.forward_all, loader, on_batch, context.device, context.accelerator, desc=desc)
-
-
-class _Parts:
-    """Files with the features of some images each. They allow a killed run to continue.
-
-    Args:
-        folder: Folder of the files.
-        key: Everything that the features depend on. Files with another key are ignored and removed.
-    """
-
-    def __init__(self, folder: Path, key: Any) -> None:
-        self.folder = folder
-        self.fingerprint = hashlib.sha256(json.dumps(key, default=str).encode()).hexdigest()
-
-    def _paths(self) -> list[Path]:
-        return sorted(self.folder.glob('part-*.safetensors'))
-
-    def begin(self, accelerator: Any) -> set[int]:
-        """Remove files with another key. Returns the indices of the finished images, the same in every process."""
-        if accelerator.is_main_process:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            for path in self._paths():
-                if self._read(path) is None:
-                    path.unlink()
-        accelerator.wait_for_everyone()
-        done = {i for path in self._paths() for i in self._indices(path)}
-        accelerator.wait_for_everyone()  # no process writes before all have read
-        return done
-
-    def write(self, indices: Sequence[int], logits: torch.Tensor, target: torch.Tensor) -> None:
-        path = self.folder / f'part-{indices[0]:08d}-{len(indices)}.safetensors'
-        tensors = {'index': torch.tensor(indices), 'logits': logits.contiguous(), 'target': target.contiguous()}
-        with atomic_write(path) as tmp:
-            save_file(tensors, tmp, metadata={'of': self.fingerprint})
-
-    def read(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Read logits [N, T, C] and targets [N] of all images, in the order of the dataset."""
-        parts = [part for path in self._paths() if (part := self._read(path)) is not None]
-        order = torch.cat([part['index'] for part in parts]).argsort()
-        return torch.cat([part['logits'] for part in parts])[order], torch.cat([p['target'] for p in parts])[order]
-
-    def _read(self, path: Path) -> dict[str, torch.Tensor] | None:
-        """Read one file. None if it has another key, or is damaged."""
-        try:
-            with safe_open(path, framework='pt') as f:
-                if (f.metadata() or {}).get('of') == self.fingerprint:
-                    return {name: f.get_tensor(name) for name in ('index', 'logits', 'target')}
-        except (SafetensorError, OSError):
-            pass
-        return None
-
-    def _indices(self, path: Path) -> list[int]:
-        with safe_open(path, framework='pt') as f:
-            return f.get_tensor('index').tolist()
-
-    def remove(self) -> None:
-        for path in self._paths():
-            path.unlink()
 
 
 # The confidence net
