@@ -3,6 +3,7 @@
     python -m benchmarks --help
     python -m benchmarks crop --batch-size 256
 
-Each module is one sub-command. `benchmarks/gpu.sh` runs everything that needs a GPU. The benchmark that users need,
-`benchmark.py exit`, is in `timm_dynamic/benchmark/`, and so is what all of them share: command line, tables, timing.
+`__main__` lists the sub-commands, a module each. `benchmarks/gpu.sh` runs everything that needs a GPU. The benchmark
+that users need, `benchmark.py exit`, is in `timm_dynamic/benchmark/`, and so is what all share: command line, tables,
+timing.
 """

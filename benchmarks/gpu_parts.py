@@ -80,10 +80,12 @@ def parity(settings: Settings) -> Iterator[Row]:
     """The same weights on the CPU and on the device, without TF32: logits within 1e-4, and the same exits."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     yield {'case': 'machine', 'result': _describe_machine(settings)}
-    names = ['test_focusnet', 'test_gfnet', 'test_anchornet_patch', 'test_clcnet', *settings.choose([], [
-        'focusnet_resnet18', 'gfnet_resnet50_96', 'gfnet_mobilenetv3_large_100_96', 'gfnet_densenet121_96',
-        'anchornet_patch_densenet201_95', 'clcnet'])]
-    yield from run_cases((({'model': name}, partial(compare_devices, name, settings)) for name in names), settings)
+    cases = [(name, 32) for name in ('test_focusnet', 'test_gfnet', 'test_anchornet_patch', 'test_clcnet')]
+    large = ('focusnet_resnet18', 'gfnet_resnet50_96', 'gfnet_mobilenetv3_large_100_96',
+             'anchornet_patch_densenet201_95', 'clcnet')
+    cases += [(name, 16) for name in settings.choose((), large)]
+    yield from run_cases(
+        (({'model': name}, partial(compare_devices, name, settings, num)) for name, num in cases), settings)
 
 
 def _describe_machine(settings: Settings) -> str:
@@ -94,7 +96,7 @@ def _describe_machine(settings: Settings) -> str:
 
 
 @torch.no_grad()
-def compare_devices(name: str, settings: Settings, num_images: int = 32) -> Iterator[Row]:
+def compare_devices(name: str, settings: Settings, num_images: int) -> Iterator[Row]:
     """Compare a model on the CPU with its copy on the device, on noise."""
     torch.manual_seed(0)
     trained = name.startswith('test_') and is_model_pretrained(name)  # these weights come with the package
@@ -132,8 +134,8 @@ def compare_devices(name: str, settings: Settings, num_images: int = 32) -> Iter
         used = torch.cat([result.steps_used for result in results]).cpu()
         wrong, excused = int(((used != expected) & ~near).sum()), int(((used != expected) & near).sum())
         verdict = f'failed: {wrong} images stop elsewhere' if wrong else 'ok'
-        yield {'case': f'exits of {way}, {case}', 'result': verdict + (
-            f', {excused} at a threshold' if excused else '')}
+        yield {'case': f'exits of {way}, {case}',
+               'result': verdict + (f', {excused} at a threshold' if excused else '')}
 
 
 def settle_norms(model: nn.Module, x: Any) -> None:
@@ -172,8 +174,8 @@ def _noise(model: Any, num: int) -> Any:
     return torch.randn(num, *model.pretrained_cfg['input_size'])
 
 
-def _to(x: Any, device: str, **kwargs: Any) -> Any:
-    return tuple(v.to(device, **kwargs) for v in x) if isinstance(x, tuple) else x.to(device, **kwargs)
+def _to(x: Any, device: str) -> Any:
+    return tuple(v.to(device) for v in x) if isinstance(x, tuple) else x.to(device)
 
 
 def _rows(x: Any, rows: slice) -> Any:
@@ -309,7 +311,10 @@ def _time_copies(name: str, settings: Settings) -> Iterator[Row]:
 
 def compiled(settings: Settings) -> Iterator[Row]:
     """Compiled steps of `ExitStream`, with and without CUDA graphs, and compiled steps of training."""
-    fast = dict(_BF16, fuse=True, torchcompile=settings.choose('aot_eager', 'inductor'))
+    backend = settings.choose('aot_eager', 'inductor')
+    check = partial(check_compiled, 'test_gfnet', backend, settings)
+    yield from run_cases([({'model': 'test_gfnet'}, check)], settings)
+    fast = dict(_BF16, fuse=True, torchcompile=backend)
     graphs = dict(fast, cuda_graphs=True)
     name, size = settings.choose(('test_gfnet', 8), ('gfnet_mobilenetv3_large_100_96', 256))
     cases = [
@@ -317,9 +322,30 @@ def compiled(settings: Settings) -> Iterator[Row]:
         (name, 'bfloat16, channels last, fused, compiled', size, fast)]
     yield from _time_exits(cases, settings)
     if not settings.quick:
-        yield from _time_training([('focusnet_resnet18', 256, 'bfloat16', fast['torchcompile'])], settings)
+        yield from _time_training([('focusnet_resnet18', 256, 'bfloat16', backend)], settings)
         yield from _time_exits([('gfnet_resnet50_96', cases[0][1], 256, graphs)], settings)
-    yield from _time_training([(name, settings.choose(4, 128), 'bfloat16', fast['torchcompile'])], settings)
+    yield from _time_training([(name, settings.choose(4, 128), 'bfloat16', backend)], settings)
+
+
+@torch.no_grad()
+def check_compiled(name: str, backend: str, settings: Settings) -> Iterator[Row]:
+    """Compare `ExitStream` over CUDA graphs, which reuse their memory, with `early_exit`, which is not compiled."""
+    torch.backends.cudnn.allow_tf32 = False
+    model: Any = timm.create_model(name, pretrained=True)
+    model.eval().to(settings.device)
+    x = _to(_noise(model, 48), settings.device)
+    thresholds = place_thresholds(model, [x], [1 / model.num_steps] * model.num_steps)
+    expected = early_exit(model, x, thresholds)
+    model.compile_steps(cuda_graphs=True, backend=backend)
+    results = list(ExitStream(model, thresholds, batch_size=16).run(x.split(7)))
+    logits, used = (torch.cat([getattr(result, key) for result in results]) for key in ('logits', 'steps_used'))
+    same = used == expected.steps_used
+    row = {'case': 'ExitStream with CUDA graphs and early_exit, 48 images', **_compare_logits(
+        expected.logits[same], logits[same])}
+    if (~same).sum() > 1:  # one may be at a threshold
+        row['result'] = f'failed: {int((~same).sum())} images stop elsewhere'
+    yield row
+    torch.compiler.reset()
 
 
 # Speed of training

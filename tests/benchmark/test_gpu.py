@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 
 from benchmarks import gpu_parts
 from benchmarks.gpu import Part, run_parts
-from benchmarks.gpu_parts import Settings, compare_devices, compare_runs, main, run_cases
+from benchmarks.gpu_parts import Settings, check_compiled, compare_devices, compare_runs, main, run_cases
+from timm_dynamic.exits import early_exit
 from timm_dynamic.utils.report import read_rows
 
 QUICK = Settings('cpu', quick=True)
@@ -83,7 +84,7 @@ def test_cases_that_fail_are_rows():
 
 @pytest.mark.parametrize('name', ['test_focusnet', 'test_gfnet', 'test_anchornet_patch', 'test_clcnet'])
 def test_devices_agree(name):
-    rows = list(compare_devices(name, QUICK, num_images=6))
+    rows = list(compare_devices(name, QUICK, 6))
     assert len(rows) == (1 if name == 'test_focusnet' else 3)
     assert all(row['result'] == 'ok' for row in rows)
     assert rows[0]['difference'] == 0
@@ -93,16 +94,24 @@ def test_devices_that_disagree(monkeypatch):
     """Other logits, and images that stop elsewhere though no confidence is near its threshold."""
     to = gpu_parts._to
     monkeypatch.setattr(gpu_parts, '_to', lambda x, device: x + 0.05)
-    logits, = compare_devices('test_focusnet', QUICK, num_images=6)
+    logits, = compare_devices('test_focusnet', QUICK, 6)
     assert logits['difference'] > 1e-4
     assert logits['result'].startswith('failed: more than 0.0001')
     monkeypatch.setattr(gpu_parts, '_to', to)
-    early_exit = gpu_parts.early_exit
     monkeypatch.setattr(gpu_parts, 'place_thresholds', lambda *args: [0.] * 3)  # all stop at once
     monkeypatch.setattr(gpu_parts, 'early_exit', lambda model, x, thresholds: early_exit(model, x, [2.] * 3))
-    _, batches, stream = compare_devices('test_gfnet', QUICK, num_images=6)
+    _, batches, stream = compare_devices('test_gfnet', QUICK, 6)
     assert batches['result'] == 'ok'
     assert stream['result'] == 'failed: 6 images stop elsewhere'
+
+
+def test_compiled_steps_agree(monkeypatch):
+    row, = check_compiled('test_gfnet', 'eager', QUICK)
+    assert row['result'] == 'ok'
+    monkeypatch.setattr(gpu_parts, 'early_exit', lambda model, x, thresholds: early_exit(model, x, [2.] * 3))
+    monkeypatch.setattr(gpu_parts.DynamicNet, 'compile_steps', lambda self, **kwargs: None)  # saves time
+    row, = check_compiled('test_gfnet', 'eager', QUICK)
+    assert row['result'] == 'failed: 32 images stop elsewhere'  # all but a third
 
 
 @pytest.mark.parametrize('part', ['copies', 'train', 'loader'])
