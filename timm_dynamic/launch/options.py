@@ -113,7 +113,7 @@ def create_train_parser() -> argparse.ArgumentParser:
     """Parser for train.py. Its defaults are timm's."""
     p = _Parser(
         prog='train.py',
-        description='Train any timm model, with the recipes of timm_dynamic, on one or many devices.\n\n'
+        description='Train timm models and dynamic models on one or many devices.\n\n'
                     '  accelerate launch train.py --model focusnet_resnet18 --focus-baseline resnet18.tv_in1k '
                     '--data-dir IMAGENET\n\n'
                     "timm's options have the same names, meanings and defaults. Priority of values: command line, "
@@ -349,7 +349,7 @@ def create_validate_parser() -> argparse.ArgumentParser:
     """Parser for validate.py. Its defaults are timm's."""
     p = _Parser(
         prog='validate.py',
-        description='Evaluate timm models on a dataset, on one or many devices.\n\n'
+        description='Evaluate timm models and dynamic models on one or many devices.\n\n'
                     '  python validate.py --model focusnet_resnet18 --checkpoint FILE --data-dir IMAGENET '
                     '--compare resnet18.tv_in1k\n'
                     '  python validate.py --model gfnet_resnet50_96 --checkpoint FILE --data-dir IMAGENET '
