@@ -219,7 +219,7 @@ def use_ema(lab, flag):
 
 def device(lab, flag):
     accelerate(lambda kwargs: kwargs['cpu'], 'cpu', gives=True, drop=[flag])(lab, flag)
-    with pytest.raises(ValueError, match='there is no such device here'):
+    with pytest.raises(ValueError, match='there is no such device'):
         lab.opened(flag, 'xpu')
 
 

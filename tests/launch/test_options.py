@@ -114,7 +114,7 @@ def test_a_recipes_batch_size_is_global(config):
     assert resolve(*FOCUS, '-b', 48, processes=4).batch_size == 48
     assert resolve(*FOCUS, *config(batch_size=40), processes=4).batch_size == 40
     assert resolve('--model', 'resnet18', processes=4).batch_size == 128  # timm's are per process
-    with pytest.raises(ValueError, match=r'batch of 256 cannot be shared by 3 processes x 1 .* give a --batch-size'):
+    with pytest.raises(ValueError, match=r'batch size 256 is not divisible by 3 processes x 1 .* Set --batch-size'):
         resolve(*FOCUS, processes=3)
 
 
@@ -166,8 +166,8 @@ def test_config_takes_the_args_yaml_of_a_run(tmp_path, image_folder):
     ('epochs: many\n', "epochs: expected int, got 'many'"),
     ('epochs: 2.5\n', "epochs: expected int, got '2.5'"),
     ('scale: [0.1, x]\n', "scale: expected float"),
-    ('interpolation: random\n', "interpolation: 'random' is none of '', 'nearest', 'bilinear'"),
-    ('clip_mode: both\n', "clip_mode: 'both' is none of 'norm', 'value', 'agc'"),
+    ('interpolation: random\n', "--interpolation: expected one of '', 'nearest', 'bilinear'"),
+    ('clip_mode: both\n', "--clip-mode: expected one of 'norm', 'value', 'agc', got 'both'"),
 ])
 def test_config_with_errors(tmp_path, says, text, message):
     (tmp_path / 'c.yaml').write_text(text)
@@ -201,7 +201,7 @@ def test_stage_args(says):
     assert (focus.epochs, focus.lr_base, focus.scale, focus.model_ema) == (90, 0.1, [0.5, 1.0], True)
     for wrong in ('epochs=3', 'plain.epochs', 'plain.epoch=3'):
         message = says(resolve, '--stage-args', wrong)
-        assert f"expected STAGE.OPTION=VALUE with an option of this script, got '{wrong}'" in message
+        assert f"expected STAGE.OPTION=VALUE with an option of train.py, got '{wrong}'" in message
 
 
 def test_stages_of_a_scratch_baseline():

@@ -266,10 +266,10 @@ def _file_in_the_way(tmp_path, image_folder):
     (['--model', 'resnet81'], ["no model 'resnet81'", 'Did you mean']),
     (['--focus-baseline', 'resnet81'], ["no baseline 'resnet81'"]),
     (['--recipe', 'focusnet'], ['needs a baseline: --focus-baseline MODEL']),
-    (['--recipe', 'nothing'], ["no recipe 'nothing': choose from classification, focusnet"]),
-    (['--num-classes', '2'], ['data has 3 classes (class0, class1, class2), the model 2: use --num-classes 3']),
+    (['--recipe', 'nothing'], ["no recipe 'nothing'. Choose from classification, focusnet"]),
+    (['--num-classes', '2'], ['data has 3 classes (class0, class1, class2), the model has 2: use --num-classes 3']),
     (['--data-dir', '/nowhere'], ["no data at '/nowhere'"]),
-    (['--batch-size', '100'], ['fewer images (72) than a batch (100 x 1 processes)']),
+    (['--batch-size', '100'], ['72 images, fewer than one batch (100 x 1 processes)']),
     (['--amp'], ['float16 needs a GPU', '--amp-dtype bfloat16']),
     (['--eval-metric', 'f1'], ['no such metric. Choose from loss, top1, top5']),
     (['--resume', '/nowhere'], ["nothing at '/nowhere'"]),
@@ -346,7 +346,7 @@ def test_processes_that_do_not_see_each_other(image_folder, tmp_path, monkeypatc
     monkeypatch.setenv('WORLD_SIZE', '2')
     monkeypatch.setattr(module, 'Accelerator', Alone)
     assert train_main(_args(image_folder, tmp_path)) == 1
-    assert '2 processes were launched, but Accelerate sees 1' in capsys.readouterr().err
+    assert '2 processes were launched, but Accelerate found 1' in capsys.readouterr().err
 
 
 def test_compare_and_results_file(image_folder, baseline, tmp_path):

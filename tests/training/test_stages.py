@@ -455,7 +455,7 @@ def test_two_processes_in_every_stage(tmp_path, family, stages):
     (['--torchcompile', 'nonsense'], '--torchcompile nonsense: expected one of'),
     (['--smoothing', '2'], '--smoothing: expected a number from 0 to 1, got 2.0'),
     (['--mean', '0.5', '0.5'], 'expected one value, or one for each channel, got [0.5, 0.5]'),
-    (['--opt-kwargs', 'nonsense=3'], '--opt sgd does not take what is given with --opt-kwargs'),
+    (['--opt-kwargs', 'nonsense=3'], '--opt sgd does not accept these --opt-kwargs'),
     (['--class-map', 'missing'], 'Cannot locate specified class map file (missing)'),
     (['--val-split', 'test'], "There is no split 'test' at"),
     (['--dataset', 'torch/nonsense'], "The dataset 'torch/nonsense' cannot be opened: Unknown torchvision dataset"),

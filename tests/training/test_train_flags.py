@@ -331,7 +331,7 @@ def head_init_scale(lab, flag):
 
 def device(lab, flag):
     accelerate(lambda kwargs: kwargs['cpu'], 'cpu', gives=True, drop=[flag])(lab, flag)
-    with pytest.raises(ValueError, match='--device xpu: there is no such device here'):
+    with pytest.raises(ValueError, match='--device xpu: there is no such device'):
         lab.built(flag, 'xpu')
 
 
