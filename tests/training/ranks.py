@@ -6,7 +6,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate.utils import gather_object
-from flag_tables import fresh_accelerate
 
 import timm_dynamic.training.trainer as trainer_module
 from timm_dynamic.training import train_main
@@ -62,21 +61,19 @@ def train_and_report(args: list[str]) -> int:
 
 
 def report_batch_norm(args: list[str]) -> int:
-    """Run train.py with several options, one after the other, and report the means that batch norm has collected.
+    """Run train.py for an epoch and report the means that batch norm has collected.
 
-    The first argument is a list of options as JSON, the second a file that becomes JSON: for each of the options the
-    sums of the first layer's running means, one a process: `after` the first batch, `before` the second one's
-    statistics are added, `last` after the last batch and `end` of the epoch.
+    The first argument is a file that becomes JSON: the sums of the first layer's running means, one a process, `after`
+    the first batch, `before` the second one, after the `last` one and at the `end` of the epoch.
     """
-    content: dict[str, Any] = {}
+    layers: list[torch.nn.Module] = []
     seen: list[float] = []
     forward, log = torch.nn.BatchNorm2d.forward, trainer_module.Trainer._log
-    first: list[torch.nn.Module] = []
 
     def recording_forward(self, x):
-        if not self.training or (first and self is not first[0]):
+        if not self.training or (layers and self is not layers[0]):
             return forward(self, x)
-        first[:] = [self]
+        layers[:] = [self]
         seen.append(self.running_mean.sum().item())
         out = forward(self, x)
         seen.append(self.running_mean.sum().item())
@@ -84,19 +81,11 @@ def report_batch_norm(args: list[str]) -> int:
 
     def reporting_log(self, row):
         log(self, row)
-        numbers = {'after': seen[1], 'before': seen[2], 'last': seen[-1], 'end': first[0].running_mean.sum().item()}
-        ranks = gather_object([numbers])
-        content[option] = {key: [rank[key] for rank in ranks] for key in numbers}
+        end = layers[0].running_mean.sum().item()
+        ranks = gather_object([{'after': seen[1], 'before': seen[2], 'last': seen[-1], 'end': end}])
         if self.main:
-            Path(args[1]).write_text(json.dumps(content))
+            Path(args[0]).write_text(json.dumps({key: [rank[key] for rank in ranks] for key in ranks[0]}))
 
     torch.nn.BatchNorm2d.forward = recording_forward
     trainer_module.Trainer._log = reporting_log
-    options = json.loads(args[0])
-    for i, option in enumerate(options):
-        seen.clear()
-        first.clear()
-        fresh_accelerate()
-        if train_main([*args[2:], *(option.split(' ') if option else ()), '--experiment', str(i)]):
-            return 1
-    return 0
+    return train_main(args[1:])

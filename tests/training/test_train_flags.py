@@ -483,16 +483,15 @@ def sync_bn(lab, flag):
 
 
 def batch_norm(lab, *options):
-    """Batch norm's statistics in runs of two processes, see `report_batch_norm`."""
-    run_forked(
-        report_batch_norm, json.dumps(options), lab.tmp / 'report.json', *lab.argv('-b', '3'), processes=2,
-        folder=lab.tmp)
-    return json.loads((lab.tmp / 'report.json').read_text()).values()
+    """Batch norm's statistics in a run of two processes, see `report_batch_norm`."""
+    report = lab.tmp / 'report.json'
+    run_forked(report_batch_norm, report, *lab.argv('-b', '3', *options), processes=2, folder=lab.tmp)
+    return json.loads(report.read_text())
 
 
 def no_ddp_bb(lab, flag):
     """Before an update every process has the first one's statistics; with the option it keeps its own."""
-    default, own = batch_norm(lab, '', flag)
+    default, own = batch_norm(lab), batch_norm(lab, flag)
     assert default['before'] == [default['after'][0]] * 2
     assert own['before'] == own['after']
     for statistics in (default, own):
@@ -501,7 +500,7 @@ def no_ddp_bb(lab, flag):
 
 def dist_bn(lab, flag):
     """What the epoch leaves behind: the processes' mean, what the first one has, or to each its own."""
-    reduced, broadcast, own = batch_norm(lab, '', f'{flag} broadcast', f'{flag} ')
+    reduced, broadcast, own = (batch_norm(lab, *value) for value in ([], [flag, 'broadcast'], [flag, '']))
     assert reduced['end'] == [pytest.approx(sum(reduced['last']) / 2, abs=1e-6)] * 2
     assert broadcast['end'] == [broadcast['last'][0]] * 2
     assert own['end'] == own['last']
