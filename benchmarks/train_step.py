@@ -99,7 +99,7 @@ def _time_gfnet(
         torchcompile: str | None,
 ) -> dict[str, list[float]]:
     task = GlanceFocusTask(net, verbose=False).to(images.device)
-    step = _make_step(task.module, autocast)
+    step = make_step(task.module, autocast)
     ways: dict[str, Callable[[], torch.Tensor]] = {
         'loop': lambda: _loop(task, images, target), 'vectorised': lambda: task(images, target)['loss']}
 
@@ -117,7 +117,7 @@ def _time_gfnet(
     steps: dict[str, Callable[[], Any]] = {name: partial(step, loss_fn) for name, loss_fn in ways.items()}
     if torchcompile:
         compiled = GlanceFocusTask(net, verbose=False).to(images.device).train()
-        compiled_step = _make_step(compiled.module, autocast)
+        compiled_step = make_step(compiled.module, autocast)
         compiled.compile(torchcompile)
         steps['vectorised, compiled'] = lambda: compiled_step(lambda: compiled(images, target)['loss'])
     return time_each(steps, repeats, images.device)
@@ -133,7 +133,7 @@ def _time_focusnet(
 ) -> dict[str, list[float]]:
     baseline = copy.deepcopy(net)
     task = FocusPickingTask(net, baseline, device=images.device, verbose=False)
-    step = _make_step(net, autocast)
+    step = make_step(net, autocast)
     if torchcompile:
         task.compile(torchcompile)
     task.train()
@@ -153,7 +153,8 @@ def _time_focusnet(
     }, repeats, images.device)
 
 
-def _make_step(module: nn.Module, autocast: Callable[[], Any]) -> Callable[[Callable[[], torch.Tensor]], torch.Tensor]:
+def make_step(module: nn.Module, autocast: Callable[[], Any]) -> Callable[[Callable[[], torch.Tensor]], torch.Tensor]:
+    """Make a function that trains a module: it takes a function that gives the loss, and returns the loss."""
     optimizer = torch.optim.SGD([p for p in module.parameters() if p.requires_grad], lr=0., momentum=0.9)
 
     def step(loss_fn: Callable[[], torch.Tensor]) -> torch.Tensor:

@@ -7,6 +7,7 @@
 """
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from timm_dynamic.hub import convert, find_entry, read_catalog
@@ -15,14 +16,14 @@ from timm_dynamic.utils import CheckpointError
 CATALOG = Path(__file__).parent / 'catalog.json'
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('files', nargs='+', metavar='AUTHORS_FILE',
                         help='A file, a folder, or PART=FILE for each part of a model with several parts.')
     parser.add_argument('--model', required=True, help='Name of a model in the catalog, with or without its tag.')
     parser.add_argument('--out', metavar='FOLDER', help='Folder to write. Default: output/hub/MODEL.TAG')
     parser.add_argument('--catalog', default=CATALOG, help='Default: catalog.json beside this script.')
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     parts = dict(file.split('=', 1) for file in args.files if '=' in file)
     if len(parts or args.files[:1]) != len(args.files):
         parser.error('Expected one file, one folder, or PART=FILE once for each part.')

@@ -1,4 +1,4 @@
-"""Cards: what the Hub reads of them, what people read, and that their snippets run."""
+"""Model cards: metadata, text, and snippets that run."""
 import re
 import runpy
 
@@ -48,7 +48,7 @@ def test_every_entry_makes_a_card(name):
         assert 'Licence: none stated. The authors state no licence' in text
 
 
-def test_a_card_elsewhere_leads_there():
+def test_a_card_of_another_repository_names_it():
     entry = CATALOG['gfnet_resnet50_96.paper_in1k']
     text = render_card({'architecture': 'gfnet_resnet50_96', 'num_classes': 1000}, entry, 'mirror/net')
     assert "timm.create_model('hf-hub:mirror/net', pretrained=True)" in text

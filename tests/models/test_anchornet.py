@@ -121,7 +121,7 @@ def test_any_localizer_and_backbone():
     assert located['cam'].shape == (2, 4, 4)
     # windows of 64 around the middles 16, 48, 80, 112 of what the positions see, within the image
     assert model._corners(4, 128, x.device).tolist() == [0, 16, 48, 64]
-    with pytest.raises(ValueError, match="stride of the localizer 'test_resnet' as localizer_stride"):
+    with pytest.raises(ValueError, match="localizer 'test_resnet' needs its stride in pixels: localizer_stride"):
         timm.create_model('anchornet_patch', backbone='test_resnet', localizer='test_resnet')
 
 
@@ -140,21 +140,21 @@ def test_keeps_itself(tiny, tmp_path):
     (dict(img_size=(96, 80)), 'square images, got img_size 96x80'),
     (dict(patch_size=97), 'Images of 96 pixels have no windows of 97'),
     (dict(num_steps=1), 'num_steps must be at least 2'),
-    (dict(iou_thresholds=[0.3, 0.3]), '3 steps look at 2 windows, which need 1 iou_thresholds, got 2'),
+    (dict(iou_thresholds=[0.3, 0.3]), '3 steps have 2 windows, which need 1 iou_thresholds, got 2'),
     (dict(backbone='resnet51'), "Unknown backbone 'resnet51'"),
     (dict(global_pool='max'), "must be 'avg', or '' without classes, got 'max' with 7 classes"),
     (dict(iou_thresholds=[1.5]), r'Overlap thresholds are shares in 0..1, got \[1.5\]'),
     (dict(iou_thresholds=float('nan')), r'Overlap thresholds are shares in 0..1, got \[nan\]'),
     (dict(num_steps=27), "Images of 96 pixels have 5x5 windows for the localizer 'anchornet', 27 steps need 26"),
     (dict(img_size=60), "Images of 60 pixels have 0x0 windows for the localizer 'anchornet'"),
-    (dict(localizer='test_vit', localizer_stride=16), r"'test_vit' needs a feature map .* it gives \[1, 37, 64\]"),
+    (dict(localizer='test_vit', localizer_stride=16), r"'test_vit' needs a feature map .* got \[1, 37, 64\]"),
     (dict(localizer='inception_v3', localizer_stride=32, img_size=60, device='meta'),
      "localizer 'inception_v3' cannot take images of 60 pixels"),
-    (dict(localizer='test_efficientnet', localizer_stride=8), 'localizer_stride 8 would give 12x12'),
+    (dict(localizer='test_efficientnet', localizer_stride=8), 'with localizer_stride 8 there would be 12x12'),
     (dict(localizer='mobilenetv4_conv_small_035', localizer_stride=32, device='meta'),
-     'classifies 1280 features, its map has'),
+     'classifies 1280 features, but its map has'),
     (dict(localizer='test_resnet', localizer_stride=32, localizer_args=dict(global_pool='catavgmax')),
-     'classifies .* features, its map has'),
+     'classifies .* features, but its map has'),
 ])
 def test_bad_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
@@ -201,7 +201,7 @@ def test_without_classes(tiny):
         features = model.forward_head(maps, pre_logits=True)
         model.reset_classifier(0)
         torch.testing.assert_close(model(x), features)
-        with pytest.raises(ValueError, match=r'windows are those of a class: without classes \(num_classes=0\)'):
+        with pytest.raises(ValueError, match=r'Windows are chosen for a class: without classes \(num_classes=0\)'):
             list(model.forward_steps(x))
         model.reset_classifier(0, '')
         torch.testing.assert_close(model(x), maps)

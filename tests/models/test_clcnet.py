@@ -361,7 +361,7 @@ class TestConfidence:
         assert (again.confidence_kind, again.final_rule) == ('margin', 'last')
         with pytest.raises(ValueError, match=r"'clcnet' needs a net, e\.g\. ConfidenceNet\.from_pretrained"):
             model.set_confidence('clcnet')
-        with pytest.raises(ValueError, match="no use with the confidence 'entropy'"):
+        with pytest.raises(ValueError, match="not used with the confidence 'entropy'"):
             model.set_confidence('entropy', net=ConfidenceNet())
         with pytest.raises(ValueError, match='so it has no confidence net'):
             model.replay(out['member_logits'], 'clcnet')
@@ -701,5 +701,5 @@ def test_a_module_that_does_not_say_its_classes():
 
 
 def test_agreement_is_of_several_members(tiny):
-    with pytest.raises(ValueError, match="one member's probabilities do not tell"):
+    with pytest.raises(ValueError, match='needs the probabilities of all members so far'):
         tiny.measure(torch.full((2, 10), 0.1), 'agreement')

@@ -65,7 +65,7 @@ def test_forward_is_the_last_step_and_the_mean_in_training(model):
     torch.testing.assert_close(model(x), torch.stack(steps).mean(dim=0))
     model(x).sum().backward()
     assert all(p.grad is not None for p in model.parameters())
-    with pytest.raises(TypeError, match='all_steps=True takes further arguments, got actions'):
+    with pytest.raises(TypeError, match='Further arguments need all_steps=True, got actions'):
         model(x, actions=None)
 
 
@@ -93,6 +93,28 @@ def test_exit_by_hand():
     assert model.rows == [4, 3, 1]  # no step is run for an image that has left
     torch.testing.assert_close(result.confidence, torch.tensor([3., 3., 0., 1.]).sigmoid())
     torch.testing.assert_close(result.logits[:, 0], torch.tensor([3., 3., 0., 1.]))
+
+
+@torch.no_grad()
+def test_steps_of_many_models_are_compiled():
+    graphs = []
+
+    def count(graph, example_inputs):
+        graphs.append(graph)
+        return graph
+
+    torch._dynamo.reset()
+    x = torch.randn(2, 4, 1, 1)
+    for _ in range(15):
+        model = Refiner().eval()
+        state = model.init_state(x)
+        expected = list(model.forward_steps(x))
+        model.compile_steps(backend=count)
+        for t in range(3):
+            logits, _, state = model.run_step(t, state)
+            torch.testing.assert_close(logits, expected[t])
+    assert len(graphs) == 15 * 3
+    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize('batch', [0, 1, 7])
@@ -364,3 +386,12 @@ def test_the_rule_in_use_can_be_set_on_another_model(model):
     two.num_steps = 2
     with pytest.raises(ValueError, match='Expected a policy for 2 steps, got one for 3'):
         two.set_exit(model.exit_policy)
+
+
+def test_public_names():
+    from timm_dynamic.models import AnchorNet, AnchorNetPatch, CLCNet, ConfidenceNet, ExitResult, GFNet
+    from timm_dynamic.models import DynamicNet as Base
+    assert all(issubclass(family, Base) for family in (AnchorNetPatch, CLCNet, GFNet))
+    assert not any(issubclass(net, Base) for net in (AnchorNet, ConfidenceNet))
+    assert Base is DynamicNet
+    assert ExitResult._fields == ('logits', 'steps_used', 'confidence')

@@ -1,9 +1,9 @@
 import pytest
 import torch
-from timm_dynamic.task.confidence import draw_batches
 
 from timm_dynamic import ConfidenceNet
 from timm_dynamic.task import ConfidenceTask, fit_confidence_net, fit_folds, make_folds, match_scores, score_folds
+from timm_dynamic.task.confidence_net import draw_batches
 
 
 def make_data(count=600, classes=12, seed=0):
@@ -91,7 +91,7 @@ def test_folds():
 
 def test_bad_input():
     probabilities, correct = make_data(20)
-    with pytest.raises(ValueError, match='Expected 2 to 3 folds, as many as there are samples, got 5'):
+    with pytest.raises(ValueError, match=r'Expected 2 to 3 \(the number of samples\) folds, got 5'):
         make_folds(3, 5)
     with pytest.raises(ValueError, match=r'got \[20, 12\] and \[19\]'):
         fit_confidence_net(probabilities, correct[1:])
@@ -101,9 +101,9 @@ def test_bad_input():
         fit_confidence_net(probabilities.flip(1), correct)
     with pytest.raises(ValueError, match=r'row 3 has a minimum of .* and a sum of 2'):
         fit_confidence_net(torch.where(torch.arange(20)[:, None] == 3, 2 * probabilities, probabilities), correct)
-    with pytest.raises(ValueError, match=r'empty: \[0\]'):
+    with pytest.raises(ValueError, match=r'empty folds: \[0\]'):
         fit_folds(probabilities, correct, torch.ones(20, dtype=torch.int64))
-    with pytest.raises(ValueError, match='2 nets, but a sample of fold 2'):
+    with pytest.raises(ValueError, match='got 2 nets for 3 folds'):
         score_folds([ConfidenceNet()] * 2, probabilities, torch.full((20,), 2))
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import safetensors.torch
 
 import timm_dynamic.task.clcnet as cascade_module
+import timm_dynamic.task.feature_parts as parts_module
 import timm_dynamic.training.run_folder as state_module
 import timm_dynamic.training.trainer as trainer_module
 import timm_dynamic.utils.export as export_module
@@ -64,7 +65,7 @@ def train_until(args: list[str]) -> int:
             die()
         return atomic_write(path)
 
-    keep = cascade_module.save_file
+    keep = parts_module.save_file
 
     def killing_keep(tensors, path, **kwargs):
         if reached('part'):  # before this part: those written so far are kept
@@ -72,7 +73,7 @@ def train_until(args: list[str]) -> int:
         keep(tensors, path, **kwargs)
 
     cascade_module._BATCHES_PER_PART = 1
-    cascade_module.save_file = killing_keep
+    parts_module.save_file = killing_keep
     trainer_module.Trainer._update = killing_update
     safetensors.torch.save_file = killing_save_file
     state_module.fsync_dir = killing_fsync_dir

@@ -180,7 +180,7 @@ def test_the_log_does_not_name_what_is_frozen_among_what_learns(image_folder, tm
         run_training(train_args(
             image_folder, tmp_path, '--recipe', 'gfnet', '--stage', 'warmup', '--init-from', tmp_path / 'start',
             '--freeze-global', '--num-classes', classes))
-    count, names = re.search(r'GlanceFocusTask: ([0-9.]+) M parameters learn: ([^\n]+)\.', caplog.text).groups()
+    count, names = re.search(r'GlanceFocusTask: ([0-9.]+) M parameters are trained: ([^\n]+)\.', caplog.text).groups()
     assert set(names.split(', ')) == learns
     parts = [model.local_encoder, model.classifier]
     assert float(count) == round(sum(p.numel() for part in parts for p in part.parameters()) / 1e6, 2)  # heads: 0.000

@@ -147,7 +147,7 @@ def test_more_epochs_of_a_compiled_stage(image_folder, tmp_path, caplog):
 
 def test_settings_that_cannot_work_are_found_before_the_first_stage(image_folder, tmp_path, capsys):
     for flags, message in (
-            (['--policy-updates', '2', '--grad-accum-steps', '2'], 'does not go with --grad-accum-steps'),
+            (['--policy-updates', '2', '--grad-accum-steps', '2'], 'cannot be combined with --grad-accum-steps 2'),
             *(([f'--{name}', '0'], f'--{name}: expected at least 1, got 0')
               for name in ('epochs', 'batch-size', 'val-interval', 'log-interval'))):
         assert train_main([*_args(image_folder, tmp_path), *flags]) == 1
@@ -247,7 +247,7 @@ def test_features_are_judged_as_what_they_are(image_folder, tmp_path, caplog):
 def test_folds_are_for_cascades(image_folder, tmp_path, capsys):
     for option in (['--folds', '0'], ['--folds', '7'], ['--fold-dir', 'x']):
         assert train_main([*_args(image_folder, tmp_path), *option]) == 1
-        assert f"{option[0]} belongs to the recipe 'clcnet'" in capsys.readouterr().err
+        assert f"{option[0]} is an option of the recipe 'clcnet'" in capsys.readouterr().err
 
 
 def test_clcnet_whose_members_are_given_whole(image_folder, tmp_path, monkeypatch):
@@ -353,19 +353,19 @@ def test_clcnet_killed_among_its_features_ends_the_same(image_folder, tmp_path):
 
 
 @pytest.mark.parametrize(('changes', 'message'), [
-    (['--init-members', 'scratch', 'scratch', 'scratch'], 'expected one source, or one for each of 2 members, got 3'),
-    (['--init-members', 'pretrained'], 'has weights for 10 classes, the cascade is for 3: name weights'),
+    (['--init-members', 'scratch', 'scratch', 'scratch'], 'expected one source, or 2 (one for each member), got 3'),
+    (['--init-members', 'pretrained'], 'have 10 classes, the cascade has 3. Name other weights'),
     (['--init-members', 'missing', '--stage', 'features'], "No checkpoint at 'missing'"),
-    (['--fold-dir', 'x'], 'leave out --folds'),
+    (['--fold-dir', 'x'], '--fold-dir cannot be combined with --folds'),
     (['--feature-split', 'nosuch', '--stage', 'features', '--init-members', '{w}/0', '{w}/1'],
      "There is no split 'nosuch'"),
     (['--features', 'typo.csv'], "no file 'typo.csv'"),
-    (['--model-kwargs', 'confidence=agreement'], "confidence is 'agreement', which cannot be told"),
-    (['--folds', '1'], 'expected at least 2, or 0 for none, got 1'),
-    (['--folds', '99', '--stage', 'features', 'confidence'], 'Expected 2 to 33 folds, as many as there are'),
+    (['--model-kwargs', 'confidence=agreement'], "confidence='agreement', which features cannot"),
+    (['--folds', '1'], 'expected at least 2, or 0 for no cross-validation, got 1'),
+    (['--folds', '99', '--stage', 'features', 'confidence'], 'Expected 2 to 33 (the number of samples) folds'),
     (['--stage', 'confidence'], "no features at '"),
-    (['--stage', 'features'], "run the stage 'member1' first"),
-    (['--features', '{csv}', '--stage', 'confidence'], 'holds probabilities of 4 classes, the cascade has 3'),
+    (['--stage', 'features'], "Run the stage 'member1' first"),
+    (['--features', '{csv}', '--stage', 'confidence'], 'has probabilities of 4 classes, the cascade has 3'),
 ])
 def test_bad_input_for_cascades(image_folder, tmp_path, capsys, changes, message):
     (tmp_path / 'a.csv').write_text('x,0.4,0.3,0.2,0.1,1\ny,0.4,0.3,0.2,0.1,0\n')
@@ -432,7 +432,7 @@ def test_two_processes_in_every_stage(tmp_path, family, stages):
 @pytest.mark.parametrize(('changes', 'message'), [
     (['--init-from', 'missing'], "No checkpoint at 'missing'"),
     (['--stage', 'finetune', '--init-from', '{first}'], 'holds no policy'),
-    (['--init-local', 'resnet18'], "The weights of 'resnet18' are not to be had"),
+    (['--init-local', 'resnet18'], "The weights of 'resnet18' are not available"),
     (['--model-kwargs', 'patch_size=64'], 'Images of 48 pixels have no patches of 64'),
     (['--recipe', 'focusnet'], 'needs a baseline'),
     (['--device-modules', 'nonsense'], "--device-modules nonsense: No module named 'nonsense'"),

@@ -116,7 +116,7 @@ def benchmark_exit(
     batches = [_rows_of(pool[i % len(pool)], slice(n)) for i, n in enumerate(sizes)]
     autocast = torch.autocast(dev.type, getattr(torch, amp_dtype or 'bfloat16'), enabled=bool(amp_dtype))
     with torch.no_grad(), autocast:
-        thresholds = _place_thresholds(nets.dynamic, pool, shares)
+        thresholds = place_thresholds(nets.dynamic, pool, shares)
         ways = _ways(nets, thresholds, pool[0], batches)
         steps = _step_ways(nets, pool[:2])
         memory = {name: _peak_memory(way.run, dev) for name, way in ways.items()}  # this also warms up
@@ -313,8 +313,16 @@ def _all_steps(net: DynamicNet, x: Any) -> Iterator[tuple[torch.Tensor, State]]:
         yield confidence, before
 
 
-def _place_thresholds(net: DynamicNet, pool: list[Any], shares: Sequence[float]) -> list[float]:
-    """Quantiles of the confidences of the images that are left, halfway between two of them."""
+def place_thresholds(net: DynamicNet, pool: list[Any], shares: Sequence[float]) -> list[float]:
+    """Place thresholds such that given shares of the images stop at each step.
+
+    They are quantiles of the confidences of the images that are left, halfway between two of them.
+
+    Args:
+        net: The model, in eval mode.
+        pool: Batches of images.
+        shares: A share per step; their sum is 1.
+    """
     confidence = torch.cat([torch.stack([c for c, _ in _all_steps(net, x)], dim=1) for x in pool]).cpu()
     left, thresholds = torch.ones(len(confidence), dtype=torch.bool), []
     for t in range(net.num_steps):

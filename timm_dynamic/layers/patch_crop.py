@@ -1,4 +1,4 @@
-"""Glances and patches: what a glance-and-focus network sees of an image.
+"""Glances and patches of images.
 
 Positions follow the released code of GFNet: an action in [0, 1]² is (row, column), and the top-left corner of a patch
 of side P in an image of side S is floor(action * (S - P)).
@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 
 def get_glance(images: torch.Tensor, size: int, mode: str = 'bicubic') -> torch.Tensor:
-    """Scale whole images down, corners aligned and without antialiasing, as GFNet's weights were trained with.
+    """Scale whole images down, with aligned corners and without antialiasing, as GFNet's weights were trained.
 
     Args:
         images: Images [B, C, S, S].
@@ -27,7 +27,7 @@ def get_patch_coords(actions: torch.Tensor, img_size: int, patch_size: int) -> t
     """Turn actions into the corners of patches.
 
     Args:
-        actions: Row and column in [0, 1] [B, 2], floating point. What lies outside is moved to the edge.
+        actions: Row and column in [0, 1] [B, 2], floating point. Values outside are clamped.
         img_size: Side of the images S.
         patch_size: Side of the patches P <= S.
 
@@ -39,9 +39,9 @@ def get_patch_coords(actions: torch.Tensor, img_size: int, patch_size: int) -> t
 
 
 def crop_patches(images: torch.Tensor, coords: torch.Tensor, size: int) -> torch.Tensor:
-    """Cut one patch out of every image, bit for bit what slicing gives.
+    """Cut one patch out of every image, bit for bit equal to slicing.
 
-    All windows of an image are a view of it, so that one gather of B of them does it: no loop and no index per pixel.
+    All windows of an image are a view of it, and one gather takes B of them: no loop, and no index per pixel.
 
     Args:
         images: Images [B, C, H, W].
@@ -61,8 +61,8 @@ def crop_patches(images: torch.Tensor, coords: torch.Tensor, size: int) -> torch
 def crop_patches_bilinear(images: torch.Tensor, actions: torch.Tensor, size: int) -> torch.Tensor:
     """Cut one patch out of every image at a position between pixels, differentiable in the position.
 
-    A patch is not scaled, so all its pixels lie equally far between those of the image: the patch and its neighbours
-    one pixel down and to the right are weighed by the same two fractions. On whole pixels it equals `crop_patches`.
+    A patch is not scaled, so all its pixels have the same offset from those of the image: the patch and its neighbours
+    one pixel down and to the right are interpolated with two fractions. At whole pixels it equals `crop_patches`.
 
     Args:
         images: Images [B, C, S, S].
@@ -74,7 +74,7 @@ def crop_patches_bilinear(images: torch.Tensor, actions: torch.Tensor, size: int
     """
     free = images.shape[-1] - size
     position = actions.float() * free
-    # The last corner but one at most, so that there is a neighbour to weigh; an image without any gets no gradient.
+    # Not the last corner, so that there is a neighbour. If there is only one position, the gradient is zero.
     coords = position.detach().floor().long().clamp(0, max(free - 1, 0))
     row, column = (position - coords).to(images.dtype)[:, :, None, None, None].unbind(1)  # [B, 1, 1, 1] each
     if free == 0:

@@ -1,4 +1,4 @@
-"""Classifiers over the steps of a glance-and-focus network: one prediction a step, from all features seen so far."""
+"""Classifiers of glance-and-focus networks: one prediction per step, from the features of all steps so far."""
 from typing import Any
 
 import torch
@@ -8,11 +8,11 @@ from torch import nn
 class StepClassifier(nn.Module):
     """Base of the step classifiers.
 
-    What they remember of the earlier steps is one batch-first tensor, which the caller keeps and hands in again.
+    The memory of the earlier steps is one batch-first tensor, which the caller passes from step to step.
 
     Args:
         widths: Input width of every head, by name.
-        num_classes: Number of classes; none makes the heads identities.
+        num_classes: Number of classes; with 0, heads are identities.
         num_steps: Number of steps T.
         drop_rate: Dropout before the heads.
         device: Device of the parameters.
@@ -36,22 +36,22 @@ class StepClassifier(nn.Module):
         self.reset(num_classes, device=device, dtype=dtype)
 
     def reset(self, num_classes: int, **dd: Any) -> None:
-        """Replace the heads by new ones."""
+        """Replace the heads."""
         for name, width in self.widths.items():
             self.heads[name] = nn.Linear(width, num_classes, **dd) if num_classes > 0 else nn.Identity()
         self.heads.train(self.training)
 
     def head_name(self, t: int) -> str:
-        """Name of the head that step t uses; 'first' sees the feature vector alone, every other one the memory."""
+        """Name of the head of step t. The input of 'first' is the feature vector, that of other heads the memory."""
         raise NotImplementedError
 
     def update(self, feature: torch.Tensor, memory: torch.Tensor | None) -> torch.Tensor:
-        """Take the feature vector of a step [B, F] into the memory."""
+        """Add the feature vector of a step [B, F] to the memory."""
         raise NotImplementedError
 
     @property
     def num_features(self) -> int:
-        """Width of what the head of the last step sees."""
+        """Input width of the head of the last step."""
         return self.widths[self.head_name(self.num_steps - 1)]
 
     def pre_logits(
@@ -60,7 +60,7 @@ class StepClassifier(nn.Module):
             feature: torch.Tensor,
             memory: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Like `forward`, but gives what the head of step t sees in place of the logits."""
+        """Like `forward`, but with the input of the head of step t in place of the logits."""
         memory = self.update(feature, memory)
         return self.drop(feature if self.head_name(t) == 'first' else memory), memory
 
@@ -74,8 +74,8 @@ class StepClassifier(nn.Module):
 
         Args:
             t: Step, counted from 0.
-            feature: Encoder's feature vector of this step [B, F].
-            memory: What the step before gave back; None at step 0.
+            feature: Feature vector of this step [B, F].
+            memory: Memory that the step before returned; None at step 0.
 
         Returns:
             Logits [B, num_classes], and the memory for the next step.
@@ -92,7 +92,7 @@ class RecurrentStepClassifier(StepClassifier):
         num_classes: Number of classes.
         num_steps: Number of steps T.
         hidden_size: Width of the GRU H.
-        first_head: Step 0 predicts with a head of its own from the feature alone; the GRU takes it in all the same.
+        first_head: Step 0 has a separate head on the feature alone. The GRU still processes the feature.
         drop_rate: Dropout before the heads.
         device: Device of the parameters.
         dtype: Dtype of the parameters.
@@ -123,7 +123,7 @@ class RecurrentStepClassifier(StepClassifier):
 
 
 class ConcatStepClassifier(StepClassifier):
-    """One head a step, on the features of all steps so far. The memory is these features [B, t·F].
+    """One head per step, on the features of all steps so far. The memory is these features [B, t·F].
 
     Args:
         in_features: Width of the encoders' feature vectors F.

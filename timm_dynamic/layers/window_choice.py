@@ -1,4 +1,4 @@
-"""Class activation maps, and the windows of an image that they single out.
+"""Class activation maps, and choosing windows of an image by them.
 
 Source: Yang, An, Xu, "Localizing Semantic Patches for Accelerating Image Classification", ICME 2022, and the released
 code (https://github.com/winycg/AnchorNet).
@@ -10,12 +10,12 @@ import torch
 
 
 def class_activation_map(features: torch.Tensor, weight: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
-    """How much each position speaks for a class: the mean over channels of features times the classifier's weights.
+    """Evidence for a class at each position: the mean over channels of features times the weights of the classifier.
 
     Args:
         features: Feature maps [B, C, h, w].
         weight: Weights of the linear classifier [num_classes, C].
-        classes: A class per image [B], int64.
+        classes: One class per image [B], int64.
 
     Returns:
         Maps [B, h, w].
@@ -27,7 +27,7 @@ def check_iou_thresholds(iou_thresholds: Sequence[float]) -> tuple[float, ...]:
     """Overlap thresholds as floats.
 
     Raises:
-        ValueError: One is not a number in 0..1.
+        ValueError: One is not in 0..1.
     """
     values = tuple(float(threshold) for threshold in iou_thresholds)
     if not all(0 <= value <= 1 for value in values):
@@ -43,27 +43,27 @@ def choose_windows(
         iou_thresholds: Sequence[float],
         exact_original: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Choose windows greedily: in the order of falling values, each one that overlaps little with those before it.
+    """Choose windows greedily, in descending order of their values, if they overlap little with those chosen before.
 
-    One pass over the order, as in the original: a window that was passed over is not looked at again, even where later
-    ranks allow more overlap. All images at once, `num` masked searches for the minimum.
+    There is one pass over the order, as in the original: a window that was skipped is not considered again, even if a
+    later threshold allows more overlap. All images are processed at once, by `num` masked minima.
 
     Args:
-        cam: Maps [B, h, w]. Of equal values the first in rows is taken first.
+        cam: Maps [B, h, w]. Equal values are ordered by position, row by row.
         corners: Top row of every window row [h] and left column of every window column [w], int64, in pixels.
-        size: Side of the windows, in pixels.
+        size: Side of the windows in pixels.
         num: Number of windows.
-        iou_thresholds: Largest overlap (intersection over union) with each earlier window, for windows 2..num; more
-            are ignored.
-        exact_original: Compute overlaps as the released code does, with sides of `size - 1`, and take the top-left
-            window whenever its turn comes, whatever it overlaps with. Otherwise by the rule alone.
+        iou_thresholds: Largest overlap (intersection over union) with each earlier window, for windows 2..num. Further
+            ones are ignored.
+        exact_original: Compute overlaps as the released code does: with sides of `size - 1`, and without a limit for
+            the top-left window. Otherwise follow the rule.
 
     Returns:
-        Indices of the windows in the flattened map [B, num], int64; and how many of them follow the rule [B]. Where
-        fewer do than are asked for, the rest is filled with the best of the others.
+        Indices of the windows in the flattened map [B, num], int64; and how many of them follow the rule [B]. If there
+        are too few, the windows with the highest values among the others fill the rest.
 
     Raises:
-        ValueError: There are fewer windows than asked for, or too few thresholds, or one that is no overlap.
+        ValueError: There are fewer windows than `num`, or too few thresholds, or a threshold is not in 0..1.
     """
     batch, height, width = cam.shape
     if not 0 < num <= height * width:

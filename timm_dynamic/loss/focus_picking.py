@@ -11,30 +11,30 @@ from torch import nn
 
 
 class FocusPickingTerms(NamedTuple):
-    """The three terms of the loss, each a scalar, averaged over the batch."""
+    """The three terms of the loss: scalars, averaged over the batch."""
     classification: torch.Tensor
     attention: torch.Tensor
     negentropy: torch.Tensor
 
 
 class FocusPickingLoss(nn.Module):
-    """Cross-entropy that concentrates on the classes which a frozen baseline confuses.
+    """Cross-entropy that concentrates on the classes that a frozen baseline confuses.
 
-    With focus logits z, baseline logits b (a constant) and smoothed one-hot targets t:
+    With focus logits z, baseline logits b (constant) and smoothed one-hot targets t:
 
-    - classification: cross-entropy of t and z + softmax(z) - softmax(b). Where the baseline is sure of a wrong class,
-      the focus net has to be so much surer of the right one.
-    - attention: cross-entropy of z and the uniform distribution over the classes the baseline considers, i.e. those
-      with softmax(b / temperature) > 1 / num_classes, and the target.
-    - negentropy: sum of p log p with p = softmax(z). Added, it keeps the prediction from over-confidence.
+    - classification: cross-entropy of t and z + softmax(z) - softmax(b). The more confident the baseline is in a wrong
+      class, the more confident the focus net must be in the right one.
+    - attention: cross-entropy of z and the uniform distribution over the target and the classes that the baseline
+      considers, i.e. those with softmax(b / temperature) > 1 / num_classes.
+    - negentropy: sum of p log p with p = softmax(z). It counteracts over-confidence.
 
-    Differs from the released code in one point: that one multiplies by float64 targets, so that its sums run in
-    float64. Here they run in float32, or in the dtype of the logits if that is wider; the two agree to about 1e-6
-    relative. Half precision logits, as autocast gives, are widened first.
+    Departure from the released code: its targets are float64, and so are its sums. Here sums are float32, or in the
+    dtype of the logits if that is wider; the two agree to about 1e-6 relative. Half precision logits, as in autocast,
+    are converted first.
 
     Args:
         smoothing: Label smoothing of the classification term.
-        temperature: Softens the baseline's probabilities when its confused classes are picked.
+        temperature: Softens the probabilities of the baseline when its confused classes are picked.
         attention_weight: Weight of the attention term.
         negentropy_weight: Weight of the negative entropy.
     """
@@ -61,16 +61,16 @@ class FocusPickingLoss(nn.Module):
                 f'attention_weight={self.attention_weight}, negentropy_weight={self.negentropy_weight}')
 
     def terms(self, logits: torch.Tensor, target: torch.Tensor, baseline_logits: torch.Tensor) -> FocusPickingTerms:
-        """Compute the terms one by one, unweighted.
+        """Compute the terms, unweighted.
 
         Args:
-            logits: Focus net's logits [B, C], floating point.
-            target: Class indices [B], int64; or soft targets [B, C], as mixup makes them. Soft targets are not
-                smoothed again, and every class in them counts as a target for the attention term.
-            baseline_logits: Baseline's logits [B, C]. No gradient flows into them.
+            logits: Logits of the focus net [B, C], floating point.
+            target: Class indices [B], int64; or soft targets [B, C], e.g. from mixup. Soft targets are not smoothed
+                again, and every class in them counts as a target in the attention term.
+            baseline_logits: Logits of the baseline [B, C]. They get no gradient.
 
         Raises:
-            ValueError: The shapes do not belong together.
+            ValueError: The shapes do not match.
         """
         if logits.ndim != 2 or baseline_logits.shape != logits.shape:
             raise ValueError(

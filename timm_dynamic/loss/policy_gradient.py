@@ -1,11 +1,11 @@
-"""Policy gradient: how a patch policy learns from what its patches did for the prediction.
+"""Policy gradient: a patch policy learns from what its patches change in the prediction.
 
 Papers:
 * `Proximal Policy Optimization Algorithms` - Schulman et al., https://arxiv.org/abs/1707.06347
 * `Glance and Focus: a Dynamic Approach to Reducing Spatial Redundancy in Image Classification` - Wang et al.,
   NeurIPS 2020, https://arxiv.org/abs/2010.05300
 
-Pure functions. S = T - 1 actions are taken for each of B images; everything is computed in float32.
+Pure functions. There are S = T - 1 actions for each of B images. Everything is computed in float32.
 """
 import math
 from collections.abc import Callable
@@ -15,7 +15,7 @@ import torch
 
 
 def compute_rewards(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Reward of an action: how much more probable the true class has become.
+    """Reward of an action: the change of the probability of the true class.
 
     Args:
         logits: Logits of all steps [S + 1, B, C].
@@ -29,7 +29,7 @@ def compute_rewards(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 
 
 def compute_returns(rewards: torch.Tensor, gamma: float = 0.7) -> torch.Tensor:
-    """Discounted sum of an action's reward and those that follow.
+    """Discounted sum of the rewards of an action and of the later ones.
 
     Args:
         rewards: Rewards [S, B].
@@ -49,12 +49,15 @@ def normalise_returns(
         eps: float = 1e-5,
         reduce: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """Shift and scale to mean 0 and (unbiased) standard deviation 1 over all actions and images [S, B].
+    """Shift and scale returns to mean 0 and (unbiased) standard deviation 1 over all actions and images.
 
     Args:
         returns: Returns [S, B].
         eps: Added to the standard deviation.
-        reduce: Adds a tensor up over all processes that share the batch.
+        reduce: Sums a tensor over all processes that share the batch.
+
+    Returns:
+        Normalised returns [S, B].
     """
     sums = torch.stack([torch.ones_like(returns).sum(), returns.sum()])
     count, total = reduce(sums) if reduce else sums
@@ -68,24 +71,24 @@ def compute_log_prob(actions: torch.Tensor, means: torch.Tensor, std: float = 0.
     """Log-density of actions under independent normal distributions.
 
     Args:
-        actions: Actions as taken, i.e. clamped to [0, 1] [S, B, 2]. No gradient flows into them.
-        means: What the policy proposed [S, B, 2].
+        actions: Actions as taken, i.e. clamped to [0, 1] [S, B, 2]. They get no gradient.
+        means: Means that the policy proposed [S, B, 2].
         std: Standard deviation of each coordinate.
 
     Returns:
-        Log-densities [S, B]. Those of clamped actions are taken where they were clamped to.
+        Log-densities [S, B], at the clamped actions.
     """
     z = (actions.detach().float() - means.float()) / std
     return -0.5 * z.square().sum(dim=-1) - means.shape[-1] * math.log(std * math.sqrt(2 * math.pi))
 
 
 class PolicyGradientTerms(NamedTuple):
-    """Loss and what tells how learning goes, all scalars."""
+    """Loss, its parts, and measures of progress, all scalars."""
     loss: torch.Tensor
     policy: torch.Tensor  # clipped surrogate
     value: torch.Tensor  # mean squared error of the critic
     entropy: torch.Tensor
-    approx_kl: torch.Tensor  # of the new policy from the old one
+    approx_kl: torch.Tensor  # divergence of the new policy from the old one
     clip_fraction: torch.Tensor  # share of actions whose ratio is out of range
 
 
@@ -103,11 +106,11 @@ def compute_ppo_terms(
 
     Args:
         log_prob: Log-densities of the actions under the policy [S, B].
-        old_log_prob: The same when they were taken. No gradient flows into them.
-        values: Returns as the critic expects them [S, B]; the advantage is what it did not expect.
+        old_log_prob: Log-densities at the time when the actions were taken [S, B]. They get no gradient.
+        values: Returns that the critic predicts [S, B]. The advantage is the difference between the two.
         returns: Normalised returns [S, B].
-        std: Standard deviation of the policy; it fixes the entropy, which is a constant and there for the record.
-        epsilon: Range of the ratio of new to old density that is learned from: 1 ± epsilon.
+        std: Standard deviation of the policy. It determines the entropy, which is constant.
+        epsilon: The ratio of new to old density is clipped to 1 ± epsilon.
         value_coeff: Weight of the critic's mean squared error.
         entropy_coeff: Weight of the entropy.
     """

@@ -1,5 +1,7 @@
 from .anchornet import *
 from .clcnet import *
 from .confidence_net import *
+from .dynamic_net import DynamicNet as DynamicNet
+from .dynamic_net import ExitResult as ExitResult
 from .focusnet import *
 from .gfnet import *

@@ -1,16 +1,16 @@
-"""AnchorNet-patch: a light localizer says which windows of an image matter; a classifier looks at one after another.
+"""AnchorNet-patch: a small localizer chooses windows of an image, and a classifier looks at one after another.
 
 Paper: `Localizing Semantic Patches for Accelerating Image Classification` - Yang et al., ICME 2022,
 https://arxiv.org/abs/2206.03367
 
-Step 1 sees the whole image scaled down to the size of a window. If that does not suffice, AnchorNet finds the windows
-whose content speaks most for what it takes the image for; every later step adds the logits of one of them.
+Step 1 sees the whole image scaled down to the size of a window. In step 2, AnchorNet predicts a class and chooses the
+windows with the most evidence for it. Every later step adds the logits of one window.
 
 Departures from the released code (https://github.com/winycg/AnchorNet):
-* Layers that AnchorNet never uses (the first block's expansion) are not in the model.
-* Where fewer windows than steps follow the overlap rule, the best of the others fill the rest. The original raises an
-  error, or adds one image's windows to all of the batch.
-* Windows of equal value are taken row by row. The original's order is that of an unstable sort.
+* Layers that AnchorNet never uses (the expansion of the first block) are not in the model.
+* If fewer windows than steps follow the overlap rule, the best of the others fill the rest. The original raises an
+  error, or adds the windows of one image to all images of the batch.
+* Windows of equal value are ordered row by row. In the original, an unstable sort orders them.
 """
 import logging
 import re
@@ -42,12 +42,12 @@ _BLOCKS = (
 
 
 class ValidBlock(nn.Module):
-    """Inverted residual with squeeze-and-excitation and without padding: every output sees one window of the input.
+    """Inverted residual with squeeze-and-excitation and without padding: every output depends on one input window.
 
     Args:
         in_chs: Input channels.
         out_chs: Output channels.
-        expansion: Width of the depthwise convolution over that of the input; 1 leaves the expansion out.
+        expansion: Width of the depthwise convolution divided by that of the input; 1 leaves the expansion out.
         stride: Stride of the depthwise convolution.
         device: Device of the parameters.
         dtype: Dtype of the parameters.
@@ -77,14 +77,14 @@ class ValidBlock(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         out = self.project(self.se(self.depthwise(self.expand(x))))
-        # Cut at the bottom and the right, as the original does, though the middle would be in place.
+        # Cropped at the bottom and the right, as in the original, though the center would be aligned.
         return out + x[..., :-2, :-2] if self.has_skip else out
 
 
 class AnchorNet(nn.Module):
-    """AnchorNet: a classifier every position of whose feature map sees exactly one window of 95x95 pixels.
+    """AnchorNet: a classifier with a feature map whose positions each depend on one window of 95x95 pixels.
 
-    Windows lie 8 pixels apart, beginning at the top left corner; an image of 224 has 17x17 of them.
+    Windows are 8 pixels apart and start in the top left corner. An image of 224 pixels has 17x17 of them.
 
     Args:
         num_classes: Number of classes.
@@ -97,11 +97,11 @@ class AnchorNet(nn.Module):
         dtype: Dtype of the parameters.
 
     Raises:
-        ValueError: Another way of pooling is asked for: the activation maps of a class hold for the mean only.
+        ValueError: `global_pool` is something else: class activation maps are valid for the mean only.
 
     Attributes:
-        receptive_field: Side of the windows, in pixels.
-        stride: How far they lie apart, in pixels.
+        receptive_field: Side of the windows in pixels.
+        stride: Distance of neighbouring windows in pixels.
     """
 
     def __init__(
@@ -134,7 +134,7 @@ class AnchorNet(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Initial values as in the original: He's for convolutions, small normal ones for the classifier."""
+        """Initial values as in the original: Kaiming for convolutions, small normal ones for the classifier."""
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode='fan_out')
@@ -145,11 +145,11 @@ class AnchorNet(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
-        """Feature map [B, num_features, h, w], one position a window."""
+        """Feature map [B, num_features, h, w], with one position per window."""
         if min(x.shape[-2:]) < self.receptive_field:
             raise ValueError(
-                f'Images of {x.shape[-2]}x{x.shape[-1]} pixels hold no window of {self.receptive_field}: there is '
-                'nothing for AnchorNet to see.')
+                f'Images of {x.shape[-2]}x{x.shape[-1]} pixels hold no window of {self.receptive_field} pixels, which '
+                'AnchorNet needs.')
         x = self.stem(x)
         if self.grad_checkpointing and not torch.jit.is_scripting():
             x = timm.models.checkpoint_seq(self.blocks, x)
@@ -191,33 +191,33 @@ class AnchorNet(nn.Module):
 
 
 class AnchorNetPatch(DynamicNet):
-    """Classifier that sees the whole image small, then windows that a localizer finds; their logits add up.
+    """Classifier that sees the whole image scaled down, then windows that a localizer chooses. Their logits add up.
 
     Args:
-        backbone: Name of a timm model. Two are made of it: one for the whole image, one for windows.
-        patch_size: Side of windows and of the small image P.
-        num_steps: Number of steps T, the small image included.
+        backbone: Name of a timm model. It is created twice: for the whole image and for windows.
+        patch_size: Side of the windows and of the scaled image P.
+        num_steps: Number of steps T, including the scaled image.
         num_classes: Number of classes.
         in_chans: Number of input channels.
-        img_size: Side of the images. Others run, too, as long as they hold enough windows.
+        img_size: Side of the images that costs are counted for. Other sizes work if they have enough windows.
         iou_thresholds: Largest overlap with earlier windows: one number, or one for each window from the second on.
         exact_original: See `choose_windows`.
         localizer: 'anchornet', or any timm CNN with a linear classifier on pooled features.
         localizer_args: Arguments of the localizer. Plain JSON.
-        localizer_stride: How far the windows that neighbouring positions of its feature map see lie apart, in pixels.
-            AnchorNet knows its own.
-        localizer_field: Side of these windows; 0 for a network with padding, where they are taken to be centred.
+        localizer_stride: Distance in pixels of the windows of neighbouring positions of the localizer's feature map.
+            Not needed for AnchorNet.
+        localizer_field: Side of these windows; 0 for a network with padding: then they are assumed to be centered.
         backbone_args: Further arguments for the backbone. Plain JSON.
         drop_rate: Dropout before the classifiers.
         drop_path_rate: Stochastic depth of the backbone.
-        global_pool: 'avg' leaves pooling to the networks; '' with `num_classes=0` gives feature maps.
+        global_pool: 'avg' leaves pooling to the networks; '' with `num_classes=0` returns feature maps.
         exit_cfg: See `DynamicNet`.
         device: Device of the parameters.
         dtype: Dtype of the parameters.
 
     Raises:
-        ValueError: The networks are unknown, the localizer has no feature map that says what speaks for a class, or the
-            sizes do not go together.
+        ValueError: A network is unknown, the localizer is not a linear classifier of the mean of a feature map, or
+            images are too small.
     """
 
     def __init__(
@@ -244,13 +244,13 @@ class AnchorNetPatch(DynamicNet):
     ) -> None:
         dd: dict[str, Any] = {'device': device, 'dtype': dtype}
         if num_steps < 2:
-            raise ValueError(f'num_steps must be at least 2, the small image and a window, got {num_steps}.')
+            raise ValueError(f'num_steps must be at least 2, the scaled image and a window, got {num_steps}.')
         check_pool(global_pool, num_classes)
         thresholds = [iou_thresholds] * (num_steps - 2) if isinstance(iou_thresholds, (int, float)) else iou_thresholds
         if len(thresholds) != num_steps - 2:
             raise ValueError(
-                f'{num_steps} steps look at {num_steps - 1} windows, which need {num_steps - 2} iou_thresholds, '
-                f'got {len(thresholds)}.')
+                f'{num_steps} steps have {num_steps - 1} windows, which need {num_steps - 2} iou_thresholds, got '
+                f'{len(thresholds)}.')
         super().__init__(num_steps, num_classes, in_chans, img_size, exit_cfg)
         self.backbone, self.backbone_args = backbone, dict(backbone_args or {})
         self.patch_size = patch_size
@@ -266,12 +266,12 @@ class AnchorNetPatch(DynamicNet):
             self.localizer_stride, self.localizer_field = self.localizer.stride, self.localizer.receptive_field
         else:
             if localizer_stride is None:
-                raise ValueError(f"Give the stride of the localizer '{localizer}' as localizer_stride, in pixels.")
+                raise ValueError(f"The localizer '{localizer}' needs its stride in pixels: localizer_stride.")
             self.localizer = create_encoder(
                 localizer, in_chans, self.img_size, num_classes, **(localizer_args or {}), **dd)
             self.localizer_stride, self.localizer_field = localizer_stride, localizer_field
         self.localizer_name = localizer
-        self._grids: dict[int, tuple[int, int]] = {}  # by side of the image, as far as asked for
+        self._grids: dict[int, tuple[int, int]] = {}  # cache, by side of the image
         self._check_localizer()
         self.check_img_size(self.img_size)
         self.num_features = self.resized.num_features
@@ -283,7 +283,7 @@ class AnchorNetPatch(DynamicNet):
 
     @property
     def setup_name(self) -> str:
-        """What the released code calls such a model in its tables, e.g. 'densenet201_95_[0.3, 0.3, 0.3]'."""
+        """Name of such a model in the tables of the released code, e.g. 'densenet201_95_[0.3, 0.3, 0.3]'."""
         return f'{self.backbone}_{self.patch_size}_{list(self.iou_thresholds)}'
 
     def _networks(self) -> dict[str, Any]:
@@ -331,32 +331,31 @@ class AnchorNetPatch(DynamicNet):
         shape = self._map_shape(self.img_size)
         if len(shape) != 4 or getattr(self.localizer, 'output_fmt', 'NCHW') != 'NCHW':
             raise ValueError(
-                f'{what} needs a feature map [batch, channels, height, width], it gives {list(shape)}.')
+                f'{what} needs a feature map [batch, channels, height, width], got {list(shape)}.')
         self._grids[self.img_size] = shape[2], shape[3]
-        sees = -(-self.img_size // self.localizer_stride)
-        if not self.localizer_field and max(abs(n - sees) for n in shape[2:]) > 1:
+        expected = -(-self.img_size // self.localizer_stride)
+        if not self.localizer_field and max(abs(n - expected) for n in shape[2:]) > 1:
             raise ValueError(
-                f'{what} has {shape[2]}x{shape[3]} positions in an image of {self.img_size}: localizer_stride '
-                f'{self.localizer_stride} would give {sees}x{sees}.')
+                f'{what} has {shape[2]}x{shape[3]} positions in an image of {self.img_size}; with localizer_stride '
+                f'{self.localizer_stride} there would be {expected}x{expected}.')
         classifier = self.localizer.get_classifier()
         if not self.num_classes:
             return
         if not isinstance(classifier, nn.Linear):
             raise ValueError(
-                f'{what} needs one linear classifier, whose weights say what speaks for a class; it has '
-                f'{type(classifier).__name__}.')
+                f'{what} needs one linear classifier, for class activation maps; it has {type(classifier).__name__}.')
         if classifier.in_features != shape[1]:
             raise ValueError(
-                f'{what} classifies {classifier.in_features} features, its map has {shape[1]}: expected a classifier '
-                'of the mean of the map.')
+                f'{what} classifies {classifier.in_features} features, but its map has {shape[1]} channels: expected a '
+                'classifier of the mean of the map.')
 
     def step(self, t: int, state: State) -> tuple[torch.Tensor, State]:
         """Run one step, see `DynamicNet.step`.
 
         Returns:
-            Logits added up so far, and a state with 'image' [n, C, S, S] and 'logits' [n, num_classes]; from step 1 on
-            also the class activation map 'cam' [n, h, w], 'windows' (top-left row and column of all windows that
-            will be looked at [n, T - 1, 2], int64) and 'num_valid' [n], how many of them follow the overlap rule.
+            Sum of the logits so far, and a state with 'image' [n, C, S, S] and 'logits' [n, num_classes]; from step 1
+            on also the class activation map 'cam' [n, h, w], the 'windows' of all steps (top-left row and column
+            [n, T - 1, 2], int64), and 'num_valid' [n], the number of windows that follow the overlap rule.
         """
         state, image = dict(state), state['image']
         if t == 0:
@@ -370,13 +369,13 @@ class AnchorNetPatch(DynamicNet):
         return state['logits'], state
 
     def locate(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Find the windows of images [B, in_chans, S, S].
+        """Choose the windows of images [B, in_chans, S, S].
 
         Returns:
             'windows', 'cam', 'num_valid' as in `step`; and 'localizer_logits' [B, num_classes].
         """
         if not self.num_classes:
-            raise ValueError('The windows are those of a class: without classes (num_classes=0) there are none.')
+            raise ValueError('Windows are chosen for a class: without classes (num_classes=0) there are none.')
         features = self.localizer.forward_features(x)
         logits = self.localizer.forward_head(features)
         with torch.no_grad():
@@ -389,16 +388,16 @@ class AnchorNetPatch(DynamicNet):
         return {'cam': cam, 'windows': windows, 'num_valid': found, 'localizer_logits': logits}
 
     def _corners(self, cells: int, img_size: int, device: torch.device) -> torch.Tensor:
-        """Where the window of each position of the feature map begins: around the middle of what it sees."""
+        """First row or column of the window of each position of the feature map, centered on its receptive field."""
         position = torch.arange(cells, device=device) * self.localizer_stride
-        sees = self.localizer_field or self.localizer_stride
-        return (position + (sees - self.patch_size) // 2).clamp(0, img_size - self.patch_size)
+        field = self.localizer_field or self.localizer_stride
+        return (position + (field - self.patch_size) // 2).clamp(0, img_size - self.patch_size)
 
     def forward_all(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
         """Run all steps.
 
         Returns:
-            'logits' added up [T, B, num_classes], 'patch_logits' of each window [T - 1, B, num_classes],
+            Cumulative 'logits' [T, B, num_classes], 'patch_logits' of each window [T - 1, B, num_classes],
             'localizer_logits' [B, num_classes], 'cam' [B, h, w], and 'coords' of the windows [T - 1, B, 2].
         """
         state = self.init_state(x)
@@ -413,7 +412,7 @@ class AnchorNetPatch(DynamicNet):
         }
 
     def forward(self, x: Any, all_steps: bool = False, **kwargs: Any) -> Any:
-        """See `DynamicNet.forward`. Without classes the features of the small image, see `forward_head`."""
+        """See `DynamicNet.forward`. Without classes, the features of the scaled image, see `forward_head`."""
         if not self.num_classes and not all_steps:
             return self.forward_head(self.forward_features(x), pre_logits=True)
         return super().forward(x, all_steps, **kwargs)
@@ -423,12 +422,12 @@ class AnchorNetPatch(DynamicNet):
         return torch.cat([out['logits'], out['localizer_logits'][None]]).mean(dim=0)
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
-        """Feature map of the small image [B, num_features, h, w]."""
+        """Feature map of the scaled image [B, num_features, h, w]."""
         self.init_state(x)
         return self.resized.forward_features(get_glance(x, self.patch_size))
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
-        """Logits of step 1 from the feature map of the small image, or what its classifier sees."""
+        """Logits of step 1 from the feature map of the scaled image, or the input of its classifier."""
         if not self.global_pool:
             return x
         return self.resized.forward_head(x, pre_logits=pre_logits)
@@ -444,7 +443,7 @@ class AnchorNetPatch(DynamicNet):
         return tuple(net.get_classifier() for net in self._networks().values())
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace all classifiers. Policies and budgets kept for other classes are forgotten."""
+        """Replace all classifiers. Exits for other classes are dropped."""
         if global_pool is not None:
             self.global_pool = check_pool(global_pool, num_classes)
         self.num_classes = num_classes
@@ -606,13 +605,13 @@ def _create_anchornet_patch(variant: str, pretrained: bool = False, **kwargs: An
 
 @register_model
 def anchornet(pretrained: bool = False, **kwargs: Any) -> AnchorNet:
-    """AnchorNet, the localizer: a classifier of its own."""
+    """AnchorNet, the localizer, which is a classifier by itself."""
     return build_dynamic_model(partial(build_model_with_cfg, AnchorNet, 'anchornet'), 'anchornet', pretrained, **kwargs)
 
 
 @register_model
 def anchornet_patch(pretrained: bool = False, **kwargs: Any) -> AnchorNetPatch:
-    """AnchorNet-patch over the timm model `backbone`, DenseNet-201 if none is named."""
+    """AnchorNet-patch over the timm model `backbone`, DenseNet-201 by default."""
     return _create_anchornet_patch('anchornet_patch', pretrained, **dict(dict(exact_original=False), **kwargs))
 
 

@@ -1,15 +1,15 @@
-"""CLCNet cascades: any timm models, the cheapest first; the next one runs where the answer so far is not trusted.
+"""CLCNet cascades: any timm models, the cheapest first. The next one runs if the confidence so far is too low.
 
 Paper: `CLCNet: Rethinking of Ensemble Modeling with Classification Confidence Network` - Yao et al., 2022,
 https://arxiv.org/abs/2205.09612
 
-After each member, a confidence net reads its sorted probabilities and predicts how likely it is right. Other measures
-of confidence can take its place: which one is best depends on the members, and calibration data tells.
+After each member, a confidence net predicts from its sorted probabilities how likely it is right. Other measures of
+confidence can replace the net. Which one is best depends on the members; compare them on calibration data.
 
 Departures from the released code (https://github.com/yaoching0/CLCNet-Rethinking-of-Ensemble-Modeling):
-* A cascade may have more than two members, and the last member's answer may be the final one.
-* The cost of the confidence net is counted (0.0001 GMACs a member with 1000 classes). The original takes it as free.
-* A member whose weights differ from the other members' in their classes is an error, in place of a shape mismatch.
+* A cascade may have more than two members, and the answer may always be that of the last member.
+* The cost of the confidence net is counted (0.0001 GMACs per member with 1000 classes). The original neglects it.
+* Members whose weights are for different classes raise an error that says so, in place of a shape mismatch.
 """
 import logging
 import math
@@ -49,7 +49,7 @@ FINAL_RULES = ('most_confident', 'last')
 
 
 class CascadeAnswers(NamedTuple):
-    """What a cascade answers after each member."""
+    """Answers of a cascade after each member."""
     logits: torch.Tensor  # [T, B, num_classes]
     confidence: torch.Tensor  # [T, B]
 
@@ -64,32 +64,33 @@ class CLCNet(DynamicNet):
     """Cascade of classifiers.
 
     Args:
-        models: Members, cheapest first: timm names, 'name@size' (to be run at another resolution), 'local-dir:FOLDER',
+        models: Members, cheapest first: timm names, 'name@size' (another resolution), 'local-dir:FOLDER',
             'hf-hub:ORG/NAME', or modules.
-        member_args: Further arguments for each member that is given by name; None for a member without any.
-        views: For each member how it sees the image, as far as it differs from its pretrained_cfg: 'size',
-            'interpolation', 'crop_pct', 'crop_mode', 'mean', 'std'.
-        networks: For each member the number of the network that it is run on, from 0 in the order in which they appear,
-            e.g. (0, 0, 1). By default members that are named alike, the size aside, and have equal arguments are one
-            network, as is a module that is given twice.
-        confidence: What decides whether the next member runs: 'clcnet' (the confidence net), 'max_prob' (largest
-            probability), 'margin' (its distance to the second), 'entropy' (1 - entropy / log(num_classes)), or
-            'agreement' (mean probability that the members so far give to the class that the last of them predicts).
-        final_rule: 'most_confident' (the paper's: a later member's answer replaces the one so far where it is more
-            confident) or 'last' (the last member that was run answers).
+        member_args: Further arguments for each member that is given by name, or None.
+        views: For each member its preprocessing if it differs from its pretrained_cfg: 'size', 'interpolation',
+            'crop_pct', 'crop_mode', 'mean', 'std'.
+        networks: For each member the number of its network, from 0 in the order in which they appear, e.g. (0, 0, 1).
+            By default, members with the same name (without size) and arguments share a network, and so does a module
+            that is given twice.
+        confidence: Measure that decides whether the next member runs: 'clcnet' (the confidence net), 'max_prob'
+            (largest probability), 'margin' (difference between the two largest), 'entropy'
+            (1 - entropy / log(num_classes)), or 'agreement' (mean probability that the members so far give to the class
+            that the last of them predicts).
+        final_rule: 'most_confident' (the paper's: the answer of a later member replaces the answer so far if it is more
+            confident) or 'last' (the answer is that of the last member that was run).
         num_classes: Number of classes.
         in_chans: Number of input channels.
-        img_size: Side of the images given as one tensor: that of the largest view, unless given; then all views are
-            scaled by the same factor.
+        img_size: Side of images given as one tensor. Default: that of the largest view. Otherwise all views are scaled
+            by the same factor.
         drop_rate: Dropout of the members.
         drop_path_rate: Stochastic depth of the members.
-        global_pool: 'avg': pooling is left to the members.
+        global_pool: Must be 'avg': the members do the pooling.
         exit_cfg: See `DynamicNet`.
         device: Device of the parameters.
         dtype: Dtype of the parameters.
 
     Raises:
-        ValueError: A member is unknown, or cannot be made so; members have other classes or input channels.
+        ValueError: A member is unknown or does not take its arguments; or members have other classes or channels.
     """
 
     def __init__(
@@ -131,7 +132,7 @@ class CLCNet(DynamicNet):
         if confidence == 'clcnet':
             self.confidence_net = ConfidenceNet(device=device, dtype=dtype)
 
-        # An image given as one tensor is normalised for the member with the largest view.
+        # Images given as one tensor are normalised for the member with the largest view.
         view = self.reference_view
         self.renormalize = nn.ModuleList([Renormalize(
             view['mean'], view['std'], m.view['mean'], m.view['std'], in_chans, device, dtype) for m in members])
@@ -147,25 +148,25 @@ class CLCNet(DynamicNet):
 
     @property
     def reference_view(self) -> dict[str, Any]:
-        """View of the member with the largest one: what an image given as one tensor is prepared for."""
+        """Largest view of a member. Images given as one tensor are prepared for it."""
         return max((m.view for m in reversed(self.specs)), key=lambda view: view['size'])
 
     @property
     def view_sizes(self) -> tuple[int, ...]:
-        """Side of the images that each member sees, where the cascade is given images of side `img_size`."""
+        """Side of the images that each member sees if the images of the cascade have the side `img_size`."""
         scale = self.img_size / self.reference_view['size']
         return tuple(max(1, round(m.view['size'] * scale)) for m in self.specs)
 
     @property
     def view_configs(self) -> tuple[dict[str, Any], ...]:
-        """For each member how it wants its images prepared, as timm's `create_transform` takes it."""
+        """Preprocessing of each member, as arguments of timm's `create_transform`."""
         return tuple({
             **{k: v for k, v in m.view.items() if k != 'size'}, 'input_size': (self.in_chans, size, size),
             **{k: per_channel(m.view[k], self.in_chans) for k in ('mean', 'std')},
         } for m, size in zip(self.specs, self.view_sizes))
 
     def step_macs_of(self, confidence: str) -> tuple[int, ...]:
-        """What `step_macs` would be with another confidence: none but 'clcnet' costs anything."""
+        """The `step_macs` with another measure of confidence. Only 'clcnet' has a cost."""
         if confidence == self.confidence_kind:
             return self.step_macs
         twin = on_meta(self)
@@ -188,13 +189,13 @@ class CLCNet(DynamicNet):
         """Make the state before the first step.
 
         Args:
-            x: One tensor [B, C, S, S], prepared for the member with the largest view: the smaller views are made of it
-                by antialiased scaling, and normalised as their members expect. Or a tuple with one tensor per member
-                [B, C, S_i, S_i], each prepared as its member expects, see `view_configs`: this is what the members'
-                published accuracies are measured with.
+            x: One tensor [B, C, S, S], prepared for the member with the largest view. Smaller views are scaled from it
+                with antialiasing and normalised for their members. Or a tuple with one tensor per member
+                [B, C, S_i, S_i], each prepared for its member, see `view_configs`. The published accuracies of the
+                members are for the latter.
 
         Raises:
-            ValueError: The images have a shape that the members cannot take.
+            ValueError: The members cannot take images of this shape.
         """
         if not isinstance(x, (tuple, list)):
             self._check_images(x, 'image', self.img_size)
@@ -217,7 +218,7 @@ class CLCNet(DynamicNet):
             raise ValueError(f'Expected {what} of {size}x{size}, got {x.shape[2]}x{x.shape[3]}.')
 
     def _view(self, t: int, state: State) -> torch.Tensor:
-        """What member t sees [n, C, S_t, S_t]."""
+        """Images for member t [n, C, S_t, S_t]."""
         if 'image' not in state:
             return state[f'view_{t}']
         x = state['image']
@@ -232,16 +233,16 @@ class CLCNet(DynamicNet):
         """Run one member, see `DynamicNet.step`.
 
         Returns:
-            The answer after it [n, num_classes], and a state with the views not used yet, the answer's 'confidence'
-            [n], with the rule 'most_confident' the 'answer', and with the confidence 'agreement' the sum of
-            'probabilities' [n, num_classes].
+            Logits of the answer [n, num_classes], and a state with the views of later members, the 'confidence' of the
+            answer [n], with 'most_confident' the 'answer', and with 'agreement' the sum of the 'probabilities' so far
+            [n, num_classes].
         """
         logits = self._net(t)(self._view(t, state))
         views = {k: v for k, v in state.items() if k == 'image' or (k.startswith('view_') and k != f'view_{t}')}
-        logits, judged = self._judge(t, logits, state, self.confidence_kind, self.final_rule)
-        return logits, {**(views if t < self.num_steps - 1 else {}), **judged}
+        logits, answer = self._answer(t, logits, state, self.confidence_kind, self.final_rule)
+        return logits, {**(views if t < self.num_steps - 1 else {}), **answer}
 
-    def _judge(
+    def _answer(
             self,
             t: int,
             logits: torch.Tensor,
@@ -250,7 +251,7 @@ class CLCNet(DynamicNet):
             rule: str,
             score: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, State]:
-        """The answer after member t said `logits`, and what has to be known of it."""
+        """Logits of the answer after member t, and the entries of the state that belong to it."""
         if not self.num_classes:
             return logits, {'confidence': logits.new_zeros(len(logits), dtype=torch.float32)}
         out: State = {}
@@ -270,11 +271,11 @@ class CLCNet(DynamicNet):
         return logits, {**out, 'confidence': confidence}
 
     def measure(self, probabilities: torch.Tensor, kind: str) -> torch.Tensor:
-        """Confidence [n], float32, of one member's probabilities [n, num_classes]; of any kind but 'agreement'."""
+        """Confidence [n], float32, from the probabilities of one member [n, num_classes]; not for 'agreement'."""
         if kind == 'clcnet':
             return self.confidence_net.score_sorted(probabilities.sort(dim=1, descending=True).values).float()
         if kind == 'agreement':
-            raise ValueError("'agreement' compares members: one member's probabilities do not tell it.")
+            raise ValueError("'agreement' needs the probabilities of all members so far, got those of one.")
         if kind == 'margin':
             if self.num_classes < 2:
                 return probabilities[:, 0]
@@ -286,7 +287,7 @@ class CLCNet(DynamicNet):
         return probabilities.amax(dim=1)
 
     def confidence(self, logits: torch.Tensor, state: State) -> torch.Tensor:
-        """What the step has found, as it also decides between answers. See the argument `confidence`."""
+        """Confidence of the answer, which `step` has already computed. See the argument `confidence`."""
         return state['confidence']
 
     def replay(
@@ -296,14 +297,14 @@ class CLCNet(DynamicNet):
             final_rule: str | None = None,
             scores: torch.Tensor | None = None,
     ) -> CascadeAnswers:
-        """What the cascade would answer with another confidence or rule, from what its members said.
+        """Answers of the cascade with another measure of confidence or final rule, from the logits of its members.
 
         Args:
             member_logits: [T, B, num_classes], see `forward_all`.
-            confidence: By default the one in use.
-            final_rule: Likewise.
-            scores: Confidence in each member's answer [T, B], if it is not to be measured, e.g. scores of nets that
-                have not seen these images.
+            confidence: Measure of confidence. Default: the one in use.
+            final_rule: Final rule. Default: the one in use.
+            scores: Confidence in each member [T, B], in place of measuring it: e.g. scores of confidence nets that were
+                not trained on these images.
 
         Returns:
             `.logits` [T, B, num_classes] and `.confidence` [T, B] of the answers after each member.
@@ -323,7 +324,7 @@ class CLCNet(DynamicNet):
         state: State = {}
         answers, confidences = [], []
         for t, logits in enumerate(member_logits):
-            logits, state = self._judge(t, logits, state, kind, rule, None if scores is None else scores[t])
+            logits, state = self._answer(t, logits, state, kind, rule, None if scores is None else scores[t])
             answers.append(logits)
             confidences.append(state['confidence'])
         return CascadeAnswers(torch.stack(answers), torch.stack(confidences))
@@ -334,12 +335,12 @@ class CLCNet(DynamicNet):
             final_rule: str | None = None,
             net: ConfidenceNet | None = None,
     ) -> None:
-        """Choose what decides. Policies and budgets kept for another choice are forgotten.
+        """Set the measure of confidence and the final rule. Exits for other ones are dropped.
 
         Args:
             confidence: See the class.
-            final_rule: By default as it is.
-            net: Confidence net to take over, with 'clcnet'. It may be left out where the model has one.
+            final_rule: See the class. Default: the one in use.
+            net: Confidence net, for 'clcnet'. It may be omitted if the model has one.
 
         Raises:
             ValueError: There is no such choice, or a net is missing.
@@ -349,7 +350,7 @@ class CLCNet(DynamicNet):
         if confidence == 'clcnet' and net is None and not hasattr(self, 'confidence_net'):
             raise ValueError("The confidence 'clcnet' needs a net, e.g. ConfidenceNet.from_pretrained(FILE).")
         if net is not None and confidence != 'clcnet':
-            raise ValueError(f"A confidence net is of no use with the confidence '{confidence}'.")
+            raise ValueError(f"A confidence net is not used with the confidence '{confidence}'.")
         if net is not None:
             parameter = next(self.parameters())
             self.confidence_net = net.to(device=parameter.device, dtype=parameter.dtype).train(self.training)
@@ -359,7 +360,7 @@ class CLCNet(DynamicNet):
             self.drop_exits('its confidence changes.')
         self.confidence_kind, self.final_rule, self._step_macs = confidence, rule, None
 
-    # Running it
+    # Running the members
 
     def forward_all(self, x: Any) -> dict[str, torch.Tensor]:
         """Run all members.
@@ -373,7 +374,7 @@ class CLCNet(DynamicNet):
         return {**self.replay(member_logits)._asdict(), 'member_logits': member_logits}
 
     def forward_train(self, x: Any) -> torch.Tensor:
-        """Logits [B, num_classes] that depend on every parameter: the members', weighed by how sure they are."""
+        """Logits [B, num_classes] that depend on every parameter: mean of the members, weighted by confidence."""
         if not self.num_classes:
             return self.forward_features(x)
         state = self.init_state(x)
@@ -382,19 +383,19 @@ class CLCNet(DynamicNet):
         return (weights[..., None].to(member_logits.dtype) * member_logits).sum(dim=0)
 
     def forward(self, x: Any, all_steps: bool = False, **kwargs: Any) -> Any:
-        """See `DynamicNet.forward`; for x see `init_state`. Without classes the features of all members, joined."""
+        """See `DynamicNet.forward`; for x see `init_state`. Without classes, the features of all members."""
         if not self.num_classes and not all_steps:
             return self.forward_features(x)
         return super().forward(x, all_steps, **kwargs)
 
     def forward_features(self, x: Any) -> torch.Tensor:
-        """Features of all members before their classifiers, joined [B, num_features]. `forward_head` reads them."""
+        """Features of all members, concatenated [B, num_features]. `forward_head` takes them."""
         state = self.init_state(x)
         nets = [(self._net(t), self._view(t, state)) for t in range(self.num_steps)]
         return torch.cat([net.forward_head(net.forward_features(view), pre_logits=True) for net, view in nets], dim=1)
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
-        """The cascade's answer [B, num_classes] from the features of all members."""
+        """Logits of the answer [B, num_classes] from the features of all members."""
         if pre_logits or not self.num_classes:
             return x
         parts = x.split(self._widths(), dim=1)
@@ -415,7 +416,7 @@ class CLCNet(DynamicNet):
         return tuple(self._net(t).get_classifier() for t in range(self.num_steps))
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the members' classifiers. Policies and budgets kept for other classes are forgotten."""
+        """Replace the classifiers of the members. Exits for other classes are dropped."""
         if global_pool is not None:
             _check_pool(global_pool)
         self.num_classes = num_classes
@@ -440,7 +441,7 @@ class CLCNet(DynamicNet):
 
 def _check_pool(global_pool: str) -> None:
     if global_pool != 'avg':
-        raise ValueError(f"Pooling is the members': global_pool must be 'avg', got {global_pool!r}.")
+        raise ValueError(f"The members do the pooling: global_pool must be 'avg', got {global_pool!r}.")
 
 
 def read_checkpoint_fn(path: str | Path, use_ema: bool = True) -> dict[str, torch.Tensor]:
@@ -508,7 +509,7 @@ def _split_parts(state_dict: Mapping[str, Any], model: Any) -> tuple[dict[Any, A
 
 
 def _map_member(state_dict: Any, spec: Member, net: Any) -> dict[str, torch.Tensor]:
-    """Weights of a member from a file; our own families know foreign keys."""
+    """Map the weights of a member with the filter of its family."""
     filter_fn = checkpoint_filter_of(spec.model) if isinstance(spec.model, str) else None
     return dict(filter_fn(state_dict, net) if filter_fn else state_dict)
 
@@ -551,7 +552,7 @@ def _listed(classes: Mapping[str, int]) -> str:
 
 
 def _cfg(name: str = '', members: Sequence[tuple[str, str]] = (), **kwargs: Any) -> dict[str, Any]:
-    """Config of a cascade; of each member the names of its first convolution and its classifier."""
+    """Config of a cascade. `members` has the names of the first convolution and the classifier of each."""
     return {
         'hf_hub_id': hub_id(name) if name else None,
         'num_classes': 1000, 'input_size': (3, 224, 224), 'pool_size': None,
@@ -591,7 +592,7 @@ def _create(pretrained: bool = False, pretrained_cfg: Any = None, variant: str =
     model: Any = build_model_with_cfg(CLCNet, variant, pretrained, pretrained_cfg=pretrained_cfg, **kwargs)
     cfg = model.pretrained_cfg
     cfg.update(first_conv=model._traits['first_conv'], classifier=join_layer_names(model._networks(), 'classifier'))
-    # Images are prepared for the member with the largest view, unless another preparation was asked for.
+    # Images are prepared for the member with the largest view, unless the caller has given another preprocessing.
     view, static = model.reference_view, vars(get_pretrained_cfg(variant))
     for key, value in dict(view, input_size=(model.in_chans, view['size'], view['size'])).items():
         if key in static and cfg.get(key) == static[key]:
@@ -613,14 +614,14 @@ def _create_clcnet(variant: str, pretrained: bool = False, **kwargs: Any) -> CLC
 
 @register_model
 def clcnet(pretrained: bool = False, **kwargs: Any) -> CLCNet:
-    """Cascade of the timm models `models`, MobileNetV3-Small and ResNet-50 if none are named."""
+    """Cascade of the timm models `models`, MobileNetV3-Small and ResNet-50 by default."""
     if 'num_classes' not in kwargs and kwargs.get('models'):
         members = resolve_members(kwargs['models'], kwargs.get('member_args'), kwargs.get('views'))
         classes = {m.label: m.num_classes for m in members}
         if len(set(classes.values())) > 1:
             raise ValueError(
                 f'The members are made for different numbers of classes ({_listed(classes)}): give num_classes to '
-                'create them anew for other data.')
+                'create them for other data.')
         kwargs['num_classes'] = next(iter(classes.values()))
     return _create_clcnet('clcnet', pretrained, **kwargs)
 

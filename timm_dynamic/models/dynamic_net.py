@@ -118,15 +118,15 @@ class DynamicNet(nn.Module):
         """Make the state before the first step.
 
         Args:
-            x: Images [B, C, S, S]; families of several networks take a tuple with one tensor per network.
+            x: Images [B, C, S, S]. Cascades also take a tuple with one tensor per member.
 
         Raises:
-            ValueError: The images have a shape that the model cannot take.
+            ValueError: The model cannot take images of this shape.
         """
         raise NotImplementedError
 
     def check_img_size(self, side: int) -> None:
-        """Raise a ValueError if the model cannot take images of this side. Families override it."""
+        """Raise a ValueError if the model cannot take images of this side in pixels. Families override it."""
 
     def check_images(self, x: torch.Tensor) -> None:
         """Raise a ValueError unless x is a batch of square images [B, in_chans, S, S] of a size the model can take."""
@@ -151,11 +151,11 @@ class DynamicNet(nn.Module):
         raise NotImplementedError
 
     def confidence(self, logits: torch.Tensor, state: State) -> torch.Tensor:
-        """How sure the model is after a step: the largest probability, if a family has nothing better.
+        """Confidence of the model after a step: the largest probability, unless a family has a better measure.
 
         Args:
             logits: Logits of the step [n, num_classes].
-            state: State that the step gave back.
+            state: State that the step returned.
 
         Returns:
             Confidences [n], float32.
@@ -174,29 +174,29 @@ class DynamicNet(nn.Module):
         return self._compiled_steps is not None
 
     def compile_steps(self, cuda_graphs: bool = False, backend: str = 'inductor', **kwargs: Any) -> None:
-        """Compile every step by itself, its confidence included, for batches of constant shape.
+        """Compile each step with its confidence, for batches of constant shape.
 
-        `ExitStream` runs the compiled steps, and pads its last batches, so that each step is compiled once for a batch
-        size and image size. `early_exit` and `forward`, whose batches shrink, stay as they are. Compilation is when a
-        step is first run. Kernels that are fused round otherwise: expect logits that are close, not equal. A copy of
-        the model, or one that was saved whole, is not compiled.
+        `ExitStream` runs the compiled steps and pads its last batches, so that each step is compiled once per batch
+        size and image size. `early_exit` and `forward` are not compiled, because their batches shrink. A step is
+        compiled when it is first run. Fused kernels round differently: logits are close, not equal. Copies and pickles
+        of the model are not compiled.
 
         Args:
             cuda_graphs: Record the kernels of a step as a CUDA graph (mode 'reduce-overhead').
-            backend: Of torch.compile. 'eager' and 'aot_eager' help to find out what fails.
+            backend: Backend of torch.compile. 'eager' and 'aot_eager' help to find the cause of errors.
             **kwargs: For torch.compile, e.g. `mode` or `options`.
         """
         if cuda_graphs:
             kwargs = {'mode': 'reduce-overhead', **kwargs}
-        self._compiled_steps = [
-            _compile_step(t, cuda_graphs, dict(backend=backend, dynamic=False, **kwargs))
-            for t in range(self.num_steps)]
+        # Without isolation, variants of all steps and models count against one limit, beyond which torch runs eagerly.
+        kwargs = {'backend': backend, 'dynamic': False, 'isolate_recompiles': True, **kwargs}
+        self._compiled_steps = [_compile_step(t, cuda_graphs, kwargs) for t in range(self.num_steps)]
 
     def fuse_conv_bn(self) -> int:
-        """Fold batch normalisation into convolutions, in place, for faster inference: see `layers.fuse_conv_bn`.
+        """Fuse batch norms into convolutions, in place, for faster inference: see `layers.fuse_conv_bn`.
 
         Returns:
-            How many were folded.
+            Number of fused batch norms.
         """
         parameter = next(self.parameters())
         x = self.example_input(device=parameter.device, dtype=parameter.dtype)
@@ -206,12 +206,12 @@ class DynamicNet(nn.Module):
         return {**self.__dict__, '_compiled_steps': None}
 
     def example_input(self, batch_size: int = 1, **dd: Any) -> Any:
-        """Make an input of the model's real size, without content, of a device and dtype."""
+        """Zeros of the shape of the model's input, with a device and dtype."""
         return torch.zeros(batch_size, self.in_chans, self.img_size, self.img_size, **dd)
 
     @property
     def step_macs(self) -> tuple[int, ...]:
-        """Multiply-adds of one image that stops after step 1..T, as torch's FlopCounterMode counts them."""
+        """Multiply-adds of one image that stops after step 1..T, counted with torch's FlopCounterMode."""
         if self._step_macs is None:
             self._step_macs = _count_step_macs(self)
         return self._step_macs
@@ -227,21 +227,21 @@ class DynamicNet(nn.Module):
         self.img_size, self._step_macs = side, None
         self._traits: dict[str, Any] = {**getattr(self, '_traits', {}), 'img_size': (side, side)}  # timm exports it
 
-    # Running it
+    # Running the steps
 
     def forward_steps(self, x: Any) -> Iterator[torch.Tensor]:
-        """Predict step by step, each step run when its logits [B, num_classes] are asked for."""
+        """Logits [B, num_classes] of each step. A step is run when its logits are requested."""
         state = self.init_state(x)
         for t in range(self.num_steps):
             logits, state = self.step(t, state)
             yield logits
 
     def forward_exit(self, x: Any, stop_rule: StopRule) -> ExitResult:
-        """Predict with early exit: the batch shrinks after each step to the images that go on.
+        """Predict with early exit: after each step, the batch shrinks to the images that continue.
 
         Args:
             x: See `init_state`.
-            stop_rule: Tells from the confidences of the steps so far [n, t] who stops, bool [n].
+            stop_rule: See the attribute `exit_policy`.
         """
         state = self.init_state(x)
         logits, state = self.step(0, state)
@@ -249,7 +249,7 @@ class DynamicNet(nn.Module):
         steps_used = torch.ones(len(logits), dtype=torch.int64, device=logits.device)
         rows, history = torch.arange(len(logits), device=logits.device), confidence[:, None]
         for t in range(1, self.num_steps):
-            going = (~stop_rule(history)).nonzero().squeeze(1)  # the one point where a GPU is waited for
+            going = (~stop_rule(history)).nonzero().squeeze(1)  # waits for a GPU, once per step
             if not len(going):
                 break
             if len(going) < len(rows):
@@ -263,7 +263,7 @@ class DynamicNet(nn.Module):
         return ExitResult(logits, steps_used, confidence)
 
     def forward_all(self, x: Any) -> dict[str, torch.Tensor]:
-        """Run all steps and give all that a training recipe needs of them; families add arguments and entries.
+        """Run all steps, and return what training recipes need. Families add arguments and entries.
 
         Returns:
             'logits' [T, B, num_classes].
@@ -279,23 +279,22 @@ class DynamicNet(nn.Module):
 
         Args:
             x: See `init_state`.
-            all_steps: Give the dict of `forward_all`, which takes the further arguments. Training asks for it by this
-                way, because only calls of a model itself are seen by what it is wrapped in.
+            all_steps: Return the dict of `forward_all`. Training calls it through `forward`, because a wrapper (DDP)
+                only sees calls of `forward`.
             **kwargs: For `forward_all`.
 
         Returns:
-            Logits [B, num_classes]. In eval mode those of the last step, or of the step at which an image stops if an
-            exit policy is set; in train mode the mean over the steps.
+            Logits [B, num_classes]. In eval mode those of the last step or, if an exit policy is set, of the step after
+            which an image stops; in train mode the mean over the steps.
         """
         if all_steps:
             return self.forward_all(x, **kwargs)
         if kwargs:
-            raise TypeError(f"Only all_steps=True takes further arguments, got {', '.join(kwargs)}.")
+            raise TypeError(f"Further arguments need all_steps=True, got {', '.join(kwargs)}.")
         if self.training:
             return self.forward_train(x)
-        stop_rule = self.exit_policy
-        if stop_rule is not None:
-            return self.forward_exit(x, stop_rule).logits
+        if self.exit_policy is not None:
+            return self.forward_exit(x, self.exit_policy).logits
         for logits in self.forward_steps(x):  # noqa: B007
             pass
         return logits
@@ -406,7 +405,7 @@ class DynamicNet(nn.Module):
 
 
 def on_meta(model: Any) -> Any:
-    """Copy a model without its data, onto the meta device."""
+    """Copy a model to the meta device, without its data."""
     memo: dict[int, Any] = {id(b): torch.empty_like(b, device='meta') for b in model.buffers()}
     memo.update({id(p): nn.Parameter(torch.empty_like(p, device='meta'), False) for p in model.parameters()})
     return copy.deepcopy(model, memo)
@@ -421,12 +420,10 @@ def _compile_step(t: int, cuda_graphs: bool, kwargs: dict[str, Any]) -> Callable
     def run(model: DynamicNet, state: State) -> tuple[torch.Tensor, torch.Tensor, State]:
         return _run_step(model, t, state)
 
-    # torch.compile counts by code object, and after eight shapes runs a function as it is: so each step has its own.
-    run.__code__ = run.__code__.replace(co_name=f'step_{t}')
     compiled = torch.compile(run, **kwargs)
 
     def begin_and_run(model: DynamicNet, state: State) -> tuple[torch.Tensor, torch.Tensor, State]:
-        torch.compiler.cudagraph_mark_step_begin()  # what the step before gave has been copied: it may be overwritten
+        torch.compiler.cudagraph_mark_step_begin()  # outputs of the step before were copied: overwrite them
         return compiled(model, state)
 
     return begin_and_run if cuda_graphs else compiled

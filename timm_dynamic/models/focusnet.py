@@ -3,8 +3,8 @@
 Paper: `FocusNet: Classifying better by focusing on confusing classes` - Zhang, Sheng, Shen, Pattern Recognition 2022,
 https://doi.org/10.1016/j.patcog.2022.108709
 
-A FocusNet is no architecture of its own. What makes it one is its training, see `timm_dynamic.loss.FocusPickingLoss`
-and `timm_dynamic.task.FocusPickingTask`; inference costs exactly what the backbone costs.
+A FocusNet has the architecture of its backbone. Only its training differs: see `timm_dynamic.loss.FocusPickingLoss`
+and `timm_dynamic.task.FocusPickingTask`.
 """
 import re
 from functools import partial
@@ -22,16 +22,16 @@ from .builder import build_dynamic_model, hub_id
 def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: Any) -> dict[str, torch.Tensor]:
     """Map the authors' keys, which are torchvision's, onto timm's.
 
-    ResNets have the same keys in both. For MobileNetV2, torchvision numbers everything in one sequence: features.0 is
-    the stem, features.1 the first block (depthwise, no expansion), features.2..17 the other blocks, features.18 the
-    last convolution, classifier.1 the classifier.
+    Keys of ResNets are equal. For MobileNetV2, torchvision numbers all modules in one sequence: features.0 is the stem,
+    features.1 the first block (depthwise, without expansion), features.2..17 the other blocks, features.18 the last
+    convolution, classifier.1 the classifier.
     """
     if not isinstance(model, EfficientNet) or 'features.0.0.weight' not in state_dict:
         return state_dict
     # (stage, block) of features.1, features.2, ...
     stages: Any = model.blocks
     blocks = [(s, b) for s, stage in enumerate(stages) for b in range(len(stage))]
-    # Position in torchvision's block.conv -> name in timm's block: a convolution with its norm (.0, .1) counts once.
+    # Position in torchvision's block.conv -> name in timm's block. A convolution with its norm (.0, .1) counts once.
     first = {'0.0': 'conv_dw', '0.1': 'bn1', '1': 'conv_pw', '2': 'bn2'}
     other = {'0.0': 'conv_pw', '0.1': 'bn1', '1.0': 'conv_dw', '1.1': 'bn2', '2': 'conv_pwl', '3': 'bn3'}
     ends = {

@@ -1,4 +1,4 @@
-"""GFNet: glance at the whole image in low resolution, then focus on one patch after another.
+"""GFNet: glance at the whole image at low resolution, then focus on one patch after another.
 
 Papers:
 * `Glance and Focus: a Dynamic Approach to Reducing Spatial Redundancy in Image Classification` - Wang et al.,
@@ -6,16 +6,16 @@ Papers:
 * `Glance and Focus Networks for Dynamic Visual Recognition` - Huang et al., T-PAMI 2023,
   https://arxiv.org/abs/2201.03014
 
-Step 1 sees the image scaled down to the size of a patch; every later step sees a patch in full resolution, cut where a
-policy says. After each step there is a prediction.
+Step 1 sees the image scaled down to the size of a patch. Every later step sees a patch at full resolution, whose
+position a patch policy chooses. Each step makes a prediction.
 
 Departures from the released code (https://github.com/blackfeather-wang/GFNet-Pytorch):
 * What only training needs (critic, auxiliary classifiers) and heads that no step uses are not in the model.
-  `training_state_from_checkpoint` hands the former to a training task.
-* RegNets predict step 1 with a head of their own. The original runs the recurrent classifier's head there, too, and
-  throws the result away; here it is not run, and is not counted.
-* The prediction heads of the global encoder are part of the step classifier, as what they are: the heads of step 1.
-* The glance of a family is scaled the same way in training as at inference (the original's training is always bicubic).
+  `training_state_from_checkpoint` returns the former for a training task.
+* RegNets have a separate head for step 1. The original also runs the recurrent classifier's head in step 1 and does not
+  use the result; here it is not run and not counted.
+* The prediction head of the global encoder, which predicts step 1, is part of the step classifier.
+* The glance of a family is scaled the same way in training and at inference. In the original, training is bicubic.
 """
 import logging
 import re
@@ -57,32 +57,32 @@ __all__ = ['GFNet']
 _logger = logging.getLogger(__name__)
 
 class GFNet(DynamicNet):
-    """Glance-and-focus network over any timm backbone that has a spatial feature map.
+    """Glance-and-focus network with any timm backbone that has a spatial feature map.
 
     Args:
-        backbone: Name of a timm model. Both encoders are made of it: one for the glance, one for the patches.
+        backbone: Name of a timm model. It is created twice: as encoder of the glance and as encoder of the patches.
         patch_size: Side of glance and patches P.
-        num_steps: Number of steps T, the glance included.
+        num_steps: Number of steps T, including the glance.
         num_classes: Number of classes.
         in_chans: Number of input channels.
-        img_size: Side of the images. Larger and smaller ones run, too, down to the size of a patch.
-        step_classifier: 'recurrent' (a GRU over the steps) or 'concat' (a head a step, on all features so far).
-        first_head: With 'recurrent', step 1 predicts with a head of its own from the glance alone.
+        img_size: Side of the images that costs are counted for. Images of other sizes work, down to that of a patch.
+        step_classifier: 'recurrent' (a GRU over the steps) or 'concat' (one head per step, on all features so far).
+        first_head: With 'recurrent', step 1 has a separate head on the glance alone.
         classifier_hidden: Width of the recurrent step classifier.
-        policy: How the patch policy takes in feature maps: 'linear' (for its size see `PatchPolicy`) or 'conv'.
+        policy: How the patch policy encodes feature maps: 'linear' or 'conv', see `PatchPolicy`.
         policy_hidden: Width of the patch policy. Default: see `PatchPolicy`.
-        glance_mode: How images are scaled down to glances: 'bicubic' or 'bilinear'.
+        glance_mode: Interpolation of the glance: 'bicubic' or 'bilinear'.
         drop_rate: Dropout before the prediction heads.
         drop_path_rate: Stochastic depth of the backbone.
-        global_pool: 'avg' leaves pooling to the backbone; '' with `num_classes=0` gives feature maps.
+        global_pool: 'avg' leaves pooling to the backbone; '' with `num_classes=0` returns feature maps.
         backbone_args: Further arguments for the backbone, e.g. dict(output_stride=16). Plain JSON.
         exit_cfg: See `DynamicNet`.
         device: Device of the parameters.
         dtype: Dtype of the parameters.
 
     Raises:
-        ValueError: The backbone is unknown, has no spatial feature map, or cannot take images of the size of a patch;
-            or the sizes do not go together.
+        ValueError: The backbone is unknown, has no spatial feature map, or does not take images of the size of a patch;
+            or images are smaller than patches.
     """
 
     def __init__(
@@ -154,7 +154,7 @@ class GFNet(DynamicNet):
                 if not isinstance(feature_map, torch.Tensor) or feature_map.ndim != 4:
                     raise ValueError(
                         f"The backbone '{self.backbone}' has no spatial feature map, which the patch policy needs: "
-                        'choose a convolutional network or a transformer with windows.')
+                        'use a convolutional network or a transformer with windows.')
                 feature_map, feature = self._encode(encoder, images[..., :self.patch_size, :self.patch_size])
         except (AssertionError, RuntimeError, TypeError) as e:
             raise ValueError(
@@ -180,9 +180,9 @@ class GFNet(DynamicNet):
         """Run one step, see `DynamicNet.step`.
 
         Returns:
-            Logits, and a state with 'image' [n, C, S, S]; 'map' [n, C, h, w] and 'feature' [n, F] of this step;
-            'memory' of the step classifier; and from step 1 on the 'action' taken in [0, 1] [n, 2], the 'coords' of
-            the patch [n, 2] (both row and column), and the policy's 'policy_hidden' [n, H].
+            Logits, and a state with 'image' [n, C, S, S]; 'map' [n, C, h, w] and 'feature' [n, F] of this step; the
+            'memory' of the step classifier; and from step 1 on the 'action' in [0, 1] [n, 2] and the 'coords' of the
+            patch [n, 2] (both row and column), and the 'policy_hidden' of the patch policy [n, H].
         """
         state = self._look(t, state)
         logits, memory = self.classifier(t, state['feature'], state.get('memory'))
@@ -196,7 +196,7 @@ class GFNet(DynamicNet):
             noise: torch.Tensor | None = None,
             differentiable: bool = False,
     ) -> State:
-        """Choose what to see at step t, and encode it. Classification is left to the caller."""
+        """Choose the view of step t and encode it. The caller does the classification."""
         image, state = state['image'], dict(state)
         if t == 0:
             view = get_glance(image, self.patch_size, self.glance_mode)
@@ -226,16 +226,16 @@ class GFNet(DynamicNet):
 
         Args:
             x: Images [B, C, S, S].
-            actions: Positions of the patches in [0, 1], row and column [T - 1, B, 2]. The policy is not run then.
-            noise: Added to what the policy proposes [T - 1, B, 2]; the sum is clamped to [0, 1].
-            differentiable: Cut patches between pixels, so that the policy gets a gradient from what follows.
+            actions: Positions of the patches in [0, 1], row and column [T - 1, B, 2]. The patch policy is not run then.
+            noise: Added to the actions that the patch policy proposes [T - 1, B, 2]; the sum is clamped to [0, 1].
+            differentiable: Cut patches between pixels, so that the patch policy gets a gradient from later steps.
 
         Returns:
-            'logits' [T, B, num_classes], 'features' [T, B, F] of the encoders, 'actions' taken [T - 1, B, 2] and
-            'coords' [T - 1, B, 2]; where the policy has run also 'action_means' [T - 1, B, 2], 'policy_hidden'
-            [T - 1, B, H] and the 'maps' it saw [T - 1, B, C, h, w]; with a first head also 'rnn_logits'
-            [B, num_classes], what the recurrent classifier would have said at step 1. Actions, coordinates and maps
-            are constants, all else carries gradients.
+            'logits' [T, B, num_classes], 'features' of the encoders [T, B, F], 'actions' as taken [T - 1, B, 2] and
+            'coords' [T - 1, B, 2]; if the patch policy has run also 'action_means' [T - 1, B, 2], 'policy_hidden'
+            [T - 1, B, H] and its inputs, the 'maps' [T - 1, B, C, h, w]; with a first head also 'rnn_logits'
+            [B, num_classes], the logits of the recurrent classifier at step 1. Actions, coordinates and maps are
+            constants; the rest has gradients.
         """
         expected = (self.num_steps - 1, len(x), 2)
         for name, value in (('actions', actions), ('noise', noise)):
@@ -265,10 +265,10 @@ class GFNet(DynamicNet):
     def forward_train(self, x: torch.Tensor) -> torch.Tensor:
         if self.num_classes:
             return self.forward_all(x, differentiable=True)['logits'].mean(dim=0)
-        return self.forward_head(self.forward_features(x))  # without heads the steps differ in width
+        return self.forward_head(self.forward_features(x))  # without heads, the steps differ in width
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
-        """Feature maps of all steps, joined along channels [B, T·C, h, w]. `forward_head` makes logits of them."""
+        """Feature maps of all steps, concatenated along channels [B, T·C, h, w]. `forward_head` takes them."""
         state, maps = self.init_state(x), []
         for t in range(self.num_steps):
             state = self._look(t, state, differentiable=self.training)
@@ -276,7 +276,7 @@ class GFNet(DynamicNet):
         return torch.cat(maps, dim=1)
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
-        """Logits of the last step from the feature maps of all, or what its head sees."""
+        """Logits of the last step from the feature maps of all steps, or the input of its head."""
         if not self.global_pool:
             return x
         memory = None
@@ -301,7 +301,7 @@ class GFNet(DynamicNet):
         return tuple(self.classifier.heads.values())
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace all prediction heads. Policies and budgets kept for other classes are forgotten."""
+        """Replace all prediction heads. Exits for other classes are dropped."""
         if global_pool is not None:
             self.global_pool = check_pool(global_pool, num_classes)
         self.num_classes = num_classes
@@ -327,9 +327,9 @@ def _is_nhwc(encoder: Any) -> bool:
     return getattr(encoder, 'output_fmt', 'NCHW') == 'NHWC'
 
 
-# The authors' names of backbones where they differ from timm's.
+# The authors' names of backbones that differ from timm's.
 _AUTHORS_BACKBONES = {'regnety_600m': 'regnety_006', 'regnety_800m': 'regnety_008', 'regnety_1.6g': 'regnety_016'}
-# What an authors' checkpoint holds beside weights.
+# Entries of an authors' checkpoint beside weights.
 _AUTHORS_NUMBERS = (
     'model_name', 'patch_size', 'model_flops', 'policy_flops', 'fc_flops', 'flops', 'anytime_classification',
     'dynamic_threshold', 'budgeted_batch_classification',
@@ -342,7 +342,7 @@ def _is_authors(checkpoint: Any) -> bool:
 
 
 def _encoder_state_dict(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """An authors' encoder with timm's keys. Theirs are timm's, but for RegNets, which come from pycls."""
+    """Map an authors' encoder onto timm's keys. Only those of RegNets, which are from pycls, differ."""
     out = {}
     for key, value in clean_state_dict(dict(state_dict)).items():
         if re.match(r's\d\.b\d+\.', key):
@@ -489,7 +489,7 @@ def _cfg(name: str = '', first_conv: str = 'conv1', heads: str = '', **kwargs: A
     }
 
 
-# What the families of the paper have in common.
+# Settings of the backbone families of the paper.
 _densenet: dict[str, Any] = dict(first_conv='features.conv0', heads='rnn')
 _regnet: dict[str, Any] = dict(first_conv='stem.conv', heads='first rnn')
 _mobilenet: dict[str, Any] = dict(first_conv='conv_stem', heads='1 2 3')
@@ -527,7 +527,7 @@ default_cfgs = generate_default_cfgs({
 
 def _create(pretrained: bool = False, pretrained_cfg: Any = None, variant: str = '', **kwargs: Any) -> GFNet:
     model: Any = build_model_with_cfg(GFNet, variant, pretrained, pretrained_cfg=pretrained_cfg, **kwargs)
-    # The arguments decide what heads there are, and of the generic model also the first convolutions.
+    # Heads depend on the arguments; so do the first convolutions of the generic model.
     model.pretrained_cfg.update(first_conv=model._traits['first_conv'], classifier=model.classifier_names)
     return model
 
@@ -546,7 +546,7 @@ _EFFICIENTNET = dict(num_steps=4, policy='conv', step_classifier='concat')
 
 @register_model
 def gfnet(pretrained: bool = False, **kwargs: Any) -> GFNet:
-    """GFNet over the timm model `backbone`, ResNet-50 if none is named."""
+    """GFNet over the timm model `backbone`, ResNet-50 by default."""
     return _create_gfnet('gfnet', pretrained, **kwargs)
 
 

@@ -1,4 +1,4 @@
-"""Plain classification with timm's tasks: the recipe 'classification', and nets that other recipes start from."""
+"""Plain classification with timm's tasks: for the recipe 'classification', and for static networks in other recipes."""
 import argparse
 from typing import Any
 
@@ -14,35 +14,35 @@ from torch import nn
 from .base import TaskHooks
 from .stage import Recipe, Stage, StageContext
 
-# What only `create_classification_task` reads.
+# Options that only `create_classification_task` reads.
 LOSS_OPTIONS = (
     'kd_model_name', 'distill_loss_weight', 'task_loss_weight', 'kd_student_feature_dim', 'kd_teacher_feature_dim',
     'jsd_loss', 'bce_loss', 'bce_sum', 'bce_target_thresh', 'bce_pos_weight')
 
 
 class Classification(TaskHooks, ClassificationTask):
-    """timm's, for our trainer."""
+    """timm's `ClassificationTask` with `TaskHooks`."""
 
 
 class FeatureDistillation(TaskHooks, FeatureDistillationTask):
-    """timm's, for our trainer."""
+    """timm's `FeatureDistillationTask` with `TaskHooks`."""
 
 
 class LogitDistillation(TaskHooks, LogitDistillationTask):
-    """timm's, for our trainer."""
+    """timm's `LogitDistillationTask` with `TaskHooks`."""
 
 
 class TokenDistillation(TaskHooks, TokenDistillationTask):
-    """timm's, for our trainer."""
+    """timm's `TokenDistillationTask` with `TaskHooks`."""
 
 
 def mixes(args: argparse.Namespace) -> bool:
-    """Whether mixup or cutmix is on, so that targets are soft."""
+    """Whether mixup or cutmix is on. Then targets are soft."""
     return args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
 
 
 def create_classification_task(model: nn.Module, args: argparse.Namespace, context: StageContext) -> TrainingTask:
-    """Plain classification with timm's losses, or one of timm's distillations if a teacher is named."""
+    """Create the task: classification with timm's losses, or one of timm's distillations if there is a teacher."""
     criterion_kwargs: dict[str, Any] = dict(smoothing=args.smoothing, soft_targets=mixes(args))
     if args.jsd_loss:
         criterion_kwargs = dict(loss_type='jsd', jsd_splits=args.aug_splits, smoothing=args.smoothing)
@@ -66,5 +66,5 @@ def create_classification_task(model: nn.Module, args: argparse.Namespace, conte
 
 
 def create_classification_recipe(args: argparse.Namespace, demo: bool, model: Any) -> Recipe:
-    """One stage."""
+    """Create the recipe 'classification', which has one stage."""
     return Recipe('classification', (Stage('classification', create_classification_task, label=args.model),))

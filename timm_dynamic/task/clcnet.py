@@ -1,11 +1,9 @@
-"""The recipe of CLCNet cascades: members, what they say of held-out images, the confidence net.
+"""The recipe of CLCNet cascades: train the members, run them on held-out images, train the confidence net.
 
 Paper: `CLCNet: Rethinking of Ensemble Modeling with Classification Confidence Network` - Yao et al., 2022,
 https://arxiv.org/abs/2205.09612
 """
 import argparse
-import hashlib
-import json
 import logging
 import shutil
 import signal
@@ -15,8 +13,6 @@ from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from ..data import ConfidenceFeatures, FoldMap, fold_names
 from ..data.image_names import image_names
@@ -27,7 +23,6 @@ from ..exits.measures import auroc, cross_area, curve_area
 from ..models.builder import load_checkpoint
 from ..models.clcnet import FINAL_RULES, CLCNet, fetch_members
 from ..utils import (
-    atomic_write,
     copy_pretrained,
     hash_weights,
     read_json,
@@ -38,6 +33,7 @@ from ..utils import (
 from ..utils.report import format_table, write_rows
 from ..utils.signals import Stopped
 from .confidence_net import fit_confidence_net, fit_folds, make_folds, match_scores, score_folds
+from .feature_parts import FeatureParts
 from .stage import Recipe, Stage, StageContext
 from .static import DEMO_COMMON, STATIC_PAPER, create_static_task
 
@@ -45,19 +41,19 @@ _logger = logging.getLogger(__name__)
 
 CALIBRATION = 'calibration.safetensors'
 FOLDS_FILE = 'folds.csv'
-NUM_FOLDS = 5  # the paper's
-_DEMO_EPOCHS = 12, 8  # of the first member, and of the dearer ones
-_BATCHES_PER_PART = 50  # what a killed run loses, at most
-# The paper's, for the confidence net; its batches have 256 rows.
+NUM_FOLDS = 5  # as in the paper
+_DEMO_EPOCHS = 12, 8  # of the first member, of the other members
+_BATCHES_PER_PART = 50  # a killed run loses at most this number of batches
+# Settings of the paper for the confidence net. The batch size is 256.
 _CONFIDENCE: dict[str, Any] = dict(epochs=200, lr=0.02, clip_grad=1., patience_epochs=50)
 
-Choice = tuple[str, str]  # a confidence and a final rule
+Choice = tuple[str, str]  # confidence, final rule
 
 
 # The recipe
 
 def create_clcnet_recipe(args: argparse.Namespace, demo: bool, model: Any) -> Recipe:
-    """Members that are trained from scratch; then features, then the confidence net."""
+    """Create the recipe: members that are trained from scratch, 'features', 'confidence'."""
     _check(args, model)
     stages = []
     for index, source in enumerate(member_sources(args, demo, model)):
@@ -74,29 +70,31 @@ def create_clcnet_recipe(args: argparse.Namespace, demo: bool, model: Any) -> Re
 
 def _check(args: argparse.Namespace, model: Any) -> None:
     if not isinstance(model, CLCNet):
-        raise ValueError(f"The recipe 'clcnet' is for cascades, e.g. --model clcnet; got '{args.model}'.")
+        raise ValueError(f"The recipe 'clcnet' trains cascades, e.g. --model clcnet; got --model {args.model}.")
     if args.folds is not None and (args.folds < 0 or args.folds == 1):
-        raise ValueError(f'--folds: expected at least 2, or 0 for none, got {args.folds}.')
+        raise ValueError(f'--folds: expected at least 2, or 0 for no cross-validation, got {args.folds}.')
     if args.fold_dir and args.folds is not None:
-        raise ValueError('--fold-dir says how many folds there are: leave out --folds.')
+        raise ValueError('--fold-dir cannot be combined with --folds: the number of folds is that of --fold-dir.')
     if model.confidence_kind == 'agreement' and not args.confidence:
         raise ValueError(
-            "The cascade's confidence is 'agreement', which needs the answers of several members: give another one "
-            'with --confidence here, and choose it with validate.py.')
+            "The cascade has confidence='agreement', which features cannot compute: it needs the classes that the "
+            'members predict. Train with another --confidence, and select agreement with validate.py afterwards.')
     for path in args.features or ():
         if not Path(path).is_file():
             raise ValueError(f"--features: there is no file '{path}'.")
     if args.fold_dir:
-        FoldMap.read(args.fold_dir)  # its errors come early
+        FoldMap.read(args.fold_dir)  # raises its errors early
     if args.confidence == 'all' and (args.features or args.folds == 0):
-        raise ValueError('--confidence all compares out of fold: it needs the features stage and folds.')
+        raise ValueError(
+            '--confidence all needs cross-validation on the features of this run. It cannot be combined with '
+            '--features or --folds 0.')
 
 
 def member_sources(args: argparse.Namespace, demo: bool, model: CLCNet) -> list[str]:
-    """Where each member's weights come from: 'scratch', 'pretrained', or a path.
+    """Source of each member's weights: 'scratch', 'pretrained', or a path.
 
     Raises:
-        ValueError: There are not as many as members.
+        ValueError: There are neither one source nor as many sources as members.
     """
     trained = args.pretrained or args.initial_checkpoint or ':' in args.model
     default = 'scratch' if demo and not trained else 'pretrained'
@@ -105,7 +103,7 @@ def member_sources(args: argparse.Namespace, demo: bool, model: CLCNet) -> list[
     if len(given) == 1:
         given *= count
     if len(given) != count:
-        raise ValueError(f'--init-members: expected one source, or one for each of {count} members, got {len(given)}.')
+        raise ValueError(f'--init-members: expected one source, or {count} (one for each member), got {len(given)}.')
     return given
 
 
@@ -114,17 +112,18 @@ def _member_name(index: int) -> str:
 
 
 def _member_stage(index: int, demo: bool, model: CLCNet) -> Stage:
-    """Train a member by itself."""
+    """Create the stage that trains one member."""
     steps = [t for t, i in enumerate(model.member_of_step) if i == index]
     spec, sizes = model.specs[steps[0]], [model.view_sizes[t] for t in steps]
     defaults: dict[str, Any] = dict(DEMO_COMMON, epochs=_DEMO_EPOCHS[index > 0]) if demo else STATIC_PAPER
     if not isinstance(spec.model, str):
-        raise ValueError(f'--init-members scratch: {spec.label} is a module and is not trained here.')
+        raise ValueError(
+            f'--init-members scratch: the member {spec.label} is a module, and only timm models can be trained.')
     view: dict[str, Any] = dict(
         img_size=max(sizes), input_size=None, crop_pct=spec.view['crop_pct'],
         interpolation=spec.view['interpolation'], mean=list(spec.view['mean']), std=list(spec.view['std']),
         demo_img_size=model.img_size)
-    if len(sizes) > 1:  # one network at several sizes sees all of them
+    if len(sizes) > 1:  # a network that is used at several sizes is trained at all of them
         view['train_img_sizes'] = sorted(sizes)
     return Stage(
         _member_name(index), create_static_task, defaults, model=spec.model, model_kwargs=spec.args, options=view,
@@ -132,10 +131,11 @@ def _member_stage(index: int, demo: bool, model: CLCNet) -> Stage:
 
 
 def build_cascade(args: argparse.Namespace, context: StageContext) -> CLCNet:
-    """Create a cascade with its members' weights; the confidence net has initial values.
+    """Create a cascade with the members' weights. The confidence net is not trained, unless the weights have one.
 
     Raises:
-        CheckpointError: A member's weights are not available, or do not fit.
+        ValueError: A member's weights do not exist, or are for another number of classes.
+        CheckpointError: A member's weights cannot be read, or do not match.
     """
     whole = args.pretrained or ':' in args.model
     with seeded(args.seed, 'model'):
@@ -143,57 +143,58 @@ def build_cascade(args: argparse.Namespace, context: StageContext) -> CLCNet:
     if args.initial_checkpoint:
         load_checkpoint(model, args.initial_checkpoint)
         whole = True
-    absent = []
+    to_fetch = []
     for index, source in enumerate(member_sources(args, context.demo, model)):
         spec: Any = model.specs[model.member_of_step.index(index)]
         if source == 'pretrained':
             if not whole and spec.num_classes != model.num_classes:
                 raise ValueError(
-                    f'The member {spec.label} has weights for {spec.num_classes} classes, the cascade is for '
-                    f'{model.num_classes}: name weights for these with --init-members, or train it first '
-                    '(--init-members scratch).')
-            absent += [] if whole else [index]
+                    f'The pretrained weights of the member {spec.label} have {spec.num_classes} classes, the cascade '
+                    f'has {model.num_classes}. Name other weights with --init-members, or train the members first '
+                    'with --init-members scratch.')
+            to_fetch += [] if whole else [index]
             continue
         path = context.stage_weights.get(_member_name(index)) if source == 'scratch' else Path(source)
         if path is None or (source == 'scratch' and not path.exists()):
             raise ValueError(
-                f"The weights of the cascade's member {index + 1} are not at '{path}': run the stage "
+                f"There are no weights of the cascade's member {index + 1} at '{path}'. Run the stage "
                 f"'{_member_name(index)}' first, or name weights with --init-members.")
         load_checkpoint(model.members[index], path, label=f"'{path}' (of member {index + 1})")
-    fetch_members(model, absent, None)
+    fetch_members(model, to_fetch, None)
     return model
 
 
-# What the members say
+# Features
 
 def collect_features(args: argparse.Namespace, context: StageContext) -> dict[str, Any]:
-    """Run the members once over a split, and keep what they say: see `ConfidenceFeatures`, a file for each member.
+    """Run the members over a split, and write the features of each member to a file, see `ConfidenceFeatures`.
 
-    Parts are kept on the way. A run that was killed goes on with the images that are in none.
+    Partial results are written regularly. A resumed run continues with the images that are still missing.
 
     Raises:
-        ValueError: There is no split, or its images have no order.
-        Stopped: A signal came; what is done is kept.
+        ValueError: No split is named, or its images cannot be indexed.
+        Stopped: A signal asked to stop. The partial results are written.
     """
     accelerator, folder = context.accelerator, context.folder
     split = args.feature_split or args.val_split
     if not split:
-        raise ValueError('A confidence net is trained on images that its members were not: name some, --feature-split.')
+        raise ValueError(
+            'Name a split for the features with --feature-split. The members should not be trained on its images.')
     model = build_cascade(args, context).eval().to(device=context.device, dtype=context.dtype)
     first = context.open_loader(model, split, [0])
     whole = first.dataset.dataset
     if isinstance(whole, torch.utils.data.IterableDataset):
-        raise ValueError(f"Features need images that can be counted; '{split}' of this dataset can only be iterated.")
+        raise ValueError(f"--feature-split {split}: features need a dataset with indices, this one is iterable.")
     names = image_names(whole, split)
     if args.fold_dir:
-        _given_folds(args.fold_dir, names)  # its errors come early
-    parts = _Parts(folder, [
+        _read_folds(args.fold_dir, names)  # raises its errors early
+    parts = FeatureParts(folder, [
         hash_weights(model.members.state_dict()), split, names, first.views, str(context.dtype),
         accelerator.mixed_precision])
     done = parts.begin(accelerator)
     left = [i for i in range(len(whole)) if i not in done]
     if done and left:
-        _logger.info(f'Features of {len(done)} images are here already, {len(left)} are left.')
+        _logger.info(f'Features of {len(done)} images exist already, {len(left)} are missing.')
     mine = left[accelerator.process_index::accelerator.num_processes]
     if mine:
         _run_members(model, context.open_loader(model, split, mine), mine, parts, context, f'features of {split}')
@@ -224,7 +225,7 @@ def _run_members(
         model: CLCNet,
         loader: Any,
         indices: Sequence[int],
-        parts: '_Parts',
+        parts: FeatureParts,
         context: StageContext,
         desc: str,
 ) -> None:
@@ -246,74 +247,17 @@ def _run_members(
     run_loader(model.forward_all, loader, on_batch, context.device, context.accelerator, desc=desc)
 
 
-class _Parts:
-    """Features of some images each, in files that a killed run leaves behind.
-
-    Args:
-        folder: Where they are.
-        key: What they depend on: parts of anything else are removed.
-    """
-
-    def __init__(self, folder: Path, key: Any) -> None:
-        self.folder = folder
-        self.fingerprint = hashlib.sha256(json.dumps(key, default=str).encode()).hexdigest()
-
-    def _paths(self) -> list[Path]:
-        return sorted(self.folder.glob('part-*.safetensors'))
-
-    def begin(self, accelerator: Any) -> set[int]:
-        """Remove foreign parts; the numbers of the images that are done, the same in every process."""
-        if accelerator.is_main_process:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            for path in self._paths():
-                if self._read(path) is None:
-                    path.unlink()
-        accelerator.wait_for_everyone()
-        done = {i for path in self._paths() for i in self._indices(path)}
-        accelerator.wait_for_everyone()  # all have seen the same parts
-        return done
-
-    def write(self, indices: Sequence[int], logits: torch.Tensor, target: torch.Tensor) -> None:
-        path = self.folder / f'part-{indices[0]:08d}-{len(indices)}.safetensors'
-        tensors = {'index': torch.tensor(indices), 'logits': logits.contiguous(), 'target': target.contiguous()}
-        with atomic_write(path) as tmp:
-            save_file(tensors, tmp, metadata={'of': self.fingerprint})
-
-    def read(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits [N, T, C] and targets [N] of all images, in the order of the dataset."""
-        parts = [part for path in self._paths() if (part := self._read(path)) is not None]
-        order = torch.cat([part['index'] for part in parts]).argsort()
-        return torch.cat([part['logits'] for part in parts])[order], torch.cat([p['target'] for p in parts])[order]
-
-    def _read(self, path: Path) -> dict[str, torch.Tensor] | None:
-        """A part; None if it depends on something else, or is damaged."""
-        try:
-            with safe_open(path, framework='pt') as f:
-                if (f.metadata() or {}).get('of') == self.fingerprint:
-                    return {name: f.get_tensor(name) for name in ('index', 'logits', 'target')}
-        except (SafetensorError, OSError):
-            pass
-        return None
-
-    def _indices(self, path: Path) -> list[int]:
-        with safe_open(path, framework='pt') as f:
-            return f.get_tensor('index').tolist()
-
-    def remove(self) -> None:
-        for path in self._paths():
-            path.unlink()
-
-
 # The confidence net
 
 def train_confidence(args: argparse.Namespace, context: StageContext) -> dict[str, Any]:
-    """Train the confidence net on features, and export the cascade with it.
+    """Train the confidence net on the features, and export the cascade with it.
 
-    Out of fold, each image is scored by a net that has not seen it, on the scale of the exported net, which has seen
-    all: confidences are compared by that, and the exit table that exits are fitted on is made of it.
+    The exported net is trained on all images. In addition, a net for each fold is trained on the other folds. Each
+    image is scored by the net that was not trained on it, and the scores are mapped to the scale of the exported net.
+    These out-of-fold scores are used to compare confidences and to fit exits.
 
     Raises:
-        ValueError: There are no features, or they do not fit each other, the folds or the cascade.
+        ValueError: There are no features, or they do not match each other, the folds or the cascade.
     """
     model = build_cascade(args, context).eval()
     result: dict[str, Any] = {}
@@ -321,24 +265,24 @@ def train_confidence(args: argparse.Namespace, context: StageContext) -> dict[st
         context.folder.mkdir(parents=True, exist_ok=True)
         features = _read_features(args, context.stage_weights, model)
         merged = ConfidenceFeatures.merge(features)
-        how = dict(epochs=args.epochs, lr=args.lr, clip_grad=args.clip_grad, patience=args.patience_epochs)
+        settings = dict(epochs=args.epochs, lr=args.lr, clip_grad=args.clip_grad, patience=args.patience_epochs)
         folds = _choose_folds(args, merged.names)
-        fit = fit_confidence_net(merged.probabilities, merged.correct, seed=args.seed, **how)
+        fit = fit_confidence_net(merged.probabilities, merged.correct, seed=args.seed, **settings)
         nets = [] if folds is None else [
-            fold.net for fold in fit_folds(merged.probabilities, merged.correct, folds, seed=args.seed, **how)]
+            fold.net for fold in fit_folds(merged.probabilities, merged.correct, folds, seed=args.seed, **settings)]
         result = {'val_error': fit.val_error, 'test_error': fit.test_error, 'best': fit.val_error,
                   'best_epoch': fit.best_epoch}
-        asked = args.confidence or model.confidence_kind
+        requested = args.confidence or model.confidence_kind
         model.set_confidence('clcnet', net=fit.net)
-        choice, found = _compare_out_of_fold(args, context, model, features, merged, nets, folds, asked)
-        result.update(found)
+        choice, entries = _compare_out_of_fold(args, context, model, features, merged, nets, folds, requested)
+        result.update(entries)
         if choice != (model.confidence_kind, model.final_rule):
             model.set_confidence(*choice)
         write_rows(context.folder / 'summary.csv', [{'epoch': i, **row} for i, row in enumerate(fit.history)])
         _export(context, model, None if args.features else _read_index(context)['label_names'], merged, nets, folds)
     context.accelerator.wait_for_everyone()
     shared: list[Any] = [result]
-    broadcast_object_list(shared)  # all processes go on from the same
+    broadcast_object_list(shared)  # all processes return the same
     return shared[0]
 
 
@@ -350,39 +294,39 @@ def _compare_out_of_fold(
         merged: ConfidenceFeatures,
         nets: Sequence[Any],
         folds: torch.Tensor | None,
-        asked: str,
+        requested: str,
 ) -> tuple[Choice, dict[str, Any]]:
-    """Choose the confidence and final rule, and write the exit table that exits are fitted on.
+    """Choose confidence and final rule, and write the out-of-fold exit table, on which exits are fitted.
 
     Returns:
         The choice, and entries of the stage's result.
     """
-    folder, choice = context.folder, (asked, model.final_rule)
-    own = args.features is None  # rows of features that were given may be of different images
-    result = {'split': _read_index(context)['split']} if own else {}
-    if folds is not None and own:
+    folder, choice = context.folder, (requested, model.final_rule)
+    same_images = args.features is None  # the files of --features may be of different images
+    result = {'split': _read_index(context)['split']} if same_images else {}
+    if folds is not None and same_images:
         scores = score_folds(nets, merged.probabilities, folds)
         with torch.no_grad():
-            seen = torch.cat([model.confidence_net(part) for part in merged.probabilities.split(1024)])
-        scores = match_scores(scores, seen, folds).unflatten(0, (len(features), -1))
+            reference = torch.cat([model.confidence_net(part) for part in merged.probabilities.split(1024)])
+        scores = match_scores(scores, reference, folds).unflatten(0, (len(features), -1))
         tables = tables_out_of_fold(model, features, scores)
         rows = compare_confidences(tables)
         write_rows(folder / 'confidences.csv', rows)
         _logger.info(
-            f'Confidences on {len(features[0])} images, out of {len(nets)} folds (area: mean top-1 over all budgets, '
-            f'exits fitted on the other half):\n{format_table(rows)}\n{describe_best(rows)}')
+            f'Confidences, {len(nets)}-fold cross-validation on {len(features[0])} images (area: mean top-1 over all '
+            f'budgets, exits fitted on the other half):\n{format_table(rows)}\n{describe_best(rows)}')
         best = max(rows, key=lambda row: row['area'])
-        choice = (best['confidence'], best['final_rule']) if asked == 'all' else choice
+        choice = (best['confidence'], best['final_rule']) if requested == 'all' else choice
         tables[choice].save(folder / CALIBRATION)
         return choice, {**result, 'auroc': next(r['auroc'] for r in rows if r['confidence'] == choice[0])}
     for name in (CALIBRATION, 'confidences.csv'):
         (folder / name).unlink(missing_ok=True)
     if folds is None:
-        _logger.warning('--folds 0: no accuracy on the images that the confidence net was trained on is '
-                        'cross-validated.')
+        _logger.warning('--folds 0: results on the images of the features are not cross-validated. The confidence net '
+                        'was trained on them.')
         return choice, result
     area = auroc(score_folds(nets, merged.probabilities, folds), merged.correct)
-    _logger.info(f'AUROC of the answers being right, out of {len(nets)} folds: {area:.4f}')
+    _logger.info(f'AUROC of the confidence net, {len(nets)}-fold cross-validation: {area:.4f}')
     return choice, {**result, 'auroc_all_members': area}
 
 
@@ -394,7 +338,7 @@ def _export(
         nets: Sequence[Any],
         folds: torch.Tensor | None,
 ) -> None:
-    """Write the cascade, and the nets of the cross-validation with their folds."""
+    """Export the cascade. Write the nets of the cross-validation and their folds."""
     folder = context.folder
     labels: dict[str, Any] = {'label_names': label_names} if label_names else {}
     save_pretrained(model, folder / 'last', data_config=context.data_config_of(model), **labels)
@@ -408,7 +352,7 @@ def _export(
 
 
 def _read_index(context: StageContext) -> dict[str, Any]:
-    """What the features of a run are of, see `collect_features`."""
+    """Read the split, class names and members of a run's features, see `collect_features`."""
     return read_json(context.stage_weights['features'].parent / 'index.json')
 
 
@@ -424,40 +368,42 @@ def _read_features(
         paths = [folder / f'member{t + 1}.safetensors' for t in range(model.num_steps)]
     for path in paths:
         if not path.is_file():
-            hint = '' if args.features else ": run the stage 'features' first, or name files with --features"
-            raise ValueError(f"There are no features at '{path}'{hint}.")
+            hint = '' if args.features else " Run the stage 'features' first, or name files with --features."
+            raise ValueError(f"There are no features at '{path}'.{hint}")
     features = [ConfidenceFeatures.load(path) for path in paths]
     for path, f in zip(paths, features):
         if f.probabilities.shape[1] != model.num_classes:
             raise ValueError(
-                f"'{path}' holds probabilities of {f.probabilities.shape[1]} classes, the cascade has "
-                f'{model.num_classes}.')
+                f"'{path}' has probabilities of {f.probabilities.shape[1]} classes, the cascade has "
+                f'{model.num_classes} classes.')
     return features
 
 
 def _choose_folds(args: argparse.Namespace, names: Sequence[str]) -> torch.Tensor | None:
-    """Fold of each row of features, those of one image in one fold; None if there are to be none."""
+    """Fold of each row of the features. Rows of one image are in one fold. None without cross-validation."""
     if args.fold_dir:
-        return _given_folds(args.fold_dir, names)
+        return _read_folds(args.fold_dir, names)
     if args.folds == 0:
         return None
-    if any('/' not in name for name in names):  # the authors' files have base names
+    if any('/' not in name for name in names):  # the authors' files have names without folders
         names = [name.rpartition('/')[2] for name in names]
     numbers: dict[str, int] = {}
     image = torch.tensor([numbers.setdefault(name, len(numbers)) for name in names])
     return make_folds(len(numbers), args.folds or NUM_FOLDS, args.seed)[image]
 
 
-def _given_folds(path: str, names: Sequence[str]) -> torch.Tensor:
+def _read_folds(path: str, names: Sequence[str]) -> torch.Tensor:
     known = FoldMap.read(path)
     folds = known.folds_of(names)
     outside = (folds < 0).nonzero().flatten().tolist()
     if outside:
         raise ValueError(
-            f"--fold-dir: {len(outside)} of {len(folds)} images are in no fold of '{path}', the first is "
+            f"--fold-dir: {len(outside)} of {len(folds)} images are in no fold of '{path}', first "
             f"'{names[outside[0]]}'.")
     if len(folds.unique()) < known.num_folds:
-        raise ValueError(f"--fold-dir: some of the {known.num_folds} folds of '{path}' have none of the images.")
+        raise ValueError(
+            f"--fold-dir: only {len(folds.unique())} of the {known.num_folds} folds of '{path}' contain images of the "
+            'features.')
     return folds
 
 
@@ -468,12 +414,12 @@ def tables_out_of_fold(
         features: Sequence[ConfidenceFeatures],
         scores: torch.Tensor,
 ) -> dict[Choice, ExitTable]:
-    """Exit tables of a cascade with every confidence that features tell, and both final rules.
+    """Compute the exit tables of a cascade for every confidence that features contain, and both final rules.
 
     Args:
         model: The cascade.
-        features: Of each member, of the same images in the same order.
-        scores: Of the confidence net, out of fold [T, N].
+        features: Features of each member, of the same images in the same order.
+        scores: Out-of-fold scores of the confidence net [T, N].
     """
     correct, tables = torch.stack([f.correct for f in features]), {}
     for kind in ('max_prob', 'margin', 'entropy', 'clcnet'):
@@ -492,13 +438,14 @@ def compare_confidences(
     """Compare confidences and final rules.
 
     Args:
-        calibration: Exit tables of images to fit on.
-        evaluation: Exit tables of images to evaluate on. Without them the former are fitted and evaluated in halves.
+        calibration: Exit tables to fit exits on.
+        evaluation: Exit tables to evaluate on. Without them, exits are fitted on each half of the calibration tables
+            and evaluated on the other half.
 
     Returns:
-        A row for each: 'confidence', 'final_rule', 'auroc' (of the first member's answer being right) and 'area' (mean
-        top-1 over all budgets). With images to evaluate on also 'top1' (of all members), and 'calibration_area': the
-        area on the images to fit on, in halves. One is chosen by that.
+        A row for each table: 'confidence', 'final_rule', 'auroc' (of the first member's confidence) and 'area' (mean
+        top-1 over all budgets). With `evaluation` also 'top1' (of all members) and 'calibration_area' (the area on the
+        halves of the calibration tables, which is the criterion for choosing one).
     """
     rows = []
     for (kind, rule), fitted in calibration.items():
@@ -517,7 +464,7 @@ def compare_confidences(
 
 
 def describe_best(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Say which confidence and final rule have the largest area, and what the paper's have."""
+    """Describe the confidence and final rule with the largest area, and the area of the paper's choice."""
     best = max(rows, key=lambda row: row['area'])
     text = f"Best by area: {best['confidence']} with the rule {best['final_rule']} ({best['area']:.2f})."
     for row in rows:

@@ -1,4 +1,4 @@
-"""Training of confidence nets: to tell from sorted probabilities whether a classifier is right."""
+"""Training of confidence nets, which predict from sorted probabilities whether a classifier is correct."""
 import copy
 import logging
 import math
@@ -19,18 +19,18 @@ from .base import OneModuleTask
 
 _logger = logging.getLogger(__name__)
 
-WRONG_WEIGHT = 2.0  # wrong predictions are drawn so many times as often as right ones
+WRONG_WEIGHT = 2.0  # sampling weight of a wrong prediction; a correct one has 1
 
 
 class SparseMasks(nn.Module):
-    """The attentive masks of TabNet, which the authors' training loss keeps sparse.
+    """The attentive masks of TabNet, whose entropy is part of the authors' training loss.
 
-    In TabNet, a mask selects among the inputs of a step. Here nothing is masked, but the entropy of the masks is part
-    of the loss and shapes the features that the masks are computed from.
+    In TabNet, a mask selects inputs of a step. Here the masks are not applied. Only the gradient of their entropy
+    changes the features that they are computed from.
 
     Args:
-        net: The confidence net to be trained. Only its sizes are read.
-        gamma: With 1, a value can be selected once; larger values allow more.
+        net: The confidence net to train. Only its sizes are read.
+        gamma: With 1, each value can be selected once. Larger values allow it to be selected again.
         virtual_batch_size: See `GhostBatchNorm`.
         momentum: See `GhostBatchNorm`.
     """
@@ -50,7 +50,7 @@ class SparseMasks(nn.Module):
         width, num_own = first.norms[0].num_features // 2, len(first.layers)
         attention_dim = width - net.decision_dim
         if attention_dim < 1:
-            raise ValueError('Masks need a net with an attention_dim of at least 1.')
+            raise ValueError(f'SparseMasks needs a net with an attention_dim of at least 1, got {attention_dim}.')
         self.gamma = gamma
         self.decision_dim = net.decision_dim
         self.splitter = FeatureTransformer(width, len(net.shared), num_own, **norm_args)
@@ -62,12 +62,12 @@ class SparseMasks(nn.Module):
         """Mean entropy of the masks.
 
         Args:
-            net: The net; the masks of the first step use its shared layers.
+            net: The net. The masks of the first step use its shared layers.
             mapped: Mapped probabilities, see `ConfidenceNet.forward_steps`.
             features: Features of the steps, see `ConfidenceNet.forward_steps`.
 
         Returns:
-            Mean over samples and steps, in nats, scalar.
+            Mean over samples and steps in nats, a scalar.
         """
         layers = list(net.shared)
         source = self.splitter(layers[0](mapped), layers[1:])
@@ -96,7 +96,7 @@ def sparsemax(x: torch.Tensor) -> torch.Tensor:
 
 
 class ConfidenceModule(nn.Module):
-    """A confidence net and the masks that its training loss needs: wrapped, optimised and saved together.
+    """A confidence net and the masks that its training loss needs, in one module to wrap.
 
     Args:
         net: The net.
@@ -108,14 +108,14 @@ class ConfidenceModule(nn.Module):
         self.masks = SparseMasks(net)
 
     def forward(self, probabilities: torch.Tensor) -> dict[str, torch.Tensor]:
-        """'output' [B], the scores of sorted probabilities [B, n]; and in train mode the masks' 'entropy', scalar."""
+        """Score sorted probabilities [B, n]: 'output' [B], and in train mode the masks' 'entropy', a scalar."""
         mapped, features = self.net.forward_steps(probabilities)
         out = {'output': self.net.decide(features)}
         return {**out, 'entropy': self.masks(self.net, mapped, features)} if self.training else out
 
 
 class ConfidenceTask(OneModuleTask):
-    """Regression of 1 (right) and 0 (wrong), with masks that are kept sparse.
+    """Regression of 1 for correct and 0 for wrong predictions.
 
     Loss: mean squared error + `sparsity` · entropy of the masks.
 
@@ -124,7 +124,7 @@ class ConfidenceTask(OneModuleTask):
         sparsity: Weight of the entropy.
         device: Device of the task.
         dtype: Dtype of the task.
-        verbose: Log what is used.
+        verbose: As in timm's `TrainingTask`.
     """
 
     def __init__(
@@ -148,11 +148,11 @@ class ConfidenceTask(OneModuleTask):
         """Compute the loss.
 
         Args:
-            input: Probabilities [B, n], sorted falling.
-            target: Whether the classifier was right [B], bool or numbers from 0 to 1.
+            input: Probabilities [B, n], in descending order.
+            target: Whether the classifier is correct [B], bool or numbers from 0 to 1.
 
         Returns:
-            'loss', 'output' (scores [B]), 'error' (the mean squared one), and in train mode 'entropy'.
+            'loss', 'output' (scores [B]), 'error' (mean squared error), and in train mode 'entropy'.
         """
         out = self.trainable_module(input)
         error = F.mse_loss(out['output'], target.to(out['output'].dtype))
@@ -161,13 +161,13 @@ class ConfidenceTask(OneModuleTask):
 
 @dataclass
 class ConfidenceFit:
-    """A trained confidence net, and how it came about.
+    """A trained confidence net and its errors.
 
     Attributes:
-        net: With the weights of the best epoch, in eval mode.
-        best_epoch: Counted from 0.
-        val_error: Mean squared error of the held-out part that chose the epoch.
-        test_error: That of the part that chose nothing.
+        net: The net with the weights of the best epoch, in eval mode.
+        best_epoch: The epoch with the smallest validation error, counted from 0.
+        val_error: Mean squared error on the validation part in that epoch.
+        test_error: Mean squared error on the test part.
         history: 'train_loss' and 'val_error' of each epoch.
     """
     net: ConfidenceNet
@@ -178,20 +178,23 @@ class ConfidenceFit:
 
 
 def draw_batches(correct: torch.Tensor, batch_size: int, seed: int, epoch: int) -> Iterator[torch.Tensor]:
-    """Indices of an epoch's batches: as many samples as there are, with replacement, wrong ones drawn twice as often.
+    """Draw the batches of an epoch: N samples with replacement, wrong predictions twice as often as correct ones.
 
     Args:
-        correct: Whether the classifier was right [N], bool.
-        batch_size: Size of a batch; the last one may be smaller, but has two samples at least.
-        seed: Seed; each epoch has draws of its own.
-        epoch: Epoch.
+        correct: Whether the classifier is correct [N], bool.
+        batch_size: Batch size. The last batch may be smaller, but a batch of one sample is left out.
+        seed: Seed.
+        epoch: Epoch. Each epoch draws other samples.
+
+    Yields:
+        Indices of a batch, int64.
     """
     weights = torch.where(correct.cpu(), 1.0, WRONG_WEIGHT).double().cumsum(0)
     generator = torch.Generator().manual_seed(derive_seed(seed, 'confidence', epoch))
     drawn = torch.rand(len(correct), dtype=torch.float64, generator=generator) * weights[-1]
     order = torch.searchsorted(weights, drawn, right=True).clamp(max=len(correct) - 1)
     for batch in order.split(batch_size):
-        if len(batch) > 1:  # a batch norm needs two
+        if len(batch) > 1:  # batch norm needs two samples
             yield batch
 
 
@@ -208,28 +211,28 @@ def fit_confidence_net(
         split: tuple[float, float] = (0.8, 0.1),
         seed: int = 0,
 ) -> ConfidenceFit:
-    """Train a confidence net as the paper does.
+    """Train a confidence net as in the paper: Adam, weighted sampling, early stopping on a random validation part.
 
-    Adam, weighted sampling, a random part to stop early on and one to test on. Departure from the released code: the
-    statistics of the norms are measured after each epoch. Running ones (momentum 0.02) need some hundred updates to
-    leave their initial values, and on small data early stopping would judge nets by those.
+    Departure from the released code: the batch norm statistics are measured after each epoch. Running statistics
+    (momentum 0.02) need some hundred updates to leave their initial values. On small data, early stopping would
+    evaluate nets with wrong statistics.
 
     Args:
-        probabilities: Sorted falling [N, n], float32.
-        correct: Whether the classifier was right [N], bool.
-        net: Net to start from; by default a new one.
-        epochs: At most so many.
+        probabilities: Probabilities in descending order [N, n], float32.
+        correct: Whether the classifier is correct [N], bool.
+        net: Net to start from (default: a new one).
+        epochs: Largest number of epochs.
         batch_size: Batch size.
         lr: Learning rate.
         clip_grad: Largest norm of the gradient.
         sparsity: See `ConfidenceTask`.
-        patience: Stop after so many epochs without a smaller validation error.
-        split: Shares to train and to validate on; the rest is for testing.
-        seed: Seed of everything random. The same seed gives the same net on the same machine.
+        patience: Stop after this number of epochs without a smaller validation error.
+        split: Shares of the training and the validation part. The rest is the test part.
+        seed: Random seed. The same seed gives the same net on the same machine.
 
     Raises:
-        ValueError: Shapes do not go together, these are no sorted probabilities, or there are too few samples for three
-            parts.
+        ValueError: The shapes do not match, the probabilities are not valid or not sorted, there are too few samples
+            for three parts, or the training diverges.
     """
     if probabilities.ndim != 2 or correct.shape != (len(probabilities),):
         raise ValueError(
@@ -239,7 +242,8 @@ def fit_confidence_net(
     sizes = [math.floor(len(correct) * share) for share in split]
     sizes.append(len(correct) - sum(sizes))
     if min(sizes[0] - 1, *sizes[1:]) < 1:
-        raise ValueError(f'{len(correct)} samples are too few to be split into training, validation and test: {sizes}.')
+        raise ValueError(
+            f'{len(correct)} samples are too few: the training, validation and test part would have {sizes}.')
     order = torch.randperm(len(correct), generator=torch.Generator().manual_seed(derive_seed(seed, 'confidence split')))
     parts = [(probabilities[rows], correct[rows].float()) for rows in order.split(sizes)]
 
@@ -268,7 +272,7 @@ def fit_confidence_net(
             break
     if best[1] < 0:
         raise ValueError(
-            f'The validation error is no number in any of {len(history)} epochs: try a smaller lr than {lr}.')
+            f'The validation error is not finite in any of {len(history)} epochs. Try a smaller lr than {lr}.')
     task.net.load_state_dict(best[2])
     fit = ConfidenceFit(task.net.eval(), best[1], best[0], _error(task, *parts[2]), history)
     _logger.info(
@@ -284,12 +288,12 @@ def _measure_statistics(
         batches: Iterator[torch.Tensor],
         num_batches: int = 25,
 ) -> None:
-    """Set the norms' running statistics to their mean over batches such as are trained on."""
+    """Set the running statistics of the norms to their means over training batches."""
     norms = [m for m in task.net.modules() if isinstance(m, GhostBatchNorm)]
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.reset_running_stats()
-        norm.momentum = None  # the mean of all
+        norm.momentum = None  # cumulative mean
     task.train()
     for rows in islice(batches, num_batches):
         task.net.score_sorted(probabilities[rows])
@@ -305,13 +309,16 @@ def _error(task: ConfidenceTask, probabilities: torch.Tensor, correct: torch.Ten
 
 
 def make_folds(num_samples: int, num_folds: int, seed: int = 0) -> torch.Tensor:
-    """Random folds of equal size, or one more in some [N] int64.
+    """Assign samples to random folds, whose sizes differ by at most one.
+
+    Returns:
+        Fold of each sample [N], int64, from 0.
 
     Raises:
         ValueError: There are more folds than samples, or fewer than two.
     """
     if not 2 <= num_folds <= num_samples:
-        raise ValueError(f'Expected 2 to {num_samples} folds, as many as there are samples, got {num_folds}.')
+        raise ValueError(f'Expected 2 to {num_samples} (the number of samples) folds, got {num_folds}.')
     order = torch.randperm(num_samples, generator=torch.Generator().manual_seed(derive_seed(seed, 'confidence folds')))
     folds = torch.empty(num_samples, dtype=torch.int64)
     folds[order] = torch.arange(num_samples) % num_folds
@@ -329,17 +336,20 @@ def fit_folds(
 
     Args:
         probabilities: See `fit_confidence_net`.
-        correct: Likewise.
-        folds: Fold of each sample [N] int64, from 0; each has samples. Rows of one image belong to one fold.
+        correct: See `fit_confidence_net`.
+        folds: Fold of each sample [N], int64, from 0. Each fold needs samples. Rows of one image belong in one fold.
         seed: Seed.
-        **kwargs: For `fit_confidence_net`.
+        **kwargs: Arguments of `fit_confidence_net`.
+
+    Raises:
+        ValueError: There are not as many fold numbers as samples, fewer than two folds, or an empty fold.
     """
     num_folds = int(folds.max()) + 1
     empty = [k for k in range(num_folds) if not (folds == k).any()]
     if folds.shape != correct.shape or empty or num_folds < 2:
         raise ValueError(
-            f'Expected a fold for each of {len(correct)} samples and none empty, got shape {list(folds.shape)}, '
-            f'{num_folds} folds, empty: {empty}.')
+            f'Expected the fold of each of {len(correct)} samples, and at least two folds with samples in each; got '
+            f'shape {list(folds.shape)}, {num_folds} folds, empty folds: {empty}.')
     return [
         fit_confidence_net(probabilities[folds != k], correct[folds != k], seed=derive_seed(seed, 'fold', k), **kwargs)
         for k in range(num_folds)]
@@ -347,12 +357,12 @@ def fit_folds(
 
 @torch.no_grad()
 def score_folds(nets: Sequence[ConfidenceNet], probabilities: torch.Tensor, folds: torch.Tensor) -> torch.Tensor:
-    """Score each sample with the net that has not seen it.
+    """Score each sample with the net that was not trained on it.
 
     Args:
         nets: A net for each fold.
-        probabilities: Sorted falling [N, n].
-        folds: Fold of each sample [N] int64; -1 for what no net has seen, which has the mean score of all.
+        probabilities: Probabilities in descending order [N, n].
+        folds: Fold of each sample [N], int64. -1: no net was trained on it, its score is the mean over all nets.
 
     Returns:
         Scores [N], float32.
@@ -361,7 +371,7 @@ def score_folds(nets: Sequence[ConfidenceNet], probabilities: torch.Tensor, fold
         ValueError: There are more folds than nets.
     """
     if len(folds) and int(folds.max()) >= len(nets):
-        raise ValueError(f'There are {len(nets)} nets, but a sample of fold {int(folds.max())}, counted from 0.')
+        raise ValueError(f'Expected a net for each fold, got {len(nets)} nets for {int(folds.max()) + 1} folds.')
     scores = torch.zeros(len(probabilities))
     for k, net in enumerate(nets):
         rows = ((folds == k) | (folds < 0)).nonzero().squeeze(1)
@@ -371,16 +381,15 @@ def score_folds(nets: Sequence[ConfidenceNet], probabilities: torch.Tensor, fold
 
 
 def match_scores(scores: torch.Tensor, reference: torch.Tensor, folds: torch.Tensor) -> torch.Tensor:
-    """Bring the scores of several nets to the scale of one, so that thresholds fitted on them fit that one.
+    """Map the scores of several nets to the scale of one net. Then thresholds fitted on them are valid for that net.
 
-    Nets that were trained alike still differ in scale. In each fold the k-th smallest score becomes the k-th smallest
-    of the reference, equal ones the mean of theirs: the order of what one net has scored stays, and any threshold parts
-    as many as in the reference.
+    The nets of a cross-validation differ in scale. In each fold, the k-th smallest score is replaced with the k-th
+    smallest reference score; equal scores get the mean of their replacements. The order within a fold does not change.
 
     Args:
-        scores: Of each sample by the net of its fold [N], see `score_folds`.
-        reference: Of the same samples by one net [N].
-        folds: Fold of each sample [N] int64.
+        scores: Score of each sample by the net of its fold [N], see `score_folds`.
+        reference: Score of each sample by the one net [N].
+        folds: Fold of each sample [N], int64.
 
     Returns:
         Scores [N].

@@ -1,4 +1,4 @@
-"""Recipes that train GFNets: the paper's three stages, and all parts end to end."""
+"""Recipes that train GFNets: the paper's three stages, and end-to-end training in one stage."""
 import argparse
 import logging
 from collections.abc import Mapping
@@ -16,14 +16,14 @@ from .static import DEMO_COMMON, PAPER_COMMON, create_static_stage, load_encoder
 
 _logger = logging.getLogger(__name__)
 
-# By family of the backbone.
+# Settings of the paper, by family of the backbone. '' is the default (ResNet, DenseNet, others).
 _FAMILIES: dict[str, dict[str, Any]] = {
     'regnet': dict(epochs=60, lr_base=0.02, weight_decay=5e-5, aux_weight=1.),
     'mobilenetv3': dict(epochs=90, lr_base=0.005, weight_decay=1e-4, aux_weight=5., freeze_global=True),
-    # Trained on images of 224 pixels, whatever the size at inference.
+    # Trained on images of 224 pixels at any inference size.
     'efficientnet': dict(
         epochs=30, lr_base=0.005, weight_decay=1e-4, aux_weight=5., freeze_global=True, train_img_sizes=[224]),
-    '': dict(epochs=60, lr_base=0.01, weight_decay=1e-4, aux_weight=1.),  # ResNet, DenseNet, and any other
+    '': dict(epochs=60, lr_base=0.01, weight_decay=1e-4, aux_weight=1.),
 }
 _CLASSIFIER_LR = 0.1, 0.01  # in stages 1 and 3
 _POLICY: dict[str, Any] = dict(
@@ -46,40 +46,47 @@ def create_glance_focus_task(
         context: StageContext,
         positions: str = 'random',
 ) -> TrainingTask:
-    """Stage 1 or 3, see `GlanceFocusTask`."""
+    """Create the task of stage 1 or 3, see `GlanceFocusTask`."""
     return GlanceFocusTask(
         model, positions, args.aux_weight, args.freeze_global, args.policy_std, args.smoothing,
         device=context.device, dtype=context.dtype, verbose=context.verbose)
 
 
-# The policy is rewarded for one true class.
+# The reward of the patch policy needs one true class per image.
 _NO_MIXING: dict[str, Any] = dict(mixup=0., cutmix=0., cutmix_minmax=None)
 
 
 def _check_policy_updates(args: argparse.Namespace) -> None:
     if args.policy_updates > 1 and args.grad_accum_steps > 1:
-        raise ValueError('--policy-updates goes again over one batch: it does not go with --grad-accum-steps.')
+        raise ValueError(
+            f'--policy-updates {args.policy_updates} cannot be combined with --grad-accum-steps '
+            f'{args.grad_accum_steps}: each update needs a whole batch.')
 
 
 def create_policy_task(model: GFNet, args: argparse.Namespace, context: StageContext) -> TrainingTask:
-    """Stage 2, see `PatchPolicyTask`."""
+    """Create the task of stage 2, see `PatchPolicyTask`."""
     _check_policy_updates(args)
     if args.grad_accum_steps > 1:
-        _logger.warning('Rewards are compared within a batch: with --grad-accum-steps, within each part of it.')
+        _logger.warning(
+            'PPO normalises returns within a batch. With --grad-accum-steps, each of the accumulated batches is '
+            'normalised separately.')
     return PatchPolicyTask(
         model, args.policy_updates, args.policy_gamma, args.policy_std, args.policy_epsilon, args.policy_value_coeff,
         args.policy_entropy_coeff, device=context.device, dtype=context.dtype, verbose=context.verbose)
 
 
 def create_end_to_end_task(model: GFNet, args: argparse.Namespace, context: StageContext) -> TrainingTask:
-    """All parts in one stage, see `EndToEndTask`."""
+    """Create the task that trains all parts in one stage, see `EndToEndTask`."""
     return EndToEndTask(
         model, args.aux_weight, args.policy_std, args.smoothing, device=context.device, dtype=context.dtype,
         verbose=context.verbose)
 
 
 def _init_encoders(model: GFNet, args: argparse.Namespace, context: StageContext) -> Mapping[str, Any] | None:
-    """Load the encoders. Their classifiers become auxiliary heads, or the head of step 1 if that is what they are."""
+    """Load initial weights into the encoders, and return their classifiers as auxiliary heads.
+
+    The global encoder's classifier becomes the head of step 1 if that head classifies only the glance's features.
+    """
     if args.init_from:
         return load_checkpoint(model, args.init_from, optional=('policy',))
     local = args.init_local
@@ -87,8 +94,8 @@ def _init_encoders(model: GFNet, args: argparse.Namespace, context: StageContext
         local = context.stage_weights['static']
         if not local.exists():
             raise ValueError(
-                f"The encoders start from the weights of stage 'static', which are not at '{local}': run that stage "
-                'first, or give weights with --init-local.')
+                f"The encoders start from the weights of the stage 'static', but '{local}' does not exist. Run that "
+                'stage first, or name weights with --init-local.')
     heads = {}
     for name, source in (('local', local), ('global', args.init_global or local)):
         encoder = getattr(model, f'{name}_encoder')
@@ -99,9 +106,9 @@ def _init_encoders(model: GFNet, args: argparse.Namespace, context: StageContext
                 raise
             if name == 'global' and args.freeze_global:
                 raise CheckpointError(
-                    f'The encoder of the glance is frozen, and has no weights. {e} Give others with --init-global, or '
-                    'let it learn with --no-freeze-global.') from e
-            _logger.warning(f'The {name} encoder starts from random weights. {e} Give others with --init-{name}.')
+                    f'The global encoder is frozen (--freeze-global), but has no pretrained weights. {e} Name weights '
+                    'with --init-global, or train it with --no-freeze-global.') from e
+            _logger.warning(f'The {name} encoder starts from random weights. {e} Name others with --init-{name}.')
             continue
         if classifier:
             heads[f'{name}_aux'] = classifier
@@ -121,9 +128,9 @@ def _load_init_from(
 
 
 def _paper_defaults(model: GFNet, args: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """Options by stage. 'end-to-end' is not in the paper: it follows what is."""
+    """Options of each stage. 'end-to-end' is not in the paper: it is 'warmup' with nothing frozen and no noise."""
     family = next(v for k, v in _FAMILIES.items() if model.backbone.startswith(k))
-    if args.img_size or args.input_size:  # the paper's size for training is of the paper's models
+    if args.img_size or args.input_size:  # the paper's training size is only for the paper's image size
         family = {k: v for k, v in family.items() if k != 'train_img_sizes'}
     warmup, finetune = (
         {**PAPER_COMMON, **family, 'classifier_lr_scale': lr / family['lr_base']} for lr in _CLASSIFIER_LR)
@@ -138,11 +145,12 @@ def _paper_defaults(model: GFNet, args: argparse.Namespace) -> dict[str, dict[st
 def _check(args: argparse.Namespace, model: Any, recipe: str) -> None:
     if not isinstance(model, GFNet):
         raise ValueError(
-            f"The recipe '{recipe}' trains GFNet models, e.g. --model gfnet_resnet50_96; got '{args.model}'.")
+            f"The recipe '{recipe}' trains GFNet models, e.g. --model gfnet_resnet50_96; got --model {args.model}.")
     for option in ('init_local', 'init_global'):
         if args.init_from and getattr(args, option):
             raise ValueError(
-                f"--{option.replace('_', '-')} does not go with --init-from, which gives the weights of all parts.")
+                f"--{option.replace('_', '-')} cannot be combined with --init-from, which loads the weights of all "
+                'parts.')
 
 
 def _static_stages(
@@ -154,13 +162,13 @@ def _static_stages(
         return ()
     if (args.init_local or defaults['warmup'].get('init_local')) != 'scratch':
         if args.init_global == 'scratch':
-            raise ValueError('--init-global scratch: it is --init-local scratch that trains a net to start from.')
+            raise ValueError('--init-global scratch needs --init-local scratch, which trains the net to start from.')
         return ()
     return (create_static_stage(model, defaults.get('static'), '--init-local'),)
 
 
 def create_gfnet_recipe(args: argparse.Namespace, demo: bool, model: Any) -> Recipe:
-    """Warm-up, policy, finetune; with `--init-local scratch` after a static net that the encoders start from."""
+    """Create the recipe: warmup, policy, finetune; `--init-local scratch` trains a static net first."""
     _check(args, model, 'gfnet')
     defaults = _DEMO if demo else _paper_defaults(model, args)
     return Recipe('gfnet', (
@@ -174,7 +182,7 @@ def create_gfnet_recipe(args: argparse.Namespace, demo: bool, model: Any) -> Rec
 
 
 def create_end_to_end_recipe(args: argparse.Namespace, demo: bool, model: Any) -> Recipe:
-    """One stage in which the policy learns through patches cut between pixels."""
+    """Create the recipe with one stage, see `EndToEndTask`; `--init-local scratch` trains a static net first."""
     _check(args, model, 'end-to-end')
     defaults = _DEMO if demo else _paper_defaults(model, args)
     return Recipe('end-to-end', (

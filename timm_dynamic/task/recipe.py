@@ -1,6 +1,6 @@
-"""Which recipe train.py runs: an ordered list of stages.
+"""The recipes of train.py. A recipe is an ordered list of stages.
 
-A stage names its task, where its weights start, and the options it changes. The training loop knows only
+A stage defines its task, its initial weights and the options it changes. The training loop only needs
 `task(input, target) -> {'loss', 'output', ...}`.
 """
 import argparse
@@ -26,8 +26,8 @@ RECIPES: dict[str, Callable[[argparse.Namespace, bool, Any], Recipe]] = {
     'end-to-end': create_end_to_end_recipe,
 }
 _FAMILIES: dict[type, str] = {GFNet: 'gfnet', AnchorNetPatch: 'anchornet', CLCNet: 'clcnet'}
-# Options that only some recipes know. Their defaults are false, and no number.
-_OWN_OPTIONS = {
+# Options that only some recipes read. Their defaults are None, False, '' or []; 0 is a value that was given.
+_RECIPES_OF_OPTION = {
     'focus_baseline': ('focusnet',), 'focus_plain': ('focusnet',),
     **dict.fromkeys(('init_global', 'init_local', 'init_from'), ('gfnet', 'end-to-end')),
     'freeze_global': ('gfnet',),
@@ -38,24 +38,24 @@ _OWN_OPTIONS = {
 
 
 def create_recipe(args: argparse.Namespace, demo: bool = False, model: Any = None) -> Recipe:
-    """Choose the recipe by `--recipe`, else by the other options: a baseline makes it 'focusnet'; else by the model.
+    """Create the recipe of `--recipe`; else 'focusnet' if a baseline is given; else the recipe of the model's family.
 
     Args:
-        args: Options, without any recipe's defaults.
-        demo: The embedded demo set is trained on.
-        model: The model, if it is of a family that has recipes of its own.
+        args: Options, without the defaults of a recipe.
+        demo: Whether the embedded demo set is used.
+        model: The model, if its family has recipes.
 
     Raises:
-        ValueError: There is no such recipe, or it lacks something.
+        ValueError: The recipe does not exist, an option is missing, or an option belongs to another recipe.
     """
-    own = next((name for family, name in _FAMILIES.items() if isinstance(model, family)), 'classification')
-    name = args.recipe or ('focusnet' if args.focus_baseline else own)
+    of_family = next((name for family, name in _FAMILIES.items() if isinstance(model, family)), 'classification')
+    name = args.recipe or ('focusnet' if args.focus_baseline else of_family)
     if name not in RECIPES:
-        raise ValueError(f"There is no recipe '{name}': choose from {', '.join(RECIPES)}.")
-    for option, recipes in _OWN_OPTIONS.items():
+        raise ValueError(f"--recipe: there is no recipe '{name}'. Choose from {', '.join(RECIPES)}.")
+    for option, recipes in _RECIPES_OF_OPTION.items():
         value = getattr(args, option)
         if (value or (value == 0 and value is not False)) and name not in recipes:
             raise ValueError(
-                f"--{option.replace('_', '-')} belongs to the recipe {' and '.join(map(repr, recipes))}, "
-                f"not to '{name}'.")
+                f"--{option.replace('_', '-')} is an option of the recipe {' and '.join(map(repr, recipes))}, "
+                f"not of '{name}'.")
     return RECIPES[name](args, demo, model)

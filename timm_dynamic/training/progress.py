@@ -1,9 +1,18 @@
-"""Means over an epoch and the first bad loss, counted on the device, so that nothing waits for them."""
+"""What training shows and counts: log lines, means over an epoch, the first bad loss.
+
+Means and losses stay on the device until they are shown, so that nothing waits for them.
+"""
+import logging
+from collections.abc import Mapping
 from typing import Any
 
 import torch
+from accelerate import Accelerator
+from tqdm import tqdm
 
 from ..utils import UserError
+
+_logger = logging.getLogger(__name__)
 
 
 class NonFiniteLoss(UserError, RuntimeError):
@@ -88,3 +97,63 @@ def _numbered(key: str, number: int) -> str:
     """'step_top1' -> 'top1_step1'."""
     unit, _, name = key.partition('_')
     return f'{name}_{unit}{number}'
+
+
+class TrainingLog:
+    """Progress bar, log lines and trackers of a stage; in the main process only.
+
+    Args:
+        stage: Name of the stage.
+        accelerator: Has the trackers.
+    """
+    _bar: Any
+
+    def __init__(self, stage: str, accelerator: Accelerator) -> None:
+        self.stage, self.accelerator, self.epoch = stage, accelerator, 0
+        self.main = accelerator.is_main_process
+
+    def start_epoch(self, epoch: int, batch: int, num_batches: int) -> None:
+        """Show the progress from a batch on."""
+        self.epoch = epoch
+        self._bar = tqdm(
+            total=num_batches, initial=batch, desc=f'{self.stage} epoch {epoch}', unit='batch', leave=False,
+            disable=None if self.main else True)  # None: in a terminal only
+
+    def advance(self, batch: int) -> None:
+        """Note how many batches of the epoch are done."""
+        self._bar.update(batch - self._bar.n)
+
+    def update(self, number: str, means: RunningMeans, lr: float, updates: int) -> None:
+        """Log the means so far.
+
+        Args:
+            number: Updates of the epoch that are done, and all of them.
+            means: Over the epoch so far.
+            lr: Learning rate.
+            updates: Number of updates since the stage began.
+        """
+        if not self.main:
+            return
+        self._bar.set_postfix_str(f'{means} lr {lr:.3g}')
+        if self._bar.disable:
+            _logger.info(f'{self.stage}: epoch {self.epoch} update {number} {means} lr {lr:.3g}')
+        scalars = {k: v.item() for k, v in means.values().items() if v.ndim == 0}
+        self._track({**scalars, 'lr': lr}, updates)
+
+    def end_batches(self) -> None:
+        """Remove the progress bar."""
+        self._bar.close()
+
+    def end_epoch(self, row: Mapping[str, Any], updates: int, skipped: int) -> None:
+        """Log an epoch's results and the number of images that could not be read so far."""
+        if not self.main:
+            return
+        numbers = {k: v for k, v in row.items() if k != 'epoch' and v is not None}
+        _logger.info(
+            f"{self.stage}: epoch {row['epoch']} done: " + ', '.join(f'{k} {v:.4g}' for k, v in numbers.items()))
+        if skipped:
+            _logger.warning(f'{skipped} images could not be read so far; others took their place.')
+        self._track(numbers, updates)
+
+    def _track(self, values: Mapping[str, Any], updates: int) -> None:
+        self.accelerator.log({f'{self.stage}/{k}': v for k, v in values.items()}, step=updates)

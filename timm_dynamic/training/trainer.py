@@ -17,7 +17,7 @@ from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.task import TrainingTask
 from timm.utils import dispatch_clip_grad, distribute_bn, unwrap_model
 from torch import nn
-from tqdm import tqdm
+from torchvision.utils import save_image
 
 from ..evaluation.metrics import evaluate
 from ..evaluation.pictures import draw_patches
@@ -45,7 +45,7 @@ from ..utils import (
 )
 from ..utils.report import write_yaml
 from ..utils.signals import Stopped, StopRequest
-from .progress import LossGuard, NonFiniteLoss, RunningMeans
+from .progress import LossGuard, NonFiniteLoss, RunningMeans, TrainingLog
 from .run_folder import CheckpointManager, StageResults, check_identity
 
 _logger = logging.getLogger(__name__)
@@ -106,6 +106,10 @@ class Trainer:
             samples=args.val_num_samples) if args.val_split else None
         if self.eval_loader is not None:
             check_same_classes(self.loader.class_to_idx, self.eval_loader.class_to_idx)
+        val_batch = args.validation_batch_size or args.batch_size
+        if args.tta > 1 and val_batch % args.tta:
+            raise ValueError(
+                f'--tta {args.tta} averages neighbouring images: expected batches of a multiple, got {val_batch}.')
         if not self.loader.resumable and self.main:
             _logger.info('This dataset can only be iterated: a run killed within an epoch repeats it from its start.')
 
@@ -139,6 +143,7 @@ class Trainer:
 
         self.epoch = self.batch = self.updates = 0
         self.results = StageResults(folder, self.metric, self.decreasing, args.checkpoint_hist)
+        self.log = TrainingLog(stage.name, accelerator)
         self.means = RunningMeans()  # over the epoch's samples so far
         self.guard = LossGuard(self.device)
 
@@ -319,7 +324,7 @@ class Trainer:
         self.epoch, self.batch, self.means = epoch + 1, 0, RunningMeans()
         if self.main:
             self._write_results(row, value, ema)
-        self._log(row)
+        self.log.end_epoch(row, self.updates, self.loader.skipped)
         if self.epoch == self.num_epochs:
             return row  # whoever called `fit` notes the result and saves
         self.save_state()
@@ -336,9 +341,7 @@ class Trainer:
         module: Any = self.task.get_trainable_module()
         tail = num_batches % self.accum
         self.optimizer.zero_grad()
-        bar = tqdm(
-            total=num_batches, initial=self.batch, desc=f'{self.stage.name} epoch {epoch}', unit='batch', leave=False,
-            disable=None if self.main else True)  # None: in a terminal only
+        self.log.start_epoch(epoch, self.batch, num_batches)
         batches = iter(self.loader)
         while self.batch < num_batches:
             try:
@@ -363,11 +366,16 @@ class Trainer:
                 if self.device.type == 'cpu':
                     self._check_finite()
                 self._update(len(input))
-            bar.update(self.batch - bar.n)
-
+            self.log.advance(self.batch)
             number = math.ceil(self.batch / self.accum)  # of this update within the epoch
             if (number - 1) % args.log_interval == 0 or self.batch == num_batches:
-                self._log_progress(number, bar, input)
+                if self.device.type != 'cpu':
+                    self._check_finite()
+                lr = self.raw_optimizer.param_groups[0]['lr']
+                self.log.update(f'{number}/{self.updates_per_epoch}', self.means, lr, self.updates)
+                if args.save_images and self.main:
+                    save_image(
+                        input, self.folder / f'train-batch-{self.batch - 1}.jpg', padding=0, normalize=True)
             if self.scheduler is not None:
                 self.scheduler.step_update(num_updates=self.updates)
             stopping = self.any_process(bool(stop))
@@ -376,7 +384,7 @@ class Trainer:
                 self.save_state()
                 if stopping:
                     raise Stopped(stop.signum or signal.SIGTERM)
-        bar.close()
+        self.log.end_batches()
         if self.loader.resumable:
             for _ in batches:  # let the loader see its end
                 pass
@@ -490,30 +498,3 @@ class Trainer:
         self.results.write(
             row, value, self.model, data_config=self.data_config, state_dict=state_dict, task_state=task_state,
             **({'label_names': labels} if labels else {}))
-
-    def _log_progress(self, number: int, bar: Any, input: torch.Tensor) -> None:
-        if self.device.type != 'cpu':
-            self._check_finite()
-        if not self.main:
-            return
-        lr = self.raw_optimizer.param_groups[0]['lr']
-        means = {k: v.item() for k, v in self.means.values().items() if v.ndim == 0}
-        text = f'{self.means} lr {lr:.3g}'
-        bar.set_postfix_str(text)
-        if bar.disable:
-            _logger.info(f'{self.stage.name}: epoch {self.epoch} update {number}/{self.updates_per_epoch} {text}')
-        self.accelerator.log({f'{self.stage.name}/{k}': v for k, v in {**means, 'lr': lr}.items()}, step=self.updates)
-        if self.args.save_images:
-            from torchvision.utils import save_image
-            self.folder.mkdir(parents=True, exist_ok=True)
-            save_image(input, self.folder / f'train-batch-{self.batch - 1}.jpg', padding=0, normalize=True)
-
-    def _log(self, row: Mapping[str, Any]) -> None:
-        if self.main:
-            numbers = {k: v for k, v in row.items() if k != 'epoch' and v is not None}
-            _logger.info(f"{self.stage.name}: epoch {row['epoch']} done: "
-                         + ', '.join(f'{k} {v:.4g}' for k, v in numbers.items()))
-            if self.loader.skipped:
-                _logger.warning(f'{self.loader.skipped} images could not be read so far; others took their place.')
-            self.accelerator.log({f'{self.stage.name}/{k}': v for k, v in numbers.items()}, step=self.updates)
-
