@@ -6,13 +6,14 @@ import pytest
 import timm
 import torch
 from flag_tables import fresh_accelerate
-from helpers import make_images, run_python
+from forked import run_forked
+from helpers import make_images
 from parity.confidence_reference import make_state_dict
 from timm.data import create_transform
 
 from timm_dynamic import ConfidenceNet
 from timm_dynamic.data import create_dataset
-from timm_dynamic.evaluation import cascade, run_validation
+from timm_dynamic.evaluation import cascade, run_validation, validate_main
 from timm_dynamic.exits import ExitTable, early_exit
 from timm_dynamic.utils import CheckpointError, save_pretrained
 
@@ -195,9 +196,7 @@ def test_one_confidence(run):
 def test_two_processes(folder, run, tmp_path):
     options = ['--confidence', 'all', '--calibrate-split', 'half', '--results-file', tmp_path / 'two.json',
                '--results-format', 'json']
-    driver = tmp_path / 'driver.py'
-    driver.write_text('import sys\nfrom timm_dynamic.evaluation import validate_main\nsys.exit(validate_main())\n')
-    run_python(driver, *args(folder, *options), processes=2)
+    run_forked(validate_main, *args(folder, *options), processes=2, folder=tmp_path)
     two = [r for r in json.loads((tmp_path / 'two.json').read_text()) if 'area' in r]
     one = [r for r in run(*options[:4]) if 'area' in r]
     assert two == one

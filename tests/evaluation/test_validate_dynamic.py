@@ -9,7 +9,8 @@ import pytest
 import timm
 import torch
 from flag_tables import fresh_accelerate, make_dynamic, make_weights
-from helpers import SHARED, make_images, run_python
+from forked import run_forked
+from helpers import SHARED, make_images
 from timm.data import create_loader
 from torchvision.datasets import FakeData
 
@@ -183,10 +184,10 @@ def test_several_processes(folder, run, tmp_path):
                '--results-format', 'json']
     rows = run(*options, '--results-file', tmp_path / 'one.json', '--save-exit-table', tmp_path / 'one.st')
     assert [row['images'] for row in rows] == [15] * (1 + 3 + 2 + 39)
-    run_python(
-        'validate.py', '--model', f'local-dir:{folder / "net"}', '--data-dir', folder / 'data', '--img-size', 32,
+    run_forked(
+        validate_main, '--model', f'local-dir:{folder / "net"}', '--data-dir', folder / 'data', '--img-size', 32,
         '-b', 4, '-j', 0, '--device', 'cpu', *options, '--results-file', tmp_path / 'two.json',
-        '--save-exit-table', tmp_path / 'two.st', '--save-budgets', tmp_path / 'kept', processes=2)
+        '--save-exit-table', tmp_path / 'two.st', '--save-budgets', tmp_path / 'kept', processes=2, folder=tmp_path)
     one, two = (json.loads((tmp_path / f'{name}.json').read_text()) for name in ('one', 'two'))
     assert len(one) == len(two)
     for a, b in zip(one, two):

@@ -13,7 +13,6 @@ import timm
 import timm.layers
 import torch
 from flag_tables import (
-    DIFFERS,
     accelerator_kwargs,
     effect,
     fresh_accelerate,
@@ -176,6 +175,12 @@ def logits_dtype(seen):
         return seen.model(batch(seen)).dtype
 
 
+def color_mode(seen):
+    """In which images are read."""
+    seen.loader.dataset.transform = None
+    return seen.loader.dataset[0][0].mode
+
+
 def transform(seen):
     return seen.loader.dataset.transform
 
@@ -296,13 +301,15 @@ def retry(lab, flag):
 
 def seed(lab, flag):
     """It decides over the classifier where the weights have none, and over the order of iterable datasets."""
-    opened(lambda seen: seen.model.fc.weight, '7', base=['--num-classes', '5'])(lab, flag)
     opened(dataset_kwarg('seed'), '7', gives=7, base=REMOTE)(lab, flag)
-    first, again = (lab.opened('--num-classes', '5').model.fc.weight for _ in range(2))
-    assert torch.equal(first, again)
+    values = ([], [flag, '0'], [flag, '7'], [flag, '7'])
+    default, explicit, seven, again = (lab.opened('--num-classes', '5', *v).model.fc.weight for v in values)
+    assert torch.equal(default, explicit)
+    assert torch.equal(seven, again)
+    assert not torch.isclose(default, seven).all()
 
 
-def dynamic(probe, *value, gives=DIFFERS, base=()):
+def dynamic(probe, *value, gives, base=()):
     """The effect on a dynamic model."""
     return evaluated(probe, *value, gives=gives, base=[*DYNAMIC, *base])
 
@@ -439,7 +446,7 @@ VALIDATE = {
     '--dataset-download': opened(dataset_kwarg('download'), gives=True, base=REMOTE),
     '--class-map': class_map,
     '--input-key': opened(dataset_kwarg('input_key'), 'jpg', gives='jpg', base=REMOTE),
-    '--input-img-mode': evaluated(batch, 'HSV'),
+    '--input-img-mode': opened(color_mode, 'HSV', gives='HSV'),
     '--target-key': opened(dataset_kwarg('target_key'), 'cls', gives='cls', base=REMOTE),
     '--dataset-trust-remote-code': opened(dataset_kwarg('trust_remote_code'), gives=True, base=REMOTE),
     '--model -m': opened(lambda seen: marks(seen.model), 'local-dir:{other}', gives=(0.5, 0.5)),
@@ -530,7 +537,8 @@ OURS = {
     '--fold-nets': evaluated(cross_validated, '{folds}', gives=True, base=CASCADE),
     '--fold-dir': evaluated(
         cross_validated, '{folds}/folds.csv', gives=True, base=[*CASCADE, '--fold-nets', '{net}', '{net}']),
-    '--final-rule': evaluated(lambda seen: seen.rows[0]['loss'], 'last', base=[*CASCADE, '--confidence', 'max_prob']),
+    '--final-rule': evaluated(
+        lambda seen: seen.model.final_rule, 'last', gives='last', base=[*CASCADE, '--confidence', 'max_prob']),
     '--save-predictions': save_predictions,
 }
 

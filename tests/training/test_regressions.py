@@ -1,15 +1,15 @@
 """Bugs that were found by reading and by trying, each by what a user saw of it."""
 import csv
 import json
-import os
 import re
-from pathlib import Path
 
 import pytest
 import timm
 import torch
+from evaluation.streams import validate_stream
 from flag_tables import fresh_accelerate, make_cascade, make_dynamic, make_weights
-from helpers import make_images, run_python
+from forked import run_forked
+from helpers import make_images
 from timm.data import create_loader
 
 from timm_dynamic.data import create_dataset
@@ -18,8 +18,6 @@ from timm_dynamic.exits import ExitTable, early_exit
 from timm_dynamic.training import run_training, train_main
 from timm_dynamic.training.run_folder import CheckpointManager
 from timm_dynamic.utils import save_pretrained
-
-HERE = Path(__file__).parent
 
 
 def train_args(images, out, *more):
@@ -80,12 +78,13 @@ def test_train_does_not_evaluate_a_confidence_net_on_the_images_it_has_seen(imag
 def test_a_loss_that_is_not_finite_in_one_process_stops_all_and_spoils_no_state(tmp_path, recipe, spoiled, message):
     images = make_images(tmp_path / 'images', {'train': 12, 'val': 2})
     save_pretrained(timm.create_model('test_gfnet', num_classes=3, img_size=32, patch_size=16), tmp_path / 'start')
-    args = train_args(images, tmp_path, '--batch-size', 4, '--checkpoint-interval', 1, '--device-modules', 'nan_module')
-    result = run_python(
-        'train.py', *args, *(word.replace('{start}', str(tmp_path / 'start')) for word in recipe), processes=2,
-        check=False, env={**os.environ, 'NAN_AT': spoiled, 'PYTHONPATH': f"{HERE}:{os.environ.get('PYTHONPATH', '')}"})
-    assert result.returncode != 0
-    assert result.stderr.count(f'NonFiniteLoss: {message}, process 1') == 2, result.stderr  # both processes say so
+    args = train_args(
+        images, tmp_path, '--batch-size', 4, '--checkpoint-interval', 1, '--device-modules', 'training.nan_module')
+    recipe = [word.replace('{start}', str(tmp_path / 'start')) for word in recipe]
+    result = run_forked(
+        train_main, *args, *recipe, processes=2, folder=tmp_path, check=False, env={'NAN_AT': spoiled})
+    assert all(p.exitcode for p in result.processes)
+    assert result.output.count(f'NonFiniteLoss: {message}, process 1') == 2, result.output  # both processes say so
     state = CheckpointManager(tmp_path / 'run/state').load()
     assert state['progress']['batch'] == int(message[-1])  # what was saved before it
     assert all(value.isfinite().all() for value in state['model']['state_dict'].values())
@@ -100,9 +99,9 @@ def test_metrics_of_uneven_shares_count_every_image_once(image_folder, tmp_path)
             '-j', '0', '--device', 'cpu', '--metrics-avg', 'macro']
     one, = run_validation(args)
     file = tmp_path / 'two.json'
-    run_python(
-        HERE / 'stream_driver.py', *args, '--dataset', 'wds/stream', '--results-file', file, '--results-format', 'json',
-        processes=2)
+    run_forked(
+        validate_stream, *args, '--dataset', 'wds/stream', '--results-file', file, '--results-format', 'json',
+        processes=2, folder=tmp_path)
     two, = json.loads(file.read_text())
     keys = 'images', 'top1', 'precision', 'recall', 'f1_score'
     assert [two[key] for key in keys] == [one[key] for key in keys]

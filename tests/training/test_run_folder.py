@@ -1,10 +1,7 @@
-import resource
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import torch
+from training.same_end import equal
 
 from timm_dynamic.training.run_folder import CheckpointManager, StateError, flatten_state, unflatten_state
 from timm_dynamic.utils import CheckpointError
@@ -20,22 +17,12 @@ def _state(value=1.0):
     }
 
 
-def _equal(a, b):
-    if isinstance(a, torch.Tensor):
-        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(_equal(a[k], b[k]) for k in a)
-    if isinstance(a, (list, tuple)):
-        return type(a) is type(b) and len(a) == len(b) and all(map(_equal, a, b))
-    return a == b
-
-
 def test_round_trip(tmp_path):
     store, state = CheckpointManager(tmp_path / 'state'), _state()
     assert not store.exists()
     store.save(state, 'first')
     assert store.exists()
-    assert _equal(state, CheckpointManager(tmp_path / 'state').load())
+    assert equal(state, CheckpointManager(tmp_path / 'state').load())
 
 
 def test_flatten_keeps_key_types_and_names_what_it_cannot_store():
@@ -77,23 +64,22 @@ def test_what_a_failing_writer_leaves_is_the_last_state(tmp_path, monkeypatch, m
     assert store.load()['optimizer']['param_groups'][0]['lr'] == 3
 
 
-def test_full_disk_for_real(tmp_path):
-    """The operating system refuses to write more than 1 MiB; the last state survives."""
-    script = f'''
-import resource, signal, torch
-from timm_dynamic.training.run_folder import CheckpointManager
-store = CheckpointManager({str(tmp_path / "s")!r})
-store.save({{'x': torch.zeros(10)}}, 'small')
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (2 ** 20, 2 ** 20))
-store.save({{'x': torch.zeros(2 ** 20)}}, 'large')
-'''
-    assert resource  # Unix only
-    result = subprocess.run([sys.executable, '-c', script], capture_output=True, text=True, check=False)
-    assert result.returncode == 1
-    assert "StateError: The state of the run (4 MiB) could not be written" in result.stderr
-    assert "'small', is intact" in result.stderr
-    assert CheckpointManager(tmp_path / 's').load()['x'].shape == (10,)
+@pytest.fixture
+def small_files():
+    """The operating system refuses to write files of more than 1 MiB, as if the disk were full."""
+    resource = pytest.importorskip('resource', reason='Unix only')
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2 ** 20, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_full_disk_for_real(tmp_path, small_files):
+    store = CheckpointManager(tmp_path / 's')
+    store.save({'x': torch.zeros(10)}, 'small')
+    with pytest.raises(StateError, match=r"state of the run \(4 MiB\) could not be written.*'small', is intact"):
+        store.save({'x': torch.zeros(2 ** 20)}, 'large')
+    assert store.load()['x'].shape == (10,)
     assert sorted(p.name for p in (tmp_path / 's').iterdir()) == ['latest', 'small']
 
 

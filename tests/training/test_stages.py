@@ -3,17 +3,20 @@ import csv
 import json
 import shutil
 import signal
-from pathlib import Path
 
 import pytest
 import timm
 import torch
 import yaml
 from flag_tables import fresh_accelerate
-from helpers import make_images, run_python
+from forked import Forked, run_forked
+from helpers import make_images
 from PIL import Image
 from safetensors.torch import load_file
 from timm.data import create_transform
+from training.killed import train_until
+from training.ranks import train_and_report
+from training.same_end import check_same_end
 
 from timm_dynamic import ConfidenceNet
 from timm_dynamic.data import ConfidenceFeatures, FoldMap, create_dataset
@@ -24,7 +27,6 @@ from timm_dynamic.training import run_training, train_main
 from timm_dynamic.training.run_folder import CheckpointManager
 from timm_dynamic.utils import read_task_state, save_pretrained
 
-HERE = Path(__file__).parent
 STAGES = ('static', 'warmup', 'policy', 'finetune')
 
 
@@ -335,7 +337,7 @@ def test_clcnet_killed_among_its_features_ends_the_same(image_folder, tmp_path):
     args = _args(image_folder, tmp_path, '-vb', 4, '--resume', 'auto', *_save_members(tmp_path / 'w'), family='clcnet')
     run_training([*args, '--experiment', 'reference'])
     args += ['--experiment', 'killed']
-    assert run_python(HERE / 'kill_driver.py', 'part:4', *args, check=False).returncode == -signal.SIGKILL
+    assert Forked(train_until, 'part:4', *args, folder=tmp_path).wait() == [-signal.SIGKILL]
     assert len(list((tmp_path / 'killed/features').glob('part-*'))) == 3
     assert list((tmp_path / 'killed/state').iterdir())  # --resume auto finds the run without its name, too
     shutil.copytree(tmp_path / 'killed', tmp_path / 'other')
@@ -391,42 +393,24 @@ def test_mixed_precision(image_folder, tmp_path, family, stages):
         assert 0 < abs(float(row['train_loss'])) < 10
 
 
-# In each stage in mid-epoch, and while a state is written.
-KILLS = ['update:2', 'update:8', 'tensors:3', 'update:2', 'rename:3', 'update:8', 'values:2']
-
-
-@pytest.mark.parametrize(('family', 'stages'), [('gfnet', STAGES), ('anchornet', ANCHORNET)])
-def test_killed_in_every_stage_ends_bit_identical(image_folder, tmp_path, family, stages):
-    args = _args(
-        image_folder, tmp_path, '--epochs', 2, '--model-ema', '--model-ema-decay', 0.9, '--checkpoint-interval', 2,
-        '--policy-updates', 2, '--drop', 0.1, '--batch-size', 24, '--stage-args', 'static.epochs=1', family=family)
-
-    def run(kill, name):
-        given = [name if a == 'run' else a for a in args]
-        return run_python(HERE / 'kill_driver.py', kill, *given, '--resume', 'auto', check=False).returncode
-
-    def stage():
-        return CheckpointManager(tmp_path / 'killed' / 'state').load()['identity']['stage']
-
-    assert run('never', 'reference') == 0
-    seen = []
-    for kill in KILLS:
-        assert run(kill, 'killed') == -signal.SIGKILL
-        seen.append(stage() if CheckpointManager(tmp_path / 'killed' / 'state').exists() else None)
+@pytest.mark.parametrize(('family', 'stages', 'kills'), [
+    # in each stage in mid-epoch, and while a state is written
+    ('gfnet', STAGES, ['update:2', 'update:8', 'tensors:3', 'update:2', 'rename:3', 'update:8', 'values:2']),
+    ('anchornet', ANCHORNET, ['update:6', 'update:7', 'update:7']),  # once in each stage but the first
+])
+def test_killed_in_every_stage_ends_bit_identical(image_folder, tmp_path, family, stages, kills):
+    options = [
+        '--epochs', 2, '--model-ema', '--model-ema-decay', 0.9, '--checkpoint-interval', 2, '--policy-updates', 2,
+        '--drop', 0.1, '--batch-size', 24, '--stage-args', 'static.epochs=1', '--resume', 'auto']
+    run_training(_args(image_folder, tmp_path / 'reference', *options, family=family))
+    args, seen = _args(image_folder, tmp_path / 'killed', *options, family=family), []
+    states = CheckpointManager(tmp_path / 'killed/run/state')
+    for kill in kills:
+        assert Forked(train_until, kill, *args, folder=tmp_path).wait() == [-signal.SIGKILL]
+        seen.append(states.load()['identity']['stage'] if states.exists() else None)
     assert set(stages[1:]) <= set(seen), seen
-    assert run('never', 'killed') == 0
-    reference, killed = tmp_path / 'reference', tmp_path / 'killed'
-    for folder in (*stages[:-1], '.'):
-        for file in ('last/model.safetensors', 'best/model.safetensors', 'last/task.safetensors'):
-            if 'task' in file and (family == 'anchornet' or folder == 'static'):
-                continue
-            assert (reference / folder / file).read_bytes() == (killed / folder / file).read_bytes(), (folder, file)
-        rows = [[{k: v for k, v in row.items() if k != 'seconds'} for row in _rows(run / folder)]
-                for run in (reference, killed)]
-        assert rows[0] == rows[1]
-    for name in ('optimizer', 'model', 'ema', 'best', 'totals'):
-        a, b = (CheckpointManager(run / 'state').load()[name] for run in (reference, killed))
-        assert str(a) == str(b)
+    run_training(args)
+    check_same_end(tmp_path / 'reference/run', tmp_path / 'killed/run', (*stages[:-1], '.'))
 
 
 @pytest.mark.parametrize(('family', 'stages'), [
@@ -436,7 +420,7 @@ def test_two_processes_in_every_stage(tmp_path, family, stages):
     args = _args(images, tmp_path, '--batch-size', 4, '--policy-updates', 2, family=family)
     if family == 'clcnet':  # only one process trains the confidence net; all must know what it was trained on
         args += ['--feature-split', 'train', '--test-split', 'val']
-    run_python(HERE / 'ddp_driver.py', tmp_path / 'report.json', *args, processes=2)
+    run_forked(train_and_report, tmp_path / 'report.json', *args, processes=2, folder=tmp_path)
     expected = {
         'weights_equal': True, 'weights_learned': True, 'averages_equal': None, 'data_differ': True, 'updates': 3}
     assert json.loads((tmp_path / 'report.json').read_text()) == dict.fromkeys(stages, expected)

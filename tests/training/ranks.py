@@ -1,23 +1,23 @@
-"""Runs train.py under torchrun and writes, after the third update of each stage, what the processes hold.
-
-    torchrun --nproc-per-node 2 ddp_driver.py REPORT TRAIN_ARGS...
-
-REPORT becomes JSON: by stage `weights_equal`, `weights_learned`, `averages_equal`, `data_differ`, `updates`.
-"""
+"""train.py in several processes, with reports of what they hold. All of it changes modules: for own processes only."""
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from accelerate.utils import gather_object
 
 import timm_dynamic.training.trainer as trainer_module
 from timm_dynamic.training import train_main
 
 
-def main() -> int:
-    report = Path(sys.argv[1])
+def train_and_report(args: list[str]) -> int:
+    """Run train.py and report what the processes hold after the third update of each stage.
+
+    The first argument is a file that becomes JSON: by stage `weights_equal`, `weights_learned`, `averages_equal`,
+    `data_differ`, `updates`.
+    """
+    report = Path(args[0])
     content: dict[str, Any] = {}
     seen: list[torch.Tensor] = []
     before: dict[int, torch.Tensor] = {}
@@ -57,8 +57,35 @@ def main() -> int:
 
     trainer_module.Trainer._forward_backward = recording_forward_backward
     trainer_module.Trainer._update = reporting_update
-    return train_main(sys.argv[2:])
+    return train_main(args[1:])
 
 
-if __name__ == '__main__':
-    sys.exit(main())
+def report_batch_norm(args: list[str]) -> int:
+    """Run train.py for an epoch and report the means that batch norm has collected.
+
+    The first argument is a file that becomes JSON: the sums of the first layer's running means, one a process, `after`
+    the first batch, `before` the second one, after the `last` one and at the `end` of the epoch.
+    """
+    layers: list[torch.nn.Module] = []
+    seen: list[float] = []
+    forward, log = torch.nn.BatchNorm2d.forward, trainer_module.Trainer._log
+
+    def recording_forward(self, x):
+        if not self.training or (layers and self is not layers[0]):
+            return forward(self, x)
+        layers[:] = [self]
+        seen.append(self.running_mean.sum().item())
+        out = forward(self, x)
+        seen.append(self.running_mean.sum().item())
+        return out
+
+    def reporting_log(self, row):
+        log(self, row)
+        end = layers[0].running_mean.sum().item()
+        ranks = gather_object([{'after': seen[1], 'before': seen[2], 'last': seen[-1], 'end': end}])
+        if self.main:
+            Path(args[0]).write_text(json.dumps({key: [rank[key] for rank in ranks] for key in ranks[0]}))
+
+    torch.nn.BatchNorm2d.forward = recording_forward
+    trainer_module.Trainer._log = reporting_log
+    return train_main(args[1:])

@@ -1,14 +1,11 @@
-"""Runs train.py in a process that kills itself, with SIGKILL, at a given point.
-
-    python kill_driver.py POINT[:N] TRAIN_ARGS...
+"""train.py in a process that kills itself, with SIGKILL, at a given point.
 
 Points, each the N-th time it is reached (1 by default): `update` (between two batches), `tensors` (half of the state's
 tensors on disk), `values` (state written, not yet renamed), `rename` (renamed, pointer not yet set), `export` (weights
-of last/ written, config not), `part` (before a part of a cascade's features is written), `never`.
+of last/ written, config not), `part` (before a part of a cascade's features is written).
 """
 import os
 import signal
-import sys
 from pathlib import Path
 
 import safetensors.torch
@@ -21,8 +18,9 @@ import timm_dynamic.utils.export as export_module
 from timm_dynamic.training import train_main
 
 
-def main() -> int:
-    point, _, number = sys.argv[1].partition(':')
+def train_until(args: list[str]) -> int:
+    """Run train.py; the first argument is POINT or POINT:N. It changes modules: only for a process of its own."""
+    point, _, number = args[0].partition(':')
     left = int(number or 1)
 
     def reached(name: str) -> bool:
@@ -80,8 +78,4 @@ def main() -> int:
     safetensors.torch.save_file = killing_save_file
     state_module.fsync_dir = killing_fsync_dir
     export_module.atomic_write = killing_atomic_write
-    return train_main(sys.argv[2:])
-
-
-if __name__ == '__main__':
-    sys.exit(main())
+    return train_main(args[1:])
