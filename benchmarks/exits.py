@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from timm_dynamic.exits import ExitPoint, ExitTable, geometric_thresholds, solve_curve
+from timm_dynamic.exits import ExitPoint, ExitTable, geometric_thresholds, load_exit_table, solve_curve
 
 NAME, HELP = 'exits', 'solve exits on one half of an exit table, and compare them with given ones on the other half'
 
@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> list[dict[str, Any]]:
-    table = ExitTable.load(args.table)
+    table = load_exit_table(args.table)
     given: list[Any]
     if args.given:
         given = read_thresholds(args.given)

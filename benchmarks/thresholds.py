@@ -6,7 +6,14 @@ from typing import Any
 import torch
 
 from timm_dynamic.benchmark import time_interleaved
-from timm_dynamic.exits import ExitTable, geometric_thresholds, solve_curve, solve_policy, solve_thresholds
+from timm_dynamic.exits import (
+    ExitTable,
+    geometric_thresholds,
+    load_exit_table,
+    solve_curve,
+    solve_policy,
+    solve_thresholds,
+)
 
 NAME, HELP = 'thresholds', 'time to solve thresholds and curves, and to evaluate them'
 
@@ -19,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> list[dict[str, Any]]:
-    table = ExitTable.load(args.table) if args.table else make_table(args.num_images, args.num_steps)
+    table = load_exit_table(args.table) if args.table else make_table(args.num_images, args.num_steps)
     return benchmark_thresholds(table, args.repeats)
 
 

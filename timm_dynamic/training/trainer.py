@@ -20,7 +20,7 @@ from torch import nn
 from torchvision.utils import save_image
 
 from ..evaluation.metrics import evaluate
-from ..evaluation.pictures import draw_patches
+from ..evaluation.pictures import ImagePicker, draw_patches
 from ..exits.collect import Outputs
 from ..launch.accelerator import create_control_channel
 from ..launch.build import (
@@ -470,11 +470,10 @@ class Trainer:
         model: Any = unwrap_model(self.task.get_eval_model(ema=ema))
         model.eval()
         task: Any = self.task
-        shown: list[tuple[torch.Tensor, torch.Tensor]] = []  # images to draw, and their classes
+        picker = ImagePicker(self.args.save_patches if self.main else 0)
 
         def on_batch(output: torch.Tensor, target: torch.Tensor, outputs: Outputs, x: Any) -> None:
-            if not shown and self.main:
-                shown.append((x[:self.args.save_patches].clone(), target[:self.args.save_patches].clone()))
+            picker.add(x, target)
 
         with seeded(self.args.seed, 'validation', self.rank, device=self.device):
             metrics, _ = evaluate(
@@ -482,9 +481,10 @@ class Trainer:
                 create_evaluator=lambda device, **kwargs: task.create_evaluator(**kwargs),
                 channels_last=self.args.channels_last, dtype=model_dtype(self.args), tta=self.args.tta,
                 desc='validation' + (' (EMA)' if ema else ''), on_batch=on_batch if self.args.save_patches else None)
-        if shown and isinstance(model, DynamicNet) and self.eval_loader is not None:
+        if picker.images is not None and isinstance(model, DynamicNet) and self.eval_loader is not None:
             draw_patches(
-                self.folder / 'patches.png', model, *shown[0], self.data_config, self.eval_loader.class_to_idx)
+                self.folder / 'patches.png', model, picker.images, picker.targets, self.data_config,
+                self.eval_loader.class_to_idx)
         return metrics
 
     def _write_results(self, row: dict[str, Any], value: float | None, ema: bool) -> None:
