@@ -25,7 +25,8 @@ RECIPES: dict[str, Callable[[argparse.Namespace, bool, Any], Recipe]] = {
     'clcnet': create_clcnet_recipe,
     'end-to-end': create_end_to_end_recipe,
 }
-_FAMILIES: dict[type, str] = {GFNet: 'gfnet', AnchorNetPatch: 'anchornet', CLCNet: 'clcnet'}
+# Families with recipes of their own, by the name of their module, which is also the name of the recipe.
+FAMILIES: dict[str, type] = {'gfnet': GFNet, 'anchornet': AnchorNetPatch, 'clcnet': CLCNet}
 # Options that only some recipes read. Their defaults are None, False, '' or []; 0 is a value that was given.
 _RECIPES_OF_OPTION = {
     'focus_baseline': ('focusnet',), 'focus_plain': ('focusnet',),
@@ -48,7 +49,7 @@ def create_recipe(args: argparse.Namespace, demo: bool = False, model: Any = Non
     Raises:
         ValueError: The recipe does not exist, an option is missing, or an option belongs to another recipe.
     """
-    of_family = next((name for family, name in _FAMILIES.items() if isinstance(model, family)), 'classification')
+    of_family = next((name for name, family in FAMILIES.items() if isinstance(model, family)), 'classification')
     name = args.recipe or ('focusnet' if args.focus_baseline else of_family)
     if name not in RECIPES:
         raise ValueError(f"--recipe: there is no recipe '{name}'. Choose from {', '.join(RECIPES)}.")

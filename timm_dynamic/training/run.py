@@ -28,6 +28,7 @@ from ..launch.script import run_script
 from ..launch.settings import TrainOptions
 from ..models.builder import check_model_name
 from ..task import Recipe, Stage, StageContext, create_recipe
+from ..task.recipe import FAMILIES
 from ..utils import UserError
 from ..utils.report import format_table, write_yaml
 from ..utils.signals import StopRequest
@@ -79,7 +80,7 @@ def _check_names(base: argparse.Namespace) -> None:
 def _model_with_recipes(args: argparse.Namespace) -> Any:
     """The model, if it is of a family that has recipes of its own."""
     source, name = parse_model_name(args.model)
-    if source is None and not is_model_in_modules(name.split('.')[0], ['anchornet', 'clcnet', 'gfnet']):
+    if source is None and not is_model_in_modules(name.split('.')[0], FAMILIES):
         return None
     return build_model(args)
 
