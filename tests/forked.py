@@ -60,7 +60,7 @@ class Forked:
         """Send a signal to the first process and its children, such as a loader's workers."""
         os.killpg(self.processes[0].pid, signum)
 
-    def wait(self, timeout: float = 240) -> list[int]:
+    def wait(self, timeout: float = 500) -> list[int]:
         """Wait for the end and return the exit statuses; -N for a process that signal N ended.
 
         Raises:

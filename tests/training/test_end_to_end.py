@@ -179,9 +179,9 @@ def test_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(image_folde
     assert train_main(args) == 1
     error = capsys.readouterr().err
     assert 'loss of stage classification is not finite: epoch 0, batch ' in error
-    assert 'learning rate 1e+30' in error
+    assert 'learning rate was 1e+30' in error
     assert 'class' in error.partition('samples')[2]  # the file of a sample
-    assert 'last good state is kept' in error
+    assert 'The last good state is kept' in error
     state = CheckpointManager(tmp_path / 'run' / 'state').load()
     assert all(v.isfinite().all() for v in state['totals'].values())
 

@@ -95,7 +95,7 @@ def test_budgets_are_shown_and_kept(image_folder, tmp_path, caplog):
     with caplog.at_level('INFO'):
         result = run_training(_args(image_folder, tmp_path, '--val-split', 'val', '--test-split', 'train'))
     run = tmp_path / 'run'
-    assert "budgets (exits fitted on 'val', judged on 'train')" in caplog.text
+    assert "budgets: exits fitted on val (33 images), evaluated on train (72 images)" in caplog.text
     assert (run / 'accuracy_over_macs.png').read_bytes().startswith(b'\x89PNG')
     rows = json.loads((run / 'budgets.json').read_text())
     assert [r['point'] for r in rows[:4]] == ['step 1', 'step 2', 'step 3', 'budget']
@@ -184,7 +184,7 @@ def test_clcnet(image_folder, tmp_path, caplog):
     assert list(result['results']) == list(CLCNET)
     assert [(r['model'], r['images']) for r in result['table']] == [
         ('test_focusnet at 24', 72), ('test_focusnet at 48', 72), ('test_clcnet', 72)]
-    assert "exits fitted on 'val, out of fold', judged on 'train'" in caplog.text
+    assert "exits fitted on val, out of fold (33 images), evaluated on train (72 images)" in caplog.text
     assert 'Best by area' in caplog.text
 
     # the cascade has the members that were trained, and the features are what they say of their own views
@@ -201,7 +201,7 @@ def test_clcnet(image_folder, tmp_path, caplog):
         target = torch.tensor([target for _, target in dataset])
         expected = ConfidenceFeatures.from_logits(logits, target, dataset.filenames())
         torch.testing.assert_close(features.probabilities, expected.probabilities, rtol=1e-4, atol=1e-5)
-        assert torch.equal(features.hits, expected.hits)
+        assert torch.equal(features.correct, expected.correct)
         names.append(features.names)
     assert names[0] == names[1] == expected.names
     assert not list((run / 'features').glob('part-*'))
@@ -241,7 +241,7 @@ def test_features_are_judged_as_what_they_are(image_folder, tmp_path, caplog):
     run_training([*args, '--stage', 'features', '--feature-split', 'train'])
     with caplog.at_level('INFO'):
         run_training([*args, '--stage', 'confidence', '--resume', 'auto'])
-    assert "exits fitted on 'train, out of fold', judged on 'val'" in caplog.text
+    assert "exits fitted on train, out of fold (72 images), evaluated on val (33 images)" in caplog.text
 
 
 def test_folds_are_for_cascades(image_folder, tmp_path, capsys):
@@ -269,7 +269,7 @@ def test_clcnet_judged_on_its_own_features_is_judged_out_of_fold(image_folder, t
     with caplog.at_level('INFO'):
         run_training(args)
     halves = 'a random half of val, out of fold', 'the other half of val, out of fold'
-    assert "fitted on '{}', judged on '{}'".format(*halves) in caplog.text
+    assert 'fitted on {} (16 images), evaluated on {} (17 images)'.format(*halves) in caplog.text
     table = ExitTable.load(tmp_path / 'run/calibration.safetensors')
     results = list(csv.DictReader((tmp_path / 'run/results.csv').open()))
     assert [r['split'] for r in results] == ['val', 'val', 'val, out of fold']  # the net that is exported has seen val
@@ -431,7 +431,7 @@ def test_two_processes_in_every_stage(tmp_path, family, stages):
 
 @pytest.mark.parametrize(('changes', 'message'), [
     (['--init-from', 'missing'], "No checkpoint at 'missing'"),
-    (['--stage', 'finetune', '--init-from', '{first}'], 'holds no policy'),
+    (['--stage', 'finetune', '--init-from', '{first}'], "keys are missing (first: 'policy."),
     (['--init-local', 'resnet18'], "The weights of 'resnet18' are not available"),
     (['--model-kwargs', 'patch_size=64'], 'Images of 48 pixels have no patches of 64'),
     (['--recipe', 'focusnet'], 'needs a baseline'),
