@@ -1,12 +1,8 @@
 #!/usr/bin/env python3
-"""Measure what timm_dynamic promises.
+"""Measure how fast early exit is. The benchmarks of single parts are in benchmarks/.
 
     python benchmark.py --help
     python benchmark.py exit --model gfnet_resnet50_96 --channels-last --fuse
-    python benchmark.py thresholds
-    python benchmark.py crop --batch-size 256
-    python benchmark.py train-step --model focusnet_resnet18 --batch-size 32
-    python benchmark.py exits TABLE
 """
 import sys
 

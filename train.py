@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Train any timm model, with the recipes of timm_dynamic, on one or many devices.
+"""Train timm models and dynamic models on one or many devices.
 
     python train.py --help
     accelerate launch train.py --model focusnet_resnet18 --focus-baseline resnet18.tv_in1k --data-dir IMAGENET

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Evaluate timm models on a dataset, on one or many devices.
+"""Evaluate timm models and dynamic models on one or many devices.
 
     python validate.py --help
     python validate.py --model resnet18.tv_in1k --data-dir IMAGENET --compare resnet34.tv_in1k
@@ -7,7 +7,7 @@
 """
 import sys
 
-from timm_dynamic.training import validate_main
+from timm_dynamic.evaluation import validate_main
 
 if __name__ == '__main__':
     sys.exit(validate_main())

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Write the cards of the weights that come with the package, examples of what the Hub shows, to hfhub/cards.
+"""Write the model cards of the weights that come with the package to hfhub/cards, as examples.
 
     python hfhub/cards.py
 """
@@ -13,7 +13,7 @@ HERE = Path(__file__).parent
 
 
 def write_cards(folder: Path) -> None:
-    """Write FOLDER/MODEL.TAG/README.md and its picture, for every model of the family 'digits'."""
+    """Write FOLDER/MODEL.TAG/README.md and its plot for every model of the family 'digits'."""
     for entry in read_catalog(HERE / 'catalog.json').values():
         if entry.family == 'digits':
             with tempfile.TemporaryDirectory() as staged:

@@ -1,16 +1,14 @@
 #!/usr/bin/env python3
-"""Publish folders that convert.py or train.py --push-to-hub wrote on the Hugging Face Hub, and verify what arrived.
+"""Publish folders from convert.py or train.py --push-to-hub on the Hugging Face Hub, and verify the result.
 
     python hfhub/publish.py --all --dry-run
     python hfhub/publish.py output/hub/gfnet_resnet50_96.paper_in1k
     python hfhub/publish.py output/train/RUN/hub --private
 
-Log in first, with `hf auth login`. Running it again is safe: only what differs is sent.
+Log in first with `hf auth login`. A second run is safe: it sends only files that differ.
 """
 import argparse
-import json
 import logging
-import shutil
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -27,6 +25,9 @@ from timm_dynamic.hub import (
     stage_bundled,
     verify_published,
 )
+from timm_dynamic.utils import read_json
+
+Job = tuple[Entry | None, Path, str]  # entry in the catalog, folder, repository
 
 CATALOG = Path(__file__).parent / 'catalog.json'
 
@@ -34,70 +35,72 @@ CATALOG = Path(__file__).parent / 'catalog.json'
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('folder', nargs='?', metavar='FOLDER', help='Folder to publish.')
-    parser.add_argument('--all', action='store_true', help='Publish every model of the catalog that is in --root.')
-    parser.add_argument('--root', default='output/hub', metavar='FOLDER', help='Where convert.py writes (%(default)s)')
-    parser.add_argument('--repo', metavar='ORG/NAME', help='Default: that of the catalog, or of the run.')
-    parser.add_argument('--dry-run', action='store_true', help='Say what would go where, and how much; send nothing.')
+    parser.add_argument('--all', action='store_true',
+                        help='Publish all models of the catalog that are in --root or come with the package.')
+    parser.add_argument('--root', default='output/hub', metavar='FOLDER',
+                        help='Output folder of convert.py. Default: %(default)s')
+    parser.add_argument('--repo', metavar='ORG/NAME', help='Repository. Default: from the catalog or the run.')
+    parser.add_argument('--dry-run', action='store_true', help='List files, sizes and repositories. Send nothing.')
     parser.add_argument('--private', action='store_true', help='Create private repositories.')
     parser.add_argument('--revision', metavar='BRANCH', help='Branch to publish to; created if needed. Default: main')
     parser.add_argument('--i-have-permission', action='store_true',
-                        help='The authors, who state no licence, have agreed to the publication.')
+                        help='The authors permit the publication although they state no licence.')
     parser.add_argument('--catalog', default=CATALOG, help='Default: catalog.json beside this script.')
     args = parser.parse_args(argv)
     if bool(args.folder) == args.all:
         parser.error('Expected either a FOLDER or --all.')
     if args.all and args.repo:
-        parser.error('--repo is for one FOLDER; the organisation of --all is set by TIMM_DYNAMIC_HUB_ORG.')
+        parser.error('--repo needs one FOLDER. For --all, set the organisation with TIMM_DYNAMIC_HUB_ORG.')
     logging.basicConfig(format='%(message)s')
 
-    staged = Path(tempfile.mkdtemp(prefix='timm_dynamic-'))
-    try:
-        catalog = read_catalog(args.catalog)
-        if args.folder:
-            folder = Path(args.folder)
-            files_to_publish(folder)
-            name = json.loads((folder / 'config.json').read_text(encoding='utf-8')).get('entry')
-            entry = catalog.get(name)
-            repo = args.repo or (entry.hub_id if entry else name)  # train.py notes the whole id
-            if not repo or '/' not in repo:
-                raise PublishError(f"'{folder}' is of no model in the catalog: give its repository with --repo.")
-            jobs = [(entry, folder, repo)]
-        else:
-            jobs = [(e, _folder_of(e, Path(args.root), staged), e.hub_id) for e in catalog.values()]
-        return _publish_all(jobs, args)
-    except (PublishError, OSError, ValueError) as e:
-        print(f'error: {e}', file=sys.stderr)
-        return 1
-    finally:
-        shutil.rmtree(staged, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix='timm_dynamic-') as staged:
+        try:
+            return _publish(_find_jobs(args, Path(staged)), args)
+        except (PublishError, OSError, ValueError) as e:
+            print(f'error: {e}', file=sys.stderr)
+            return 1
+
+
+def _find_jobs(args: argparse.Namespace, staged: Path) -> list[Job]:
+    catalog = read_catalog(args.catalog)
+    if args.all:
+        return [(e, _folder_of(e, Path(args.root), staged), e.hub_id) for e in catalog.values()]
+    folder = Path(args.folder)
+    name = read_json(files_to_publish(folder)['config.json']).get('entry')
+    entry = catalog.get(name)
+    repo = args.repo or (entry.hub_id if entry else name)  # train.py stores the full id
+    if not repo or '/' not in repo:
+        raise PublishError(f"'{folder}' is not a model of the catalog. Name its repository with --repo.")
+    return [(entry, folder, repo)]
 
 
 def _folder_of(entry: Entry, root: Path, staged: Path) -> Path:
-    """Where a model lies: what comes with the package needs no conversion, only a card."""
+    """Folder of a model. Weights that come with the package need no conversion, only a card."""
     folder = root / entry.name
     return stage_bundled(entry, staged / entry.name) if entry.family == 'digits' and not folder.exists() else folder
 
 
-def _publish_all(jobs: list[tuple[Entry | None, Path, str]], args: argparse.Namespace) -> int:
-    """Exit status. One model that fails does not stop the others."""
+def _publish(jobs: list[Job], args: argparse.Namespace) -> int:
+    """Publish all jobs, also if some fail. Returns the exit status."""
     chosen, published, status = [], [], 0
+    branch = f'@{args.revision}' if args.revision else ''
     for entry, folder, repo in jobs:
         if args.all and not folder.exists():
             print(f'{repo}: not converted yet (no {folder})')
             continue
         try:
-            files = files_to_publish(folder)
+            sizes = {name: path.stat().st_size for name, path in files_to_publish(folder).items()}
             if entry is not None:
                 check_permission(entry, args.i_have_permission)
         except PublishError as e:
-            # That some may not be published is no failure of --all, which publishes the rest.
+            # --all skips models that may not be published: this is not a failure.
             forbidden = args.all and entry is not None and entry.licence is None and not args.i_have_permission
             print(f'{repo}: {e}', file=sys.stdout if forbidden else sys.stderr)
             status = status if forbidden else 1
             continue
-        sizes = {name: path.stat().st_size for name, path in files.items()}
-        print(f'{_named(repo, args)}: {sum(sizes.values()):,} bytes from {folder}')
-        print(''.join(f'    {name:<20}{size:>14,}\n' for name, size in sizes.items()), end='', flush=True)
+        print(f'{repo}{branch}: {sum(sizes.values()):,} bytes from {folder}')
+        for name, size in sizes.items():
+            print(f'    {name:<20}{size:>14,}', flush=True)
         chosen.append((folder, repo))
     if args.dry_run or not chosen:
         return status
@@ -106,19 +109,15 @@ def _publish_all(jobs: list[tuple[Entry | None, Path, str]], args: argparse.Name
         try:
             report = publish(folder, repo, private=args.private, revision=args.revision, verify=False)
         except PublishError as e:
-            print(f'{_named(repo, args)}: {e}', file=sys.stderr)
+            print(f'{repo}{branch}: {e}', file=sys.stderr)
             status = 1
             continue
-        sent = f"sent {', '.join(report['uploaded'])}" if report['uploaded'] else 'nothing differs, nothing was sent'
-        print(f"{_named(repo, args)}: {sent}; {report['url']}, commit {report['commit']}", flush=True)
+        sent = f"sent {', '.join(report['uploaded'])}" if report['uploaded'] else 'nothing changed, nothing sent'
+        print(f"{repo}{branch}: {sent}; {report['url']}, commit {report['commit']}", flush=True)
         published.append((folder, repo, report['commit']))
     for repo, difference in verify_published(published).items():
-        print(f'{_named(repo, args)}: downloaded again: all hashes agree, logits differ by {difference:.3g}')
+        print(f'{repo}{branch}: verified: all hashes match, logits differ by {difference:.3g}')
     return status
-
-
-def _named(repo: str, args: argparse.Namespace) -> str:
-    return f'{repo}@{args.revision}' if args.revision else repo
 
 
 if __name__ == '__main__':

@@ -11,8 +11,6 @@ from accelerate.state import AcceleratorState, GradientState
 from timm_dynamic.launch import accelerator
 from timm_dynamic.utils import save_pretrained
 
-DIFFERS = object()
-
 
 def timm_options(script: str) -> list[str]:
     """Names of the options of timm's script; several spellings of one are separated by spaces."""
@@ -30,14 +28,14 @@ def named(parser: Any) -> set[str]:
     return {s for a in parser._actions for s in a.option_strings or [a.dest]} - {'-h', '--help'}
 
 
-def effect(start: str, probe: Callable, *value: str, gives: Any = DIFFERS, base: Iterable = (), drop: Iterable = ()):
+def effect(start: str, probe: Callable, *value: str, gives: Any, base: Iterable = (), drop: Iterable = ()):
     """Make a check: what `probe` sees with the option is as it should be, and is not without it.
 
     Args:
         start: Method of the lab that takes options and gives what is probed.
         probe: Looks at it.
         *value: Of the option.
-        gives: What the probe sees, or a function that says whether it is right (default: anything else than without).
+        gives: What the probe sees with the option, or a function that says whether it is right.
         base: Options that are needed beside.
         drop: Options of the lab's own to be left out.
     """
@@ -47,12 +45,9 @@ def effect(start: str, probe: Callable, *value: str, gives: Any = DIFFERS, base:
     def check(lab: Any, flag: str) -> None:
         option = [flag] if flag.startswith('-') else []
         seen = probe(getattr(lab, start)(*base, *option, *value, drop=drop))
+        assert right(seen), seen
         without = probe(getattr(lab, start)(*base, drop=drop))
-        if gives is DIFFERS:
-            assert not (torch.equal(seen, without) if isinstance(seen, torch.Tensor) else seen == without)
-        else:
-            assert right(seen), seen
-            assert not right(without), f'so it is without {flag}, too: {without}'
+        assert not right(without), f'so it is without {flag}, too: {without}'
 
     return check
 

@@ -14,6 +14,7 @@ from PIL import Image
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / 'shared'  # reference material that is not part of the repository
+FULL_TESTS = os.environ.get('TIMM_DYNAMIC_FULL_TESTS') == '1'  # also the tests of full-size models that repeat others
 
 
 def make_images(folder: Path, counts: dict[str, int], classes: int = 3, size: tuple[int, int] = (40, 36)) -> Path:

@@ -1,4 +1,4 @@
-"""A pickle that calls itself a checkpoint executes nothing, whichever door it comes to."""
+"""A pickle instead of a checkpoint executes nothing, wherever a file is read."""
 import pickle
 import runpy
 import zipfile
@@ -11,14 +11,15 @@ from helpers import ROOT
 
 from timm_dynamic import ConfidenceNet
 from timm_dynamic.data import ConfidenceFeatures
+from timm_dynamic.evaluation import validate_main
 from timm_dynamic.exits import ExitTable
-from timm_dynamic.training import train_main, validate_main
-from timm_dynamic.training.state import StateStore
+from timm_dynamic.training import train_main
+from timm_dynamic.training.run_folder import CheckpointManager
 from timm_dynamic.utils import CheckpointError
 
 
 class Touch:
-    """Unpickled, it makes a file."""
+    """Creates a file when it is unpickled."""
 
     def __init__(self, marker):
         self.marker = marker
@@ -34,7 +35,7 @@ def marker(tmp_path):
 
 @pytest.fixture(params=['torch', 'old torch', 'plain', 'among weights'])
 def evil(request, tmp_path, marker):
-    """Makes a file that would execute something."""
+    """Writes a file that would execute code."""
     def write(name):
         path = tmp_path / name
         path.parent.mkdir(exist_ok=True)
@@ -58,9 +59,7 @@ def create(name):
 
 def convert(path):
     main = runpy.run_path(str(ROOT / 'hfhub/convert.py'))['main']
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr('sys.argv', ['convert.py', str(path), '--model', 'focusnet_resnet18', '--out', f'{path}.out'])
-        assert main() == 1
+    assert main([str(path), '--model', 'focusnet_resnet18', '--out', f'{path}.out']) == 1
     assert not Path(f'{path}.out').exists()
 
 
@@ -87,8 +86,8 @@ def validate(*options):
 
 
 def state(path):
-    """--resume of a run whose tensors were exchanged."""
-    store = StateStore(path.parent / 'state')
+    """--resume of a run whose tensors were replaced."""
+    store = CheckpointManager(path.parent / 'state')
     store.save({'identity': {}, 'weights': torch.ones(2)}, 'epoch-0')
     tensors, = (path.parent / 'state').rglob('*.safetensors')
     tensors.write_bytes(path.read_bytes())
@@ -96,7 +95,7 @@ def state(path):
 
 
 def archive(path):
-    """The authors' zip of a confidence net."""
+    """A zip archive like the authors' confidence net."""
     with zipfile.ZipFile(f'{path}.zip', 'w') as out:
         out.writestr('model_params.json', '{}')
         out.writestr('network.pt', path.read_bytes())
@@ -135,11 +134,11 @@ def test_nothing_is_executed(door, evil, marker):
     except (CheckpointError, ValueError):
         pass
     else:
-        assert DOORS[door].__name__ in ('convert', 'script'), 'scripts answer with their exit status'
+        assert DOORS[door].__name__ in ('convert', 'script'), 'scripts report errors by their exit status'
     assert not marker.exists()
 
 
-def test_what_is_refused_here_would_execute(tmp_path, marker):
+def test_the_refused_pickle_would_execute(tmp_path, marker):
     path = tmp_path / 'a.pth'
     torch.save(Touch(marker), path)
     torch.load(path, weights_only=False)

@@ -2,7 +2,9 @@
 
 Importing it registers its models with timm.
 """
-from . import exits as exits  # its policies come with models' configs
 from . import models as models
+from .exits import early_exit as early_exit
 from .models import ConfidenceNet as ConfidenceNet
+from .models.macs import count_macs as count_macs
+from .utils import save_pretrained as save_pretrained
 from .version import __version__ as __version__

@@ -1,6 +1,6 @@
 """Run a script with timm_dynamic's models registered: python -m timm_dynamic SCRIPT ARGS...
 
-For scripts that know timm but not this package, e.g. timm's own train.py, validate.py or benchmark.py.
+For scripts that use timm but not this package, e.g. timm's own train.py, validate.py or benchmark.py.
 """
 import runpy
 import sys
@@ -14,7 +14,7 @@ def main() -> None:
     script = sys.argv[1]
     if not Path(script).is_file():
         sys.exit(f"python -m timm_dynamic: there is no script '{script}'.")
-    # As if the script were run directly: its arguments, and its own folder first on the path.
+    # The script gets its own arguments, and its folder is the first on the path, as with `python SCRIPT`.
     sys.argv = sys.argv[1:]
     sys.path[0] = str(Path(script).resolve().parent)
     runpy.run_path(script, run_name='__main__')

@@ -13,7 +13,6 @@ from scipy.ndimage import label
 from timm.data import create_loader
 
 from timm_dynamic.data import ClutteredDigits, cluttered_digits
-from timm_dynamic.data.cluttered_digits import save_preview
 
 
 def pixels(dataset, index):
@@ -191,13 +190,13 @@ def test_sizes(img_size, digit_scale):
 
 @pytest.mark.parametrize(('name', 'split'), [
     ('train', 'train'), ('training', 'train'), ('val', 'val'), ('valid', 'val'), ('validation', 'val'), ('eval', 'val'),
-    ('test', 'test')])
+    ('evaluation', 'val'), ('test', 'test')])
 def test_split_names(name, split):
     assert ClutteredDigits(name).split == split
 
 
 @pytest.mark.parametrize(('arguments', 'message'), [
-    (dict(split='holdout'), "no split 'holdout': expected one of train, training, val, .*, test"),
+    (dict(split='holdout'), "no split 'holdout': expected one of train, training, validation, val, .*, test"),
     (dict(split=None), 'no split None'),
     (dict(img_size=27), r'img_size=27 is too small for digit_scale=\(16, 28\): expected at least 28'),
     (dict(img_size=96.), 'img_size=96.0: expected a whole number of at least 1'),
@@ -264,12 +263,3 @@ def test_scikit_learn_is_missing(monkeypatch):
     cluttered_digits._load_digits.cache_clear()
     with pytest.raises(ImportError, match=r'pip install timm-dynamic\[demo\]'):
         ClutteredDigits()
-
-
-def test_preview(tmp_path):
-    save_preview(tmp_path / 'preview.png')
-    assert [p.name for p in tmp_path.iterdir()] == ['preview.png']
-    assert (tmp_path / 'preview.png').stat().st_size < 400_000
-    save_preview(tmp_path / 'small.png', ClutteredDigits(img_size=30), rows=1, cols=2)
-    with Image.open(tmp_path / 'small.png') as image:
-        assert image.size == (2 * 68 + 8, 106 + 8)

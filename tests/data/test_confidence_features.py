@@ -1,4 +1,3 @@
-
 import pytest
 import torch
 
@@ -46,7 +45,7 @@ def test_csv_of_the_authors(tmp_path):
 @pytest.mark.parametrize(('text', 'message'), [
     ('a,0.7,0.3,1\nb,0.7,0.2,0.1,1\n', 'line 2: 3 probabilities, the first row has 2'),
     ('a,0.7,0.3,2\n', 'line 1: expected probabilities and then 0 or 1'),
-    ('a,0.7,x,1\n', 'line 1: not all of it are numbers'),
+    ('a,0.7,x,1\n', 'line 1: not all fields after the name are numbers'),
     ('a\n', 'line 1: expected probabilities'),
     ('a,0.7,0.1,1\n', r"the probabilities of 'a' \(image 1\) sum to 0.8"),
     ('a,nan,0.5,1\n', r"the probabilities of 'a' \(image 1\) sum to nan"),
@@ -85,7 +84,7 @@ def test_merging(features):
 
 
 def test_names_may_be_long(features, tmp_path):
-    """A header of safetensors has an end (100 MB); names do not lie there."""
+    """A header of safetensors has at most 100 MB; names are not kept there."""
     features.names = ['x' * 2_000_000, *features.names[1:]]
     features.save(tmp_path / 'f.safetensors')
     with open(tmp_path / 'f.safetensors', 'rb') as f:
@@ -94,9 +93,11 @@ def test_names_may_be_long(features, tmp_path):
 
 
 @pytest.mark.parametrize(('change', 'message'), [
-    (lambda f: setattr(f, 'correct', f.correct.long()), 'correct are torch.int64, not bool'),
-    (lambda f: f.probabilities.copy_(f.probabilities.flip(1)), 'descending order'),
+    (lambda f: setattr(f, 'correct', f.correct.long()), "'correct' is torch.int64, not bool"),
+    (lambda f: f.probabilities.copy_(f.probabilities.flip(1)), 'sorted falling'),
     (lambda f: f.probabilities.mul_(2), 'summing to 1'),
+    (lambda f: setattr(f, 'names', 5), "'names' is no list of texts"),
+    (lambda f: setattr(f, 'names', [1, 2, 3, 4, 5]), "'names' is no list of texts"),
 ])
 def test_files_of_something_else(features, tmp_path, change, message):
     change(features)

@@ -56,10 +56,11 @@ def test_saved_and_read(tmp_path):
 @pytest.mark.parametrize(('text', 'message'), [
     ('', 'at least two folds and images in each, got 0'),
     ('file,fold\na,1\n', 'at least two folds and images in each, got 1'),
-    ('file,fold\na,1\nb,3\n', r'got 3, empty: \[2\]'),
-    ('file,fold\na,1\nb,0\n', 'line 3 is no file and number of a fold'),
+    ('file,fold\na,1\nb,3\n', 'the highest fold is 3, but only 2 folds have images'),
+    ('file,fold\na,1\nb,99999999999\n', 'the highest fold is 99999999999, but only 2'),
+    ('file,fold\na,1\nb,0\n', 'line 3 has no file name, or no fold number'),
     ('file,fold\n' + 'x' * 200_000, 'field larger than'),
-    ('a,1\nb,2\n', 'line 2 is no file and number of a fold'),
+    ('a,1\nb,2\n', 'line 2 has no file name, or no fold number'),
 ])
 def test_bad_files(tmp_path, text, message):
     (tmp_path / 'folds.csv').write_text(text)
@@ -70,7 +71,7 @@ def test_bad_files(tmp_path, text, message):
 def test_bad_folders(tmp_path):
     with pytest.raises(ValueError, match=r"There are no folds at '.*missing': No such file or directory"):
         FoldMap.read(tmp_path / 'missing')
-    with pytest.raises(ValueError, match='with a folder of images for each fold'):
+    with pytest.raises(ValueError, match='with one sub-folder of images for each fold'):
         FoldMap.read(tmp_path)
     (tmp_path / 'a').mkdir()
     (tmp_path / 'b').mkdir()

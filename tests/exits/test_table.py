@@ -1,21 +1,12 @@
-import csv
-import json
 import os
 import threading
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers import SHARED
 from safetensors.torch import save_file
 
-from timm_dynamic.exits import ExitPolicy, ExitTable, solve_curve, solve_policy, solve_thresholds
-
-OFFICIAL = SHARED / 'parity' / 'anchornet'
-NEED_OFFICIAL = pytest.mark.skipif(
-    not (OFFICIAL / 'official_table.npz').exists(),
-    reason='not run: the official AnchorNet table of 50,000 images is not beside the repository (../shared)')
+from timm_dynamic.exits import ExitPolicy, ExitTable, load_exit_table, solve_curve, solve_policy, solve_thresholds
 
 # Four samples, three steps of 1, 2 and 4 GMACs.
 CONFIDENCE = [[0.9, 0.1, 0.2], [0.5, 0.8, 0.9], [0.5, 0.6, 0.1], [0.2, 0.3, 0.4]]
@@ -93,7 +84,22 @@ def test_without_top5_and_with_one_step():
     point = table.evaluate([0.5])
     assert (point.top1, point.top5, point.gmacs, point.exit_shares.tolist()) == (50., None, 7e-9, [1.])
     assert table.step_macs == (7,)
-    assert '2 samples, 1 steps' in repr(table)
+
+
+def test_reprs_are_short(table):
+    assert repr(table) == (
+        'ExitTable(num_samples=4, num_steps=3, gmacs=[1, 2, 4], top1=[50.00, 50.00, 75.00])')
+    assert repr(table.evaluate([0.6, 0.654321987, 9])) == (
+        'ExitPoint(top1=75.00, top5=75.00, gmacs=2.75, exit_shares=[0.250, 0.250, 0.500], '
+        'thresholds=[0.6, 0.65432, 9])')
+    plain = ExitTable(CONFIDENCE, CORRECT, [1_234_567_890, 2_345_678_901, 3_456_789_012])
+    assert repr(plain.anytime()[1]) == (
+        'ExitPoint(top1=50.00, gmacs=2.346, exit_shares=[0.000, 1.000, 0.000], thresholds=[inf, -inf, inf])')
+    policy = solve_policy(plain, 2.)
+    point = repr(plain.evaluate(policy))
+    assert point.endswith(f'policy={policy!r})')
+    assert '\n' not in point
+    assert len(point) < 200
 
 
 def test_not_a_number_is_never_confident():
@@ -162,7 +168,7 @@ def test_subset_and_split(table):
     assert torch.equal(big.split(0.3, seed=1)[0].confidence, a.confidence)
     assert not torch.equal(big.split(0.3, seed=2)[0].confidence, a.confidence)
     for fraction in (0, 1, 0.01):
-        with pytest.raises(ValueError, match='leaves nothing on one side'):
+        with pytest.raises(ValueError, match='leaves no samples in one of the parts'):
             big.split(fraction)
 
 
@@ -179,8 +185,6 @@ def test_file_round_trip(tmp_path, top5):
     assert (again.correct_top5 is None) == (top5 is None)
     if top5:
         assert torch.equal(again.correct_top5, table.correct_top5)
-    first = ExitTable.load(tmp_path / 'table.safetensors', steps=2)
-    assert (first.step_macs, first.num_steps) == (tuple(MACS[:2]), 2)
     assert os.listdir(tmp_path) == ['table.safetensors']  # nothing temporary is left
 
 
@@ -222,7 +226,9 @@ def test_bad_files(table, tmp_path):
             ({'correct': torch.zeros(2, 3, dtype=torch.bool)}, 'got bool of shape'),
             ({'correct': torch.zeros(4, dtype=torch.bool)}, 'got bool of shape'),
             ({'confidence': torch.zeros(2)}, r'shape \[2\]'),
+            ({'confidence': torch.zeros(2, 2, dtype=torch.int64)}, 'must be floating point, got int64'),
             ({'step_macs': torch.tensor([1])}, 'Expected 2 integers'),
+            ({'step_macs': torch.tensor([[1], [2]])}, 'cannot be read as an exit table'),
             ({'confidence': torch.tensor([[0., 1.], [torch.nan, 0.]])}, '1 of 2 samples .* not numbers'),
     ]:
         save_file({**good, **change}, file, metadata=form)
@@ -230,127 +236,29 @@ def test_bad_files(table, tmp_path):
             ExitTable.load(file)
     with pytest.raises(FileNotFoundError):
         ExitTable.load(tmp_path / 'none.safetensors')
-    save_file(good, file, metadata=form)
-    with pytest.raises(ValueError, match='3 steps asked for'):
-        ExitTable.load(file, steps=3)
-    with pytest.raises(ValueError, match='AnchorNet tables only'):
-        ExitTable.load(file, step_macs=[1, 2])
-    with pytest.raises(ValueError, match='not numbers'):
+    with pytest.raises(ValueError, match=r'not numbers \(.*table.safetensors\)'):
         ExitTable([[torch.nan]], [[True]], [1]).save(file)
 
 
-@pytest.mark.parametrize('zipped', [True, False])
-def test_anchornet_tables(table, tmp_path, zipped):
-    file = tmp_path / 'densenet201_95_0.3_0.pth'
-    table.save_anchornet(file, 'densenet201_95_[0.3, 0.3]')
-    values = torch.load(file, weights_only=True)
-    assert {k: getattr(v, 'dtype', v) for k, v in values.items()} == {
-        'setup': 'densenet201_95_[0.3, 0.3]', 'thresholds': torch.float32, 'predictions': torch.bool}
-    torch.save(values, file, _use_new_zipfile_serialization=zipped)  # the original's torch 1.8 can write either
-    again = ExitTable.load(file)
-    assert torch.equal(again.confidence, table.confidence)
-    assert torch.equal(again.correct, table.correct)
-    assert again.step_macs == (790_000_000, 1_640_000_000, 2_430_000_000)  # 0.79, then 0.06 + 0.79 t
-    assert ExitTable.load(file, anchor_macs=80_000_000).step_macs[1] == 1_660_000_000
-    assert ExitTable.load(file, step_macs=[1, 2, 3]).step_macs == (1, 2, 3)
-    assert ExitTable.load(file, steps=2).confidence.shape == (4, 2)
-    table.save_anchornet(file, 'resnet50_95_[0.3, 0.3]')
-    assert ExitTable.load(file).step_macs[0] == 752_000_000
-
-
-def test_bad_anchornet_tables(table, tmp_path):
-    file = tmp_path / 'table.pth'
-    table.save_anchornet(file, 'vgg_95')
-    with pytest.raises(ValueError, match=r"costs of its setup 'vgg_95' are not known.*give step_macs"):
-        ExitTable.load(file)
-    with pytest.raises(ValueError, match='it has 3 columns, step_macs has 2'):
-        ExitTable.load(file, step_macs=[1, 2])
-    whole = file.read_bytes()
-    for size in (3, 200, len(whole) - 30):
-        file.write_bytes(whole[:size])
-        with pytest.raises(ValueError, match=r'table.pth cannot be read as an exit table: truncated'):
-            ExitTable.load(file)
-    torch.save({'net': {}, 'epoch': 3}, file)
-    with pytest.raises(ValueError, match=r"has \['predictions', 'setup', 'thresholds'\], found \['epoch', 'net'\]"):
-        ExitTable.load(file)
-    torch.save([1], file)
-    with pytest.raises(ValueError, match='found list'):
-        ExitTable.load(file)
-    setup, ok = 'densenet201_95', torch.zeros(2, 3, dtype=torch.bool)
-    for thresholds, predictions, message in [
-            (torch.zeros(2, 3), torch.zeros(2, 3, dtype=torch.int64), 'got int64'),  # labels, as its README says
-            (torch.zeros(2, 3), torch.zeros(2, 2, dtype=torch.bool), 'got bool of shape'),
-            (torch.zeros(3), ok, r'shape \[3\]'),
-            (torch.full((2, 3), torch.nan), ok, '2 of 2 samples .* not numbers'),
-            ([[0.5]], ok, 'not both tensors'),
-    ]:
-        torch.save({'setup': setup, 'thresholds': thresholds, 'predictions': predictions}, file)
-        with pytest.raises(ValueError, match=message):
-            ExitTable.load(file)
-
-
-def test_foreign_code_is_not_run(tmp_path):
-    class Harmful:
-        def __reduce__(self):
-            return os.mkdir, (str(tmp_path / 'harm'),)
-
-    torch.save({'setup': Harmful(), 'thresholds': torch.zeros(1, 1), 'predictions': torch.zeros(1, 1)},
-               tmp_path / 'table.pth')
-    with pytest.raises(ValueError, match='cannot be read as an exit table'):
-        ExitTable.load(tmp_path / 'table.pth')
-    assert not (tmp_path / 'harm').exists()
-
-
-@NEED_OFFICIAL
-@pytest.mark.parametrize(('anchor_macs', 'costs_reproduced'), [(80_000_000, 34), (60_000_000, 21)])
-def test_published_points_of_anchornet(tmp_path, anchor_macs, costs_reproduced):
-    """All 34 accuracies, and all costs with the charge the published list was made with, to the printed digit."""
-    arrays = np.load(OFFICIAL / 'official_table.npz')
-    six = {  # the file as released has a sixth column
-        'setup': 'densenet201_95_[0.3, 0.3, 0.3, 0.3]',
-        'thresholds': torch.tensor(np.concatenate([arrays['thresholds'], arrays['thresholds_column6'][:, None]], 1)),
-        'predictions': torch.tensor(np.concatenate([arrays['predictions'], arrays['predictions_column6'][:, None]], 1)),
-    }
-    torch.save(six, tmp_path / 'official.pth')
-    table = ExitTable.load(tmp_path / 'official.pth', steps=5, anchor_macs=anchor_macs)
-    assert (len(table), table.num_steps) == (50_000, 5)
-    rows = json.loads((OFFICIAL / 'official_acc_flops.json').read_text())['rows']
-    costs = 0
-    for row in rows:
-        point = table.evaluate(row['thresholds'], strict=True)
-        assert round(point.top1 / 100, 4) == row['acc']
-        assert (point.exit_shares * 50_000).round().long().tolist() == row['stage_num']
-        assert table.evaluate(row['thresholds']).top1 == point.top1  # >= gives the same on real data
-        costs += round(point.gmacs, 2) == row['gflops']
-    assert costs == costs_reproduced
-
-
-def published_points():
-    """The 34 operating points of AnchorNet's published list, and how many images of 50,000 stop where, rightly."""
-    with open(Path(__file__).parent / 'data' / 'anchornet_points.csv', newline='') as f:
-        return [{k: [float(v) for v in text.split()] for k, text in row.items()} for row in csv.DictReader(f)]
-
-
-def test_published_points_by_their_counts(tmp_path):
-    """To the printed digit, from tables in which all that go on have just the threshold: it must be exceeded."""
-    points = published_points()
-    assert len(points) == 34
-    for point in points:
-        thresholds, stopped = (torch.tensor(point[k]) for k in ('thresholds', 'stopped'))
-        steps = torch.arange(5).repeat_interleave(stopped.long())
-        confidence = thresholds.expand(50_000, 5).clone()
-        rows = torch.arange(50_000)
-        confidence[rows, steps] = torch.nextafter(thresholds, torch.tensor(2.))[steps]
-        first = torch.cat([torch.zeros(1), stopped]).cumsum(0)[:5]
-        right = rows - first[steps] < torch.tensor(point['right'])[steps]
-        correct = torch.zeros(50_000, 5, dtype=torch.bool)
-        correct[rows, steps] = right
-        torch.save({'setup': 'densenet201_95_[0.3, 0.3, 0.3, 0.3]', 'thresholds': confidence, 'predictions': correct},
-                   tmp_path / 'table.pth')
-        found = ExitTable.load(tmp_path / 'table.pth', anchor_macs=80_000_000).evaluate(thresholds, strict=True)
-        assert [round(found.top1 / 100, 4)] == point['acc']
-        assert [round(found.gmacs, 2)] == point['gmacs']
-        assert (50_000 * found.exit_shares).round().tolist() == point['stopped']
+@pytest.mark.parametrize('top5', [TOP5, None])
+def test_door(tmp_path, top5):
+    file = tmp_path / 'table.pth'  # the content counts, not the name
+    ExitTable(CONFIDENCE, CORRECT, MACS, top5).save(file)
+    table = load_exit_table(file)
+    assert (table.correct.tolist(), table.step_macs) == (CORRECT, tuple(MACS))
+    first = load_exit_table(file, steps=2)
+    assert (first.correct.tolist(), first.step_macs) == ([row[:2] for row in CORRECT], tuple(MACS[:2]))
+    assert first.confidence.tolist() == torch.tensor(CONFIDENCE)[:, :2].tolist()
+    assert top5 is None or first.correct_top5.tolist() == [row[:2] for row in TOP5]
+    with pytest.raises(ValueError, match=r'table.pth: 4 steps asked for, confidences have shape \[4, 3\]'):
+        load_exit_table(file, steps=4)
+    with pytest.raises(ValueError, match=r'table.pth has costs of its own: step_macs .* AnchorNet tables only'):
+        load_exit_table(file, step_macs=MACS)
+    with pytest.raises(FileNotFoundError):
+        load_exit_table(tmp_path / 'none')
+    file.write_bytes(b'')
+    with pytest.raises(ValueError, match=r'table.pth cannot be read as an exit table: truncated'):
+        load_exit_table(file)
 
 
 def test_threads_share_a_table():

@@ -1,86 +1,20 @@
 import itertools
 import json
 import math
-import threading
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from exits.solver_comparison import compare_with_given
+from exits.tables import table_like
 from helpers import SHARED
 
-from timm_dynamic.exits import (
-    ExitTable,
-    ValuePolicy,
-    geometric_thresholds,
-    judge_solver,
-    solve_curve,
-    solve_policy,
-    solve_thresholds,
-)
+from timm_dynamic.exits import ExitTable, solve_curve, solve_policy, solve_thresholds
 
 OFFICIAL = SHARED / 'parity' / 'anchornet'
 NEED_OFFICIAL = pytest.mark.skipif(
     not (OFFICIAL / 'official_table.npz').exists(),
     reason='not run: the official AnchorNet table of 50,000 images is not beside the repository (../shared)')
-
-MACS = [760_000_000, 1_570_000_000, 2_380_000_000, 3_180_000_000, 3_990_000_000]
-
-
-# The paper's rule
-
-@pytest.fixture(scope='module')
-def reference():
-    """What the released code of GFNet gave on fabricated probabilities, of which these are largest value and hit."""
-    with np.load(Path(__file__).parent / 'data' / 'gfnet_thresholds.npz') as arrays:
-        arrays = dict(arrays)
-    tables = {s: ExitTable(arrays[f'{s}_confidence'], arrays[f'{s}_correct'], MACS) for s in ('calib', 'eval')}
-    return tables, arrays
-
-
-@pytest.mark.parametrize('p', range(1, 40))
-def test_geometric_thresholds_are_the_original_ones(reference, p):
-    tables, arrays = reference
-    thresholds = geometric_thresholds(tables['calib'], p)
-    assert thresholds.tolist() == arrays['thresholds'][p - 1].tolist()
-    calib, point = tables['calib'].evaluate(thresholds), tables['eval'].evaluate(thresholds)
-    assert (point.steps_used - 1).tolist() == arrays['eval_exit_step'][p - 1].tolist()
-    counts = arrays['eval_exit_counts'][p - 1].tolist()
-    assert torch.bincount(point.steps_used, minlength=6)[1:].tolist() == counts
-    assert point.exit_shares.tolist() == [count / 400 for count in counts]
-    row = arrays['rows_f64'][p - 1]  # p, then accuracy in % and multiply-adds in float32, on both tables
-    assert (p, calib.top1, point.top1) == (row[0], *(round(float(r), 4) for r in row[[1, 3]]))
-    assert [calib.gmacs * 1e9, point.gmacs * 1e9] == pytest.approx(row[[2, 4]], rel=2e-7)
-
-
-def test_geometric_thresholds_by_hand():
-    # p = 20: equal shares of 6 samples for 3 steps, 2 each. Step 1: 0.9, 0.8 leave. Of the others, at step 2: 0.7 and
-    # 0.6 (the first sample's 0.99 is out already).
-    table = ExitTable(
-        [[0.9, 0.99, 0], [0.8, 0.1, 0], [0.7, 0.5, 0], [0.3, 0.6, 0], [0.2, 0.7, 0], [0.1, 0.2, 0]],
-        [[True] * 3] * 6, [1, 2, 3])
-    assert geometric_thresholds(table, 20).tolist() == torch.tensor([0.8, 0.6, -1e8]).tolist()
-
-
-def test_corner_cases_of_the_original():
-    """manifest.json of the fixture: ties leave together, so nobody is left; and a share of less than one sample."""
-    tied = ExitTable([[0.5] * 3] * 9, [[True] * 3] * 9, [1, 2, 3])
-    assert geometric_thresholds(tied, 20).tolist() == [0.5, 1e8, -1e8]
-    # p = 39: shares 1.95, 3.8, 7.4 of 13.2, of 5 samples: 0.74, 1.44: none at step 1, one at step 2.
-    few = ExitTable([[0.1, 0.2 * i, 0] for i in range(5)], [[True] * 3] * 5, [1, 2, 3])
-    assert geometric_thresholds(few, 39).tolist() == torch.tensor([1e8, 0.8, -1e8]).tolist()
-    # 0.95 of 10 samples: 9 leave at step 1; 0.0475 of them is none.
-    ten = ExitTable([[0.1 * i, 0.5, 0.5] for i in range(10)], [[True] * 3] * 10, [1, 2, 3])
-    assert geometric_thresholds(ten, 1).tolist() == torch.tensor([0.1, 1e8, -1e8]).tolist()
-
-
-@pytest.mark.parametrize('p', [0, 40, -1, 1.5, True, None, '3'])
-def test_geometric_thresholds_out_of_range(p):
-    with pytest.raises(ValueError, match=r'p must be an integer in 1\.\.39'):
-        geometric_thresholds(ExitTable([[0.5]], [[True]], [1]), p)
-
-
-# Solving a budget
 
 def falling_gain(num, seed=0):
     """Two steps of 1 and 3 GMACs. Right with probability u, then u + (1 - u) / 2: it pays to send on the least u."""
@@ -144,17 +78,6 @@ def test_a_budget_need_not_be_spent():
     curve = solve_curve(table)
     assert curve[0].gmacs == 1.
     assert curve[-1].gmacs < 2.1
-
-
-def table_like(num, steps, seed=0, classes=10):
-    """Something like a real table: logits that get better with every step."""
-    generator = torch.Generator().manual_seed(seed)
-    hard = torch.rand(num, 1, 1, generator=generator) * 3
-    noise = torch.randn(num, steps, classes, generator=generator).cumsum(dim=1)
-    truth = torch.zeros(classes)
-    truth[0] = 1
-    logits = 1.2 * hard * truth * torch.arange(1, steps + 1)[:, None] + noise
-    return ExitTable(logits.softmax(-1).amax(-1), logits.argmax(-1) == 0, [10**9 * (t + 1) for t in range(steps)])
 
 
 DEGENERATE = {
@@ -239,121 +162,7 @@ def test_solved_twice_is_the_same():
     assert first == second
 
 
-# Policies
-
-def test_policy_by_hand():
-    # Confidence 0.9 at step 1 is 0.75 of the scale -0.6..1.4. Weights that make change(x) = 0.002 + 0.998 / 2,
-    # benefit(x) = 0.2 + x - 0.6, cost(x) = 0.3, at most 0.25: 0.501 * 0.35 <= 0.25, so it stops. With x = 1 (1.4
-    # and above): 0.501 * 0.6 = 0.3006 > 0.25, it goes on.
-    zeros = [0.] * 6
-    policy = ValuePolicy((-0.6, 1.4), [[0.] * 7], [[0.2, 1., *zeros]], [[0.3, 0., *zeros]], [(0.1, 0.25)])
-    assert policy.num_steps == 2
-    assert policy(torch.tensor([[0.9], [1.4], [2.], [math.nan]])).tolist() == [True, False, False, True]
-    assert policy(torch.zeros(3, 2)).tolist() == [True] * 3  # all stop at the last step
-    assert policy(torch.zeros(0, 1)).shape == (0,)
-
-
-@pytest.fixture(scope='module')
-def policy():
-    return solve_policy(table_like(1000, 4), 2.)
-
-
-def test_policy_round_trip(policy):
-    again = ValuePolicy.from_state_dict(json.loads(json.dumps(policy.state_dict(), allow_nan=False)))
-    assert again.state_dict() == policy.state_dict()
-    table = table_like(500, 4, seed=1)
-    assert torch.equal(table.steps_used(again), table.steps_used(policy))
-    assert len(table.steps_used(policy).unique()) == 4
-
-
-def test_policy_row_by_row_and_dtypes(policy):
-    confidence = table_like(200, 4, seed=1).confidence
-    for t in range(1, 4):
-        stop = policy(confidence[:, :t])
-        assert (stop.dtype, stop.shape) == (torch.bool, (200,))
-        assert [bool(policy(row[None, :t])) for row in confidence] == stop.tolist()
-        assert torch.equal(policy(confidence[:, :t].double()), stop)
-        assert (policy(confidence[:, :t].bfloat16()) == stop).float().mean() > 0.9
-
-
-def test_policies_between():
-    table = table_like(2000, 4)
-    low, high = solve_policy(table, 1.6), solve_policy(table, 2.2)
-    between = low.interpolate(high, 0.5)
-    for name in ('change', 'benefit', 'cost'):
-        for a, b, c in zip(getattr(low, name), getattr(high, name), getattr(between, name)):
-            torch.testing.assert_close(c, (a + b) / 2)
-    for (a, b), (c, d), found in zip(low.cost_range, high.cost_range, between.cost_range):
-        assert found == pytest.approx(((a + c) / 2, (b + d) / 2))
-    assert low.interpolate(high, 0.).state_dict() == low.state_dict()
-    point = table.evaluate(between)
-    assert point.gmacs == pytest.approx(1.9, rel=0.05)
-    assert point.top1 == pytest.approx(table.evaluate(solve_policy(table, 1.9)).top1, abs=0.5)
-    assert low.interpolate(solve_policy(table_like(2000, 3), 1.6), 0.5) is None
-    assert low.interpolate(solve_policy(table_like(1999, 4, seed=1), 1.6), 0.5) is None  # another scale of confidence
-
-
-def test_policy_in_threads(policy):
-    confidences = [table_like(300, 4, seed=s).confidence for s in range(4)]
-    expected = [policy(c[:, :2]).tolist() for c in confidences]
-    found = [None] * 4
-
-    def run(i):
-        for _ in range(20):
-            found[i] = policy(confidences[i][:, :2]).tolist()
-            if found[i] != expected[i]:
-                break
-
-    threads = [threading.Thread(target=run, args=(i,)) for i in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert found == expected
-
-
-def test_bad_policies(policy):
-    for history in (torch.zeros(3), torch.zeros(3, 0), torch.zeros(3, 5)):
-        with pytest.raises(ValueError, match='confidences of 1 to 4 steps'):
-            policy(history)
-    state = policy.state_dict()
-    for change, message in [
-            ({'more': 1}, 'A ValuePolicy has'),
-            ({'change': state['change'][:2]}, 'no state of a ValuePolicy|argument'),
-            ({'benefit': [w[:-1] for w in state['benefit']]}, 'weights for step 1'),
-            ({'cost': [[math.nan] * len(w) for w in state['cost']]}, 'not all finite'),
-            ({'scale': [1, 0]}, 'scale with rising values'),
-            ({'scale': None}, 'no state of a ValuePolicy'),
-            ({'cost_range': state['cost_range'][:1]}, '3 cost ranges'),
-            ({'benefit': 'x'}, 'ValuePolicy|argument'),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            ValuePolicy.from_state_dict({**state, **change})
-    with pytest.raises(ValueError, match='A ValuePolicy has'):
-        ValuePolicy.from_state_dict({})
-
-
-# Judging
-
-def test_judging_by_hand():
-    # The solver under test always gives the same two policies. On any half of this table, step 1 costs 1 and is right
-    # for all, step 2 costs 2 and is right for none: their line is 100 % at 1, 0 % at 2. The rival stops at step 1 where
-    # the confidence is 1: half of the samples on average, a half right; so it lies on the line, without gain or loss.
-    confidence = torch.tensor([[0., 0.], [1., 1.]] * 20)
-    table = ExitTable(confidence, torch.tensor([[True, False]] * 40), [10**9, 2 * 10**9])
-    ends = [[0., 0.], [2., 0.]]
-    result = judge_solver(table, [[1., 0.]], range(2), lambda t: [t.evaluate(e) for e in ends])
-    assert result['gains'].shape == (4, 1)
-    torch.testing.assert_close(result['gains'], torch.zeros(4, 1, dtype=torch.float64))
-    # A rival that is always wrong at the cost of step 1 and 1/2: its gain is what the line has there.
-    worse = ExitTable(confidence, torch.tensor([[True, False], [False, False]] * 20), [10**9, 2 * 10**9])
-    result = judge_solver(worse, [[0.5, 0.]], range(1), lambda t: [t.evaluate(e) for e in ends], oracle=False)
-    # Those with confidence 1 stop, wrong; the others go on, wrong: 0 %. The line falls from the share of the others, s,
-    # at cost 1 to 0 % at cost 2; the rival costs 1 + s: the gain is s (1 - s).
-    for gain, half in zip(result['gains'], worse.split(0.5, 0)[::-1]):
-        s = (half.confidence[:, 0] == 0).double().mean().item()
-        assert gain.item() == pytest.approx(100 * s * (1 - s))
-
+# The official table of AnchorNet
 
 def official_table():
     with np.load(OFFICIAL / 'official_table.npz') as arrays:
@@ -377,7 +186,7 @@ def test_official_table(method, splits, mean, worst_point):
     The worst point is that of the mean over the halves, the worst of 330 single values was -0.13.
     """
     table, rivals = official_table()
-    result = judge_solver(table, rivals, range(splits), lambda t: solve_curve(t, method=method), oracle=False)
+    result = compare_with_given(table, rivals, range(splits), lambda t: solve_curve(t, method=method), oracle=False)
     assert result['gains'].shape == (2 * splits, 33)
     assert result['mean'] > mean
     assert result['gains'].mean(dim=0).min() > worst_point
@@ -388,6 +197,6 @@ def test_official_table(method, splits, mean, worst_point):
 @NEED_OFFICIAL
 def test_official_share_of_the_oracle():
     table, rivals = official_table()
-    result = judge_solver(table, rivals, range(1))
+    result = compare_with_given(table, rivals, range(1))
     assert result['oracle_gains'].shape == (2, 33)
     assert result['share'] > 0.85

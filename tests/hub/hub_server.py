@@ -1,8 +1,8 @@
-"""A Hugging Face Hub on the loopback interface: as much of its HTTP protocol as publishing and loading models need.
+"""A Hugging Face Hub on the loopback interface, with the part of its HTTP protocol that publishing and loading need.
 
-Requests are answered as the Hub answers them: regular files by git's hash, binary ones through LFS; those are
-redirected to another host ('localhost', where the API is at 127.0.0.1), as the Hub redirects to its CDN. Faults happen
-on demand.
+It answers as the Hub does. Regular files are compared by git's hash. Binary files go through LFS, and requests for them
+are redirected to another host, as the Hub redirects to its CDN: the API is at 127.0.0.1, LFS at 'localhost'. Tests can
+order faults.
 """
 import base64
 import hashlib
@@ -26,15 +26,16 @@ def git_sha(content: bytes) -> str:
 
 @dataclass
 class Fault:
-    """What goes wrong, with the next `times` requests that match.
+    """A fault of the next `times` requests that match.
 
     Attributes:
         request: Regular expression for 'METHOD /path'.
-        status: Answer with this status...
-        headers: ...and these headers.
-        cut: Close the connection after that many bytes of a body: sent, or of a request's, received.
-        spoil: Send other bytes, as many.
-        after: Do what was asked, then close the connection without an answer.
+        times: Number of requests.
+        status: Answer with this status.
+        headers: Headers of that answer.
+        cut: Close the connection after this number of bytes of the body: received if the request has one, else sent.
+        spoil: Send wrong bytes of the same length.
+        after: Execute the request, then close the connection without an answer.
     """
     request: str
     times: int = 1
@@ -66,7 +67,7 @@ class _Cut(Exception):
 
 
 class HubServer:
-    """Use as a context manager. Everything it holds is open to tests."""
+    """A context manager. Tests may read and change its attributes."""
 
     def __init__(self) -> None:
         self.repos: dict[str, Repo] = {}
@@ -93,7 +94,7 @@ class HubServer:
         self._http.server_close()
 
     def add(self, repo_id: str, files: dict[str, bytes], branch: str = 'main') -> str:
-        """Put a commit there, without any client. Returns its hash."""
+        """Add a commit without the client. Returns its hash."""
         repo = self.repos.setdefault(repo_id, Repo())
         repo.refs.setdefault('main', repo.commit({}, 'initial commit', 'main') if not repo.refs else repo.refs['main'])
         return repo.commit(files, 'added', branch)
@@ -117,7 +118,7 @@ class HubServer:
         return sum(size for request, _, size in self.log if re.match('PUT|POST .*/commit/', request))
 
     def environment(self, home: Any) -> dict[str, str]:
-        """For processes that take this for the Hub; set before huggingface_hub is imported."""
+        """Environment variables of a client. They must be set before huggingface_hub is imported."""
         import os
         env = {k: v for k, v in os.environ.items() if not k.upper().endswith('_PROXY') and not k.startswith('HF_')}
         return {**env, 'HF_ENDPOINT': self.url, 'HF_HUB_DISABLE_XET': '1', 'HF_HOME': str(home),
@@ -157,7 +158,7 @@ class _Handler(BaseHTTPRequestHandler):
         try:
             body = self._receive()
             if self.fault is not None and self.fault.status:
-                self._send(self.fault.status, {'error': 'so it was asked for'}, self.fault.headers)
+                self._send(self.fault.status, {'error': 'ordered by the test'}, self.fault.headers)
                 return
             if 'Authorization' in self.headers and not self.authorized:
                 self._send(401, {'error': 'Invalid credentials in Authorization header'},
@@ -222,7 +223,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._send(status, {'error': message}, {'X-Error-Code': code, 'X-Error-Message': message, **(headers or {})})
 
     def _repo(self, repo_id: str, write: bool = False) -> Repo | None:
-        """The repository if this request may see, or change it; else answer as the Hub does."""
+        """The repository if the request may read or write it. Otherwise answers with the Hub's error."""
         repo = self.hub.repos.get(repo_id)
         if repo is None or ((repo.private or write) and not self.authorized):
             if self.authorized:

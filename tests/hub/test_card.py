@@ -1,4 +1,4 @@
-"""Cards: what the Hub reads of them, what people read, and that their snippets run."""
+"""Model cards: metadata, text, and snippets that run."""
 import re
 import runpy
 
@@ -8,7 +8,7 @@ from helpers import ROOT
 from huggingface_hub import ModelCard
 
 from timm_dynamic.hub import Entry, read_catalog, render_card
-from timm_dynamic.hub.runs import _shown
+from timm_dynamic.hub.runs import show_option
 from timm_dynamic.models.builder import BUNDLED
 
 CATALOG = read_catalog(ROOT / 'hfhub/catalog.json')
@@ -48,7 +48,7 @@ def test_every_entry_makes_a_card(name):
         assert 'Licence: none stated. The authors state no licence' in text
 
 
-def test_a_card_elsewhere_leads_there():
+def test_a_card_of_another_repository_names_it():
     entry = CATALOG['gfnet_resnet50_96.paper_in1k']
     text = render_card({'architecture': 'gfnet_resnet50_96', 'num_classes': 1000}, entry, 'mirror/net')
     assert "timm.create_model('hf-hub:mirror/net', pretrained=True)" in text
@@ -63,11 +63,11 @@ def test_numbers():
     text = render_card({
         'architecture': 'a', 'num_classes': 1000, 'step_macs': [500_000_000, 1_500_000_000], 'metrics': {'top1': 75.5},
         'model_args': {'exit_cfg': {'budgets': budgets}}}, entry, picture=True)
-    assert '* Steps: 2; GMACs to stop after each: 0.5, 1.5\n' in text
+    assert '* Steps: 2; cumulative GMACs: 0.5, 1.5\n' in text
     assert '| 1 | 0.5 | 70 |\n| 2 | 1.5 | 75.5 |' in text
     assert '| 1 | 74.25 | 50, 50 |\n| 1.25 | 75 | 37.5, 62.5 |' in text
     assert '| 0.74 | 0.19 | 77.74 |' in text
-    assert '| its frozen baseline | 69.1 | 89 |' in text
+    assert '| frozen baseline | 69.1 | 89 |' in text
     assert 'model.set_budget(gmacs=1.2)' in text
     assert '![Top-1 accuracy over multiply-adds](curve.png)' in text
     assert 'early-exit' in ModelCard(text).data.tags
@@ -75,7 +75,7 @@ def test_numbers():
 
 @pytest.mark.parametrize('name', sorted(p.name for p in BUNDLED.iterdir()))
 def test_cards_of_the_demo_weights(name):
-    """Whoever changes weights or cards runs hfhub/cards.py."""
+    """After a change to weights or cards, run hfhub/cards.py."""
     text = (CARDS / name / 'README.md').read_text(encoding='utf-8')
     code = {'timm': timm}
     for snippet in snippets(text):
@@ -95,5 +95,5 @@ def test_cards_of_the_demo_weights_are_up_to_date(tmp_path):
 
 def test_no_folder_of_the_machine_is_on_a_card(tmp_path):
     value = {'models': [f'local-dir:{tmp_path}/small', 'resnet50'], 'lr': 0.1, 'file': tmp_path / 'a.pth'}
-    assert _shown(value) == 'models=local-dir:small resnet50 lr=0.1 file=a.pth'
-    assert _shown('hf-hub:org/name') == 'hf-hub:org/name'
+    assert show_option(value) == 'models=local-dir:small resnet50 lr=0.1 file=a.pth'
+    assert show_option('hf-hub:org/name') == 'hf-hub:org/name'

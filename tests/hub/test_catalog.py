@@ -1,4 +1,4 @@
-"""The catalog and the registered models say the same."""
+"""The catalog agrees with the registered models."""
 import json
 import sys
 
@@ -27,7 +27,7 @@ def registered() -> dict:
             cfg = timm.get_pretrained_cfg(name)
             if cfg is not None and cfg.hf_hub_id:
                 out[name] = cfg
-    for module in modules:  # what is registered with a tag of its own, and what only stands in the dict
+    for module in modules:
         for default in vars(sys.modules[module])['default_cfgs'].values():
             assert all(c.hf_hub_id is None for t, c in default.cfgs.items() if t == 'untrained')
     return out
@@ -48,7 +48,7 @@ def test_catalog_and_default_cfgs_agree(catalog):
             assert cfg.license == entry.licence
 
 
-def test_entries_are_whole(catalog):
+def test_entries_are_complete(catalog):
     for entry in catalog.values():
         assert entry.description
         assert entry.licence_note
@@ -73,7 +73,7 @@ def test_the_readme_and_the_catalog_quote_the_same_numbers(catalog):
             assert f"| `{name.split('.')[0]}` | {before} | {after} |" in readme
 
 
-def test_anchornet_budgets_are_whole(catalog):
+def test_anchornet_budgets_are_complete(catalog):
     entry = catalog['anchornet_patch_densenet201_95.paper_in1k']
     assert len(entry.budgets) == 34
     assert all(sum(b['exits']) == 50000 and len(b['thresholds']) == 5 for b in entry.budgets)
@@ -82,14 +82,14 @@ def test_anchornet_budgets_are_whole(catalog):
 def test_find_entry(catalog):
     assert find_entry(catalog, 'gfnet_resnet50_96').name == 'gfnet_resnet50_96.paper_in1k'
     assert find_entry(catalog, 'gfnet_resnet50_96.paper_in1k').name == 'gfnet_resnet50_96.paper_in1k'
-    with pytest.raises(ValueError, match=r"got 'resnet50'. There are: focusnet_resnet18.paper_in1k,"):
+    with pytest.raises(ValueError, match=r"got 'resnet50'. Available: focusnet_resnet18.paper_in1k,"):
         find_entry(catalog, 'resnet50')
 
 
 @pytest.mark.parametrize(('change', 'message'), [
-    (dict(family='nets'), "is of the family 'nets', which is not there"),
-    (dict(color='red'), 'has unknown entries: color'),
-    (dict(name='b.c'), 'b.c is there twice'),
+    (dict(family='nets'), "has the unknown family 'nets', expected a"),
+    (dict(color='red'), 'has unknown fields: color'),
+    (dict(name='b.c'), 'b.c appears twice'),
 ])
 def test_bad_catalogs(tmp_path, change, message):
     models = [{'name': 'b.c', 'family': 'a'}, {'name': 'b.d', 'family': 'a', **change}]

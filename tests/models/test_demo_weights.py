@@ -25,7 +25,7 @@ def test_gfnet_for_digits():
     model = timm.create_model('test_gfnet', pretrained=True).eval()  # from the package: the tests are offline
     assert model.pretrained_cfg['tag'] == 'digits'
     static = timm.create_model('test_focusnet', output_stride=16)
-    from timm_dynamic.training.anytime import count_macs
+    from timm_dynamic.models.macs import count_macs
     whole = count_macs(static, (3, 96, 96))
     chosen = model.set_budget(gmacs=0.5 * whole / 1e9)
     with torch.inference_mode():

@@ -1,10 +1,9 @@
 """GFNet against the outputs of the original code, from its own layout of checkpoints on.
 
-Four of the nine recorded variants run by default; TIMM_DYNAMIC_FULL_TESTS=1 runs all.
+Two of the nine recorded variants run by default; TIMM_DYNAMIC_FULL_TESTS=1 runs all.
 """
 import hashlib
 import json
-import os
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +11,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from helpers import FULL_TESTS
 from parity.reference import fill, make_images
 
 import timm_dynamic  # noqa: F401
@@ -19,9 +19,7 @@ from timm_dynamic.models.gfnet import training_state_from_checkpoint
 
 DATA = Path(__file__).parent / 'data'
 RECIPES = json.loads((DATA / 'gfnet.json').read_text())
-DEFAULT = (
-    'gfnet_resnet50_96', 'gfnet_regnety_006_96', 'gfnet_mobilenetv3_large_100_96', 'gfnet_efficientnet_b2_128')
-VARIANTS = list(RECIPES) if os.environ.get('TIMM_DYNAMIC_FULL_TESTS') == '1' else DEFAULT
+VARIANTS = list(RECIPES) if FULL_TESTS else ['gfnet_resnet50_96', 'gfnet_mobilenetv3_large_100_96']
 STRIDE = 16  # of classes and features, every 16th is stored
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from helpers import FULL_TESTS
 from parity.reference import make_images
 from parity.test_gfnet import build_checkpoint
 
@@ -44,7 +45,7 @@ def give(monkeypatch, function: str, value: torch.Tensor) -> None:
     monkeypatch.setattr(torch, function, draw)
 
 
-@pytest.mark.parametrize('name', ['gfnet_resnet50_96', 'gfnet_regnety_006_96'])
+@pytest.mark.parametrize('name', ['gfnet_regnety_006_96', *(['gfnet_resnet50_96'] if FULL_TESTS else [])])
 def test_stage_1(name, monkeypatch):
     model, state, x, target, expected, record = set_up('stage1', name)
     task = GlanceFocusTask(model, aux_weight=1., verbose=False)
@@ -70,7 +71,7 @@ def test_stage_1(name, monkeypatch):
     assert all(p.grad is None for p in model.policy.parameters())
 
 
-@pytest.mark.parametrize('name', ['gfnet_resnet50_96', 'gfnet_mobilenetv3_large_100_96'])
+@pytest.mark.parametrize('name', ['gfnet_mobilenetv3_large_100_96', *(['gfnet_resnet50_96'] if FULL_TESTS else [])])
 def test_stage_2(name, monkeypatch):
     model, state, x, target, expected, record = set_up('stage2', name)
     task = PatchPolicyTask(model, verbose=False)

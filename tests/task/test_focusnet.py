@@ -110,13 +110,13 @@ def test_never_a_random_baseline():
 def test_fixed_size_baseline_names_the_sizes():
     vit = timm.create_model('vit_tiny_patch16_224', num_classes=5, depth=1)
     task = FocusPickingTask(_model(), vit, verbose=False)
-    with pytest.raises(ValueError, match=r'images of \(224, 224\) only, training has \(32, 32\)'):
+    with pytest.raises(ValueError, match=r'images of size \(224, 224\), but training uses \(32, 32\)'):
         task(torch.randn(2, 3, 32, 32), torch.tensor([0, 1]))
 
 
-def test_resuming_beside_another_baseline_is_an_error():
+def test_resuming_with_another_baseline_is_an_error():
     baseline = _model()
     state = FocusPickingTask(_model(), baseline, verbose=False).get_task_state()
     FocusPickingTask(_model(), baseline, verbose=False).load_task_state(state)
-    with pytest.raises(ValueError, match='beside another baseline'):
+    with pytest.raises(ValueError, match='The baseline has other weights'):
         FocusPickingTask(_model(), _model(), verbose=False).load_task_state(state)

@@ -96,9 +96,9 @@ def test_only_warm_up_validates_at_random_places():
     model = make().eval()
     x, _ = batch()
     task = GlanceFocusTask(model, verbose=False)
-    assert not torch.equal(task.forward_eval(model, x)[-1], task.forward_eval(model, x)[-1])
+    assert not torch.equal(task.predict(model, x)['logits'][-1], task.predict(model, x)['logits'][-1])
     task = GlanceFocusTask(model, 'policy', verbose=False)
-    assert torch.equal(task.forward_eval(model, x)[-1], model(x))
+    assert torch.equal(task.predict(model, x)['logits'][-1], model(x))
 
 
 def test_policy_learns_where_the_reward_is(monkeypatch):
@@ -118,7 +118,7 @@ def test_policy_learns_where_the_reward_is(monkeypatch):
     optimizer = torch.optim.Adam([p for p in task.module.parameters() if p.requires_grad], lr=3e-3)
     kl = []
     for _ in range(30):
-        for loss in (lambda: task(x, target)['loss'], task.replay):
+        for loss in (lambda: task(x, target)['loss'], lambda: next(task.further_losses())):
             optimizer.zero_grad()
             loss().backward()
             optimizer.step()
@@ -202,7 +202,7 @@ def test_clipping_can_leave_classifiers_out():
 
 def test_bad_input():
     x, target = batch()
-    with pytest.raises(ValueError, match='GFNet models, got ResNet'):
+    with pytest.raises(ValueError, match='Expected a GFNet model, got ResNet'):
         GlanceFocusTask(timm.create_model('test_focusnet'), verbose=False)
     with pytest.raises(ValueError, match='num_classes=0'):
         PatchPolicyTask(make(0), verbose=False)
@@ -210,5 +210,5 @@ def test_bad_input():
         GlanceFocusTask(make(), 'centre', verbose=False)
     with pytest.raises(ValueError, match='at least 1, got 0'):
         PatchPolicyTask(make(), num_updates=0, verbose=False)
-    with pytest.raises(ValueError, match='mixup and cutmix do not go'):
+    with pytest.raises(ValueError, match='cannot be combined with mixup or cutmix'):
         PatchPolicyTask(make(), verbose=False)(x, F.one_hot(target, 5).float())

@@ -6,9 +6,10 @@ import torch
 from parity.test_gfnet import build_checkpoint
 
 from timm_dynamic.launch.build import build_optimizer, resolve_learning_rate
+from timm_dynamic.launch.settings import TrainOptions
+from timm_dynamic.models.builder import load_checkpoint
 from timm_dynamic.task import GlanceFocusTask, StageContext, create_recipe
-from timm_dynamic.task.gfnet_recipe import load_encoder, load_training_checkpoint
-from timm_dynamic.training.run import TrainOptions
+from timm_dynamic.task.gfnet_recipe import load_encoder
 from timm_dynamic.utils import CheckpointError, save_pretrained
 
 PAPER = {  # backbone lr, classifier lr in stages 1 and 3, epochs, weight decay, auxiliary weight, frozen
@@ -117,22 +118,22 @@ def test_recipe_is_chosen_by_the_model():
 
 
 def test_options_of_another_recipe():
-    with pytest.raises(ValueError, match=r"'gfnet' trains GFNet models, .*; got 'resnet50'"):
+    with pytest.raises(ValueError, match=r"'gfnet' trains GFNet models, .*; got --model resnet50"):
         create_recipe(options('--recipe', 'gfnet').base)
-    with pytest.raises(ValueError, match="--init-from belongs to the recipe 'gfnet' and 'end-to-end', not to 'class"):
+    with pytest.raises(ValueError, match="--init-from is an option of the recipe 'gfnet' and 'end-to-end', not of 'cl"):
         create_recipe(options('--init-from', 'x').base)
-    with pytest.raises(ValueError, match="--focus-plain belongs to the recipe 'focusnet'"):
+    with pytest.raises(ValueError, match="--focus-plain is an option of the recipe 'focusnet'"):
         create_recipe(options('--focus-plain').base, model=small())
-    with pytest.raises(ValueError, match='it is --init-local scratch that trains a net'):
+    with pytest.raises(ValueError, match='needs --init-local scratch, which trains the net'):
         create_recipe(options('--init-global', 'scratch').base, model=small())
     for option in ('--init-local', '--init-global'):
-        with pytest.raises(ValueError, match=f'{option} does not go with --init-from'):
+        with pytest.raises(ValueError, match=f'{option} cannot be combined with --init-from'):
             create_recipe(options('--init-from', 'x', option, 'resnet18').base, model=small())
-    with pytest.raises(ValueError, match="--freeze-global belongs to the recipe 'gfnet', not to 'end-to-end'"):
+    with pytest.raises(ValueError, match="--freeze-global is an option of the recipe 'gfnet', not of 'end-to-end'"):
         create_recipe(options('--recipe', 'end-to-end', '--freeze-global').base, model=small())
     recipe = create_recipe(options().base, model=small())
     args = options('--policy-updates', 2, '--grad-accum-steps', 2).for_stage(recipe.stages[1])
-    with pytest.raises(ValueError, match='does not go with --grad-accum-steps'):
+    with pytest.raises(ValueError, match='cannot be combined with --grad-accum-steps 2'):
         recipe.stages[1].create_task(small(), args, StageContext())
 
 
@@ -143,9 +144,9 @@ def test_losses_of_plain_classification_are_refused_elsewhere(flags):
                          ('test_clcnet', 'clcnet')):
         with torch.device('meta'):
             model = timm.create_model(name)
-        with pytest.raises(ValueError, match=f"{flags[0]} belongs to the recipe 'classification' and 'focusnet', not"):
+        with pytest.raises(ValueError, match=f"{flags[0]} is an option of the recipe 'classification' and 'focusnet'"):
             create_recipe(options('--model', name, '--recipe', recipe, *flags).base, model=model)
-    with pytest.raises(ValueError, match=f'{flags[0]} has no effect: the focus net'):
+    with pytest.raises(ValueError, match=f'{flags[0]} has no effect on the focus net'):
         create_recipe(options('--focus-baseline', 'resnet18', *flags).base)
     create_recipe(options('--focus-baseline', 'resnet18', '--focus-plain', *flags).base)
 
@@ -154,7 +155,7 @@ def test_losses_of_plain_classification_are_refused_elsewhere(flags):
 def test_backbone_that_cannot_be_trained_by_itself(flags, demo):
     with torch.device('meta'):
         model = timm.create_model('gfnet_mobilenetv3_large_125_128')
-    with pytest.raises(ValueError, match=r"'mobilenetv3_large_125' is no model of timm .* with --init-local"):
+    with pytest.raises(ValueError, match=r"'mobilenetv3_large_125' is not a timm model .* with --init-local"):
         create_recipe(options(*flags).base, demo=demo, model=model)
     assert len(create_recipe(options('--init-local', 'FILE').base, demo=demo, model=model).stages) == 3
 
@@ -166,8 +167,8 @@ def test_weights_of_the_whole_net_need_no_static_net():
 
 def test_frozen_glance_needs_weights(tmp_path, caplog):
     """One that learns may start from random weights, with a warning."""
-    warmup, *_ = create_recipe(options().base, model=small()).stages  # 'test_focusnet' has no weights to be had
-    with pytest.raises(CheckpointError, match=r'The encoder .* is frozen, and has no weights.*--init-global'):
+    warmup, *_ = create_recipe(options().base, model=small()).stages  # 'test_focusnet' has no pretrained weights
+    with pytest.raises(CheckpointError, match=r'The global encoder is frozen .* no pretrained weights.*--init-global'):
         warmup.prepare(small(), options('--freeze-global').base, StageContext())
     caplog.clear()
     warmup.prepare(small(), options().base, StageContext())
@@ -191,7 +192,7 @@ def test_encoder_from_a_file(tmp_path):
     save_pretrained(timm.create_model('test_resnet', num_classes=5), tmp_path / 'other')
     with pytest.raises(CheckpointError, match='test_focusnet'):
         load_encoder(small().local_encoder, tmp_path / 'other', small())
-    with pytest.raises(CheckpointError, match=r"weights of 'resnet5O' are not to be had: .*Did you mean"):
+    with pytest.raises(CheckpointError, match=r"weights of 'resnet5O' are not available: .*Did you mean"):
         load_encoder(small().local_encoder, 'resnet5O', small())
 
 
@@ -222,24 +223,24 @@ def test_authors_files_of_both_kinds(tmp_path):
     torch.save(whole, tmp_path / 'whole.pth.tar')
     torch.save(first, tmp_path / 'first.pth.tar')
     model = timm.create_model(name)
-    state = load_training_checkpoint(model, tmp_path / 'whole.pth.tar')
+    state = load_checkpoint(model, tmp_path / 'whole.pth.tar')
     assert set(state) == {'global_aux', 'local_aux', 'critic'}
     assert torch.equal(model.policy.actor.weight, whole['policy']['actor.0.weight'])
 
     other = timm.create_model(name)
     policy = other.policy.actor.weight.clone()
-    state = load_training_checkpoint(other, tmp_path / 'first.pth.tar', needs_policy=False)
+    state = load_checkpoint(other, tmp_path / 'first.pth.tar', optional=('policy',))
     assert set(state) == {'global_aux', 'local_aux'}
     assert torch.equal(other.policy.actor.weight, policy)
     assert all(torch.equal(v, model.state_dict()[k]) for k, v in other.state_dict().items() if 'policy' not in k)
     with pytest.raises(CheckpointError, match='holds no policy'):
-        load_training_checkpoint(other, tmp_path / 'first.pth.tar')
+        load_checkpoint(other, tmp_path / 'first.pth.tar')
 
 
 def test_our_own_stages_hand_on_their_heads(tmp_path):
     task = GlanceFocusTask(small(), verbose=False)
     save_pretrained(task.module.model, tmp_path, task_state=task.get_task_state())
-    state = load_training_checkpoint(small(), tmp_path)
+    state = load_checkpoint(small(), tmp_path)
     expected = task.get_task_state()
     assert {k: set(v) for k, v in state.items()} == {k: set(v) for k, v in expected.items()}
     assert all(torch.equal(v, state[name][k]) for name, head in expected.items() for k, v in head.items())

@@ -3,7 +3,7 @@ import torch
 from parity.confidence_reference import make_probabilities, make_state_dict, project_to_simplex, run
 
 from timm_dynamic import ConfidenceNet
-from timm_dynamic.task.confidence import SparseMasks, sparsemax
+from timm_dynamic.task.confidence_net import SparseMasks, sparsemax
 
 
 def test_sparsemax():

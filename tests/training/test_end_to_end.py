@@ -2,7 +2,6 @@
 import argparse
 import csv
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -13,13 +12,17 @@ import pytest
 import timm
 import torch
 import yaml
+from forked import Forked, run_forked
 from helpers import ROOT, make_images, run_python
+from training.killed import train_until
+from training.ranks import train_and_report
+from training.same_end import check_same_end
 
-from timm_dynamic.training import run_training, run_validation, train_main
-from timm_dynamic.training.state import StateStore
+from timm_dynamic.__main__ import main as run_with_plugin
+from timm_dynamic.evaluation import run_validation, validate_main
+from timm_dynamic.training import run_training, train_main
+from timm_dynamic.training.run_folder import CheckpointManager
 from timm_dynamic.utils import save_pretrained
-
-HERE = Path(__file__).parent
 
 
 def _args(image_folder, out, *more):
@@ -41,7 +44,7 @@ def _weights(run: Path) -> bytes:
     return (run / 'last' / 'model.safetensors').read_bytes()
 
 
-def test_what_a_run_leaves(image_folder, tmp_path):
+def test_what_a_run_leaves(image_folder, tmp_path, curve):
     result = run_training(_args(image_folder, tmp_path, '--epochs', 2, '--model-ema', '--checkpoint-hist', 1))
     run = tmp_path / 'run'
     assert result['folder'] == run
@@ -121,55 +124,52 @@ def test_resume_auto_finds_the_newest_run_of_the_model(image_folder, tmp_path):
     assert run_training([*args, '--resume', 'auto'])['folder'] == first
 
 
-KILLS = [  # at least three inside the writer and three in mid-epoch
+# At least three inside the writer and three in mid-epoch.
+KILLS = [
     'update:2', 'tensors:1', 'values:2', 'rename:2', 'update:5', 'export:1', 'tensors:2', 'update:7', 'rename:1',
     'values:2']
 
 
 def test_killed_ten_times_ends_bit_identical(image_folder, baseline, tmp_path):
-    args = [*_args(
-        image_folder, tmp_path, '--focus-baseline', baseline, '--epochs', 4, '-j', 2, '--hflip', 0.5,
-        '--mixup', 0.4, '--reprob', 0.5, '--model-ema', '--model-ema-decay', 0.9, '--grad-accum-steps', 2,
-        '--checkpoint-interval', 3, '--drop', 0.1, '--batch-size', 6)]
-
-    def run(kill, name):
-        given = [name if a == 'run' else a for a in args]
-        return run_python(HERE / 'kill_driver.py', kill, *given, '--resume', 'auto', check=False).returncode
-
-    assert run('never', 'reference') == 0
-    assert [run(kill, 'killed') for kill in KILLS] == [-signal.SIGKILL] * len(KILLS)
-    assert run('never', 'killed') == 0
-    reference, killed = tmp_path / 'reference', tmp_path / 'killed'
-    for file in ('last/model.safetensors', 'best/model.safetensors', 'last/config.json', 'results.csv'):
-        assert (reference / file).read_bytes() == (killed / file).read_bytes(), file
-    for name in ('optimizer', 'model', 'ema', 'best', 'totals'):
-        a, b = (StateStore(run / 'state').load()[name] for run in (reference, killed))
-        assert str(a) == str(b)
-    rows = [[{k: v for k, v in row.items() if k != 'seconds'} for row in csv.DictReader((run / 'summary.csv').open())]
-            for run in (reference, killed)]
-    assert rows[0] == rows[1]
-    left = [p for p in killed.rglob('*') if p.name.startswith('.partial')]
-    assert left == []
+    options = [
+        '--focus-baseline', baseline, '--epochs', 4, '-j', 2, '--hflip', 0.5, '--mixup', 0.4, '--reprob', 0.5,
+        '--model-ema', '--model-ema-decay', 0.9, '--grad-accum-steps', 2, '--checkpoint-interval', 3, '--drop', 0.1,
+        '--batch-size', 6, '--resume', 'auto']
+    run_training(_args(image_folder, tmp_path / 'reference', *options))
+    args = _args(image_folder, tmp_path / 'killed', *options)
+    killed = [Forked(train_until, kill, *args, folder=tmp_path).wait() for kill in KILLS]
+    assert killed == [[-signal.SIGKILL]] * len(KILLS)
+    run_training(args)
+    check_same_end(tmp_path / 'reference/run', tmp_path / 'killed/run', ['.'])
+    assert not [p for p in tmp_path.rglob('*') if p.name.startswith('.partial')]
 
 
 @pytest.mark.parametrize('signum', [signal.SIGINT, signal.SIGTERM])
 def test_stop_saves_and_resumes_bit_identical(image_folder, tmp_path, signum):
     args = _args(image_folder, tmp_path, '--epochs', 3, '-j', 1, '--log-interval', 1)
-    reference = [str(tmp_path / 'reference') if a == str(tmp_path) else a for a in args]
-    run_training(reference)
-    process = subprocess.Popen(
-        [sys.executable, 'train.py', *args], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        start_new_session=True)
-    for line in process.stdout:
-        if 'epoch 1 update 3' in line:
-            os.killpg(process.pid, signum)  # the loader's workers, too, as a scheduler and Ctrl-C do
-            break
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 128 + signum
-    assert f'Stopped by {signum.name}; the state is saved. Continue with --resume auto.' in errors
-    progress = StateStore(tmp_path / 'run' / 'state').load()['progress']
+    run_training(_args(image_folder, tmp_path / 'reference', '--epochs', 3, '-j', 1))
+    forked = Forked(train_main, *args, folder=tmp_path)
+    while 'epoch 1 update 3' not in forked.output and forked.processes[0].is_alive():
+        time.sleep(0.01)
+    forked.send_signal(signum)  # to the loader's workers, too, as a scheduler and Ctrl-C do
+    assert forked.wait() == [128 + signum]
+    assert f'Stopped by {signum.name}; the state is saved. Continue with --resume auto.' in forked.output
+    progress = CheckpointManager(tmp_path / 'run' / 'state').load()['progress']
     assert progress['epoch'] >= 1
     assert progress['batch'] > 0 or progress['epoch'] == 2
+    run_training([*args, '--resume', 'auto'])
+    assert _weights(tmp_path / 'run') == _weights(tmp_path / 'reference' / 'run')
+
+
+def test_the_script_itself_killed_from_outside_ends_bit_identical(image_folder, tmp_path):
+    args = _args(image_folder, tmp_path, '--epochs', 3, '--log-interval', 1, '--checkpoint-interval', 2)
+    run_training(_args(image_folder, tmp_path / 'reference', '--epochs', 3))
+    with subprocess.Popen([sys.executable, 'train.py', *args], cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        for line in process.stdout:
+            if 'epoch 1 update 4' in line:
+                process.kill()
+    assert process.returncode == -signal.SIGKILL
+    assert not (tmp_path / 'run/results.csv').exists()
     run_training([*args, '--resume', 'auto'])
     assert _weights(tmp_path / 'run') == _weights(tmp_path / 'reference' / 'run')
 
@@ -179,10 +179,10 @@ def test_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(image_folde
     assert train_main(args) == 1
     error = capsys.readouterr().err
     assert 'loss of stage classification is not finite: epoch 0, batch ' in error
-    assert 'learning rate 1e+30' in error
+    assert 'learning rate was 1e+30' in error
     assert 'class' in error.partition('samples')[2]  # the file of a sample
-    assert 'last good state is kept' in error
-    state = StateStore(tmp_path / 'run' / 'state').load()
+    assert 'The last good state is kept' in error
+    state = CheckpointManager(tmp_path / 'run' / 'state').load()
     assert all(v.isfinite().all() for v in state['totals'].values())
 
 
@@ -191,32 +191,31 @@ def test_two_processes(tmp_path, baseline):
     images = make_images(tmp_path / 'images', {'train': 17, 'val': 7})
     args = _args(
         images, tmp_path, '--focus-baseline', baseline, '--batch-size', 4, '--model-ema', '--grad-accum-steps', 2)
-    run_python(HERE / 'ddp_driver.py', tmp_path / 'report.json', *args, processes=2)
+    run_forked(train_and_report, tmp_path / 'report.json', *args, processes=2, folder=tmp_path)
     assert json.loads((tmp_path / 'report.json').read_text()) == {'focus': {
         'weights_equal': True, 'weights_learned': True, 'averages_equal': True, 'data_differ': True, 'updates': 3}}
 
     command = ['--model', f'local-dir:{tmp_path / "run" / "last"}', '--data-dir', str(images), '-b', '4', '-j', '0',
                '--device', 'cpu', '--metrics-avg', 'macro']
-    one = run_validation(command)
-    file = tmp_path / 'two.json'
-    run_python('validate.py', *command, '--results-file', file, '--results-format', 'json', processes=2)
-    two = json.loads(file.read_text())
-    assert one[0]['images'] == two[0]['images'] == 21
+    one, = run_validation(command)
+    results = '--results-file', tmp_path / 'two.json', '--results-format', 'json'
+    run_forked(validate_main, *command, *results, processes=2, folder=tmp_path)
+    two, = json.loads((tmp_path / 'two.json').read_text())
+    assert one['images'] == two['images'] == 21
     for key in ('top1', 'top5', 'precision', 'recall', 'f1_score'):
-        assert one[0][key] == two[0][key]
+        assert one[key] == two[key]
     rows = list(csv.DictReader((tmp_path / 'run' / 'summary.csv').open()))
-    assert float(rows[-1]['eval_ema_top1']) == pytest.approx(one[0]['top1'], abs=1e-3)
+    assert float(rows[-1]['eval_ema_top1']) == pytest.approx(one['top1'], abs=1e-3)
 
 
 def test_resume_in_two_processes_is_exact(tmp_path):
+    """The run that is not interrupted is one of torchrun; the other has workers when it is resumed."""
     images = make_images(tmp_path / 'images', {'train': 17, 'val': 7})
-    args = _args(
-        images, tmp_path, '--batch-size', 4, '--epochs', 2, '--reprob', 0.5, '-j', 1, '--checkpoint-interval', 2,
-        '--val-interval', 2)
-    reference = [str(tmp_path / 'reference') if a == str(tmp_path) else a for a in args]
-    run_python('train.py', *reference, processes=2)
-    assert run_python(HERE / 'kill_driver.py', 'update:4', *args, processes=2, check=False).returncode != 0
-    run_python('train.py', *args, '--resume', 'auto', processes=2)
+    options = ['--batch-size', 4, '--epochs', 2, '--reprob', 0.5, '--checkpoint-interval', 2, '--val-interval', 2]
+    run_python('train.py', *_args(images, tmp_path / 'reference', *options), processes=2)
+    args = _args(images, tmp_path, *options)
+    assert Forked(train_until, 'update:4', *args, processes=2, folder=tmp_path).wait() == [-signal.SIGKILL] * 2
+    run_forked(train_main, *args, '-j', 1, '--resume', 'auto', processes=2, folder=tmp_path)
     assert _weights(tmp_path / 'run') == _weights(tmp_path / 'reference' / 'run')
 
 
@@ -265,10 +264,10 @@ def _file_in_the_way(tmp_path, image_folder):
     (['--model', 'resnet81'], ["no model 'resnet81'", 'Did you mean']),
     (['--focus-baseline', 'resnet81'], ["no baseline 'resnet81'"]),
     (['--recipe', 'focusnet'], ['needs a baseline: --focus-baseline MODEL']),
-    (['--recipe', 'nothing'], ["no recipe 'nothing': choose from classification, focusnet"]),
-    (['--num-classes', '2'], ['data has 3 classes (class0, class1, class2), the model 2: use --num-classes 3']),
+    (['--recipe', 'nothing'], ["no recipe 'nothing'. Choose from classification, focusnet"]),
+    (['--num-classes', '2'], ['data has 3 classes (class0, class1, class2), the model has 2: use --num-classes 3']),
     (['--data-dir', '/nowhere'], ["no data at '/nowhere'"]),
-    (['--batch-size', '100'], ['fewer images (72) than a batch (100 x 1 processes)']),
+    (['--batch-size', '100'], ['72 images, fewer than one batch (100 x 1 processes)']),
     (['--amp'], ['float16 needs a GPU', '--amp-dtype bfloat16']),
     (['--eval-metric', 'f1'], ['no such metric. Choose from loss, top1, top5']),
     (['--resume', '/nowhere'], ["nothing at '/nowhere'"]),
@@ -313,7 +312,7 @@ def test_folders_that_differ_between_splits(tmp_path, capsys):
 
 
 def test_disk_full_keeps_the_last_state(image_folder, tmp_path, monkeypatch, capsys):
-    import timm_dynamic.training.state as module
+    import timm_dynamic.training.run_folder as module
     save_file, count = module.safetensors.torch.save_file, [0]
 
     def failing(tensors, path, *args, **kwargs):
@@ -329,7 +328,7 @@ def test_disk_full_keeps_the_last_state(image_folder, tmp_path, monkeypatch, cap
     assert 'No space left on device' in (error := capsys.readouterr().err)
     assert 'is intact: free some space and continue with --resume auto' in error
     monkeypatch.undo()
-    assert StateStore(tmp_path / 'run' / 'state').load()['progress']['batch'] == 4
+    assert CheckpointManager(tmp_path / 'run' / 'state').load()['progress']['batch'] == 4
     assert train_main([*args, '--resume', 'auto']) == 0
 
 
@@ -345,7 +344,7 @@ def test_processes_that_do_not_see_each_other(image_folder, tmp_path, monkeypatc
     monkeypatch.setenv('WORLD_SIZE', '2')
     monkeypatch.setattr(module, 'Accelerator', Alone)
     assert train_main(_args(image_folder, tmp_path)) == 1
-    assert '2 processes were launched, but Accelerate sees 1' in capsys.readouterr().err
+    assert '2 processes were launched, but Accelerate found 1' in capsys.readouterr().err
 
 
 def test_compare_and_results_file(image_folder, baseline, tmp_path):
@@ -364,7 +363,7 @@ def test_trackers(image_folder, tmp_path):
     assert list((tmp_path / 'run').rglob('events.out.tfevents*'))
 
 
-def test_any_script_runs_with_the_plugin(tmp_path, image_folder):
+def test_any_script_runs_with_the_plugin(tmp_path):
     script = tmp_path / 'standin.py'
     script.write_text('''
 import sys
@@ -377,8 +376,15 @@ sys.exit(7)
     result = run_python('-m', 'timm_dynamic', script, '--model', 'focusnet_resnet18', check=False)
     assert result.returncode == 7
     assert result.stdout.strip() == f"{[str(script), '--model', 'focusnet_resnet18']} __main__ 122 5"
-    plain = run_python('-m', 'timm_dynamic', tmp_path / 'nope.py', check=False)
-    assert plain.returncode == 1
-    assert 'there is no script' in plain.stderr
-    assert 'SCRIPT ARGS' in run_python('-m', 'timm_dynamic', '--help').stdout
-    assert os.environ['HF_HUB_OFFLINE'] == '1'
+
+
+@pytest.mark.parametrize(('argv', 'status', 'message'), [
+    (['nope.py'], "python -m timm_dynamic: there is no script 'nope.py'.", ''),
+    (['--help'], 0, 'python -m timm_dynamic SCRIPT ARGS'),
+    ([], 2, 'python -m timm_dynamic SCRIPT ARGS')])
+def test_the_plugin_without_a_script_says_how_to_use_it(monkeypatch, capsys, argv, status, message):
+    monkeypatch.setattr(sys, 'argv', ['timm_dynamic', *argv])
+    with pytest.raises(SystemExit) as e:
+        run_with_plugin()
+    assert e.value.code == status
+    assert message in capsys.readouterr().out

@@ -3,27 +3,30 @@ import csv
 import json
 import shutil
 import signal
-from pathlib import Path
 
 import pytest
 import timm
 import torch
 import yaml
 from flag_tables import fresh_accelerate
-from helpers import make_images, run_python
+from forked import Forked, run_forked
+from helpers import make_images
 from PIL import Image
 from safetensors.torch import load_file
 from timm.data import create_transform
+from training.killed import train_until
+from training.ranks import train_and_report
+from training.same_end import check_same_end
 
 from timm_dynamic import ConfidenceNet
 from timm_dynamic.data import ConfidenceFeatures, FoldMap, create_dataset
+from timm_dynamic.evaluation import run_validation
 from timm_dynamic.exits import ExitTable
 from timm_dynamic.task import make_folds, match_scores
-from timm_dynamic.training import run_training, run_validation, train_main
-from timm_dynamic.training.state import StateStore
+from timm_dynamic.training import run_training, train_main
+from timm_dynamic.training.run_folder import CheckpointManager
 from timm_dynamic.utils import read_task_state, save_pretrained
 
-HERE = Path(__file__).parent
 STAGES = ('static', 'warmup', 'policy', 'finetune')
 
 
@@ -84,7 +87,7 @@ def test_all_stages(image_folder, tmp_path, caplog):
     assert (model.img_size, model.patch_size) == (48, 16)  # what costs are counted for
     assert model.step_macs == timm.create_model('test_gfnet', num_classes=3, img_size=48, patch_size=16).step_macs
     with Image.open(run / 'patches.png') as picture:
-        assert picture.size == (4 * 166 + 6, 2 * 180 + 6)
+        assert picture.size == (4 * 166 + 6, 2 * 186 + 26)
     assert [r['model'] for r in result['table']] == ['test_focusnet, whole images', 'test_gfnet']
 
 
@@ -92,7 +95,7 @@ def test_budgets_are_shown_and_kept(image_folder, tmp_path, caplog):
     with caplog.at_level('INFO'):
         result = run_training(_args(image_folder, tmp_path, '--val-split', 'val', '--test-split', 'train'))
     run = tmp_path / 'run'
-    assert "budgets (exits fitted on 'val', judged on 'train')" in caplog.text
+    assert "budgets: exits fitted on val (33 images), evaluated on train (72 images)" in caplog.text
     assert (run / 'accuracy_over_macs.png').read_bytes().startswith(b'\x89PNG')
     rows = json.loads((run / 'budgets.json').read_text())
     assert [r['point'] for r in rows[:4]] == ['step 1', 'step 2', 'step 3', 'budget']
@@ -144,7 +147,7 @@ def test_more_epochs_of_a_compiled_stage(image_folder, tmp_path, caplog):
 
 def test_settings_that_cannot_work_are_found_before_the_first_stage(image_folder, tmp_path, capsys):
     for flags, message in (
-            (['--policy-updates', '2', '--grad-accum-steps', '2'], 'does not go with --grad-accum-steps'),
+            (['--policy-updates', '2', '--grad-accum-steps', '2'], 'cannot be combined with --grad-accum-steps 2'),
             *(([f'--{name}', '0'], f'--{name}: expected at least 1, got 0')
               for name in ('epochs', 'batch-size', 'val-interval', 'log-interval'))):
         assert train_main([*_args(image_folder, tmp_path), *flags]) == 1
@@ -170,7 +173,7 @@ def test_anchornet(image_folder, tmp_path):
     assert (states[1]['patch.fc.weight'] - static['fc.weight']).abs().max() > 0.02
     assert [k for k in _rows(run)[0] if k.startswith('eval_top1_')] == [f'eval_top1_step{t}' for t in (1, 2, 3)]
     with Image.open(run / 'patches.png') as picture:
-        assert picture.size == (4 * 166 + 6, 2 * 180 + 6)
+        assert picture.size == (4 * 166 + 6, 2 * 186 + 26)
 
 
 def test_clcnet(image_folder, tmp_path, caplog):
@@ -181,7 +184,7 @@ def test_clcnet(image_folder, tmp_path, caplog):
     assert list(result['results']) == list(CLCNET)
     assert [(r['model'], r['images']) for r in result['table']] == [
         ('test_focusnet at 24', 72), ('test_focusnet at 48', 72), ('test_clcnet', 72)]
-    assert "exits fitted on 'val, out of fold', judged on 'train'" in caplog.text
+    assert "exits fitted on val, out of fold (33 images), evaluated on train (72 images)" in caplog.text
     assert 'Best by area' in caplog.text
 
     # the cascade has the members that were trained, and the features are what they say of their own views
@@ -198,7 +201,7 @@ def test_clcnet(image_folder, tmp_path, caplog):
         target = torch.tensor([target for _, target in dataset])
         expected = ConfidenceFeatures.from_logits(logits, target, dataset.filenames())
         torch.testing.assert_close(features.probabilities, expected.probabilities, rtol=1e-4, atol=1e-5)
-        assert torch.equal(features.hits, expected.hits)
+        assert torch.equal(features.correct, expected.correct)
         names.append(features.names)
     assert names[0] == names[1] == expected.names
     assert not list((run / 'features').glob('part-*'))
@@ -238,13 +241,13 @@ def test_features_are_judged_as_what_they_are(image_folder, tmp_path, caplog):
     run_training([*args, '--stage', 'features', '--feature-split', 'train'])
     with caplog.at_level('INFO'):
         run_training([*args, '--stage', 'confidence', '--resume', 'auto'])
-    assert "exits fitted on 'train, out of fold', judged on 'val'" in caplog.text
+    assert "exits fitted on train, out of fold (72 images), evaluated on val (33 images)" in caplog.text
 
 
 def test_folds_are_for_cascades(image_folder, tmp_path, capsys):
     for option in (['--folds', '0'], ['--folds', '7'], ['--fold-dir', 'x']):
         assert train_main([*_args(image_folder, tmp_path), *option]) == 1
-        assert f"{option[0]} belongs to the recipe 'clcnet'" in capsys.readouterr().err
+        assert f"{option[0]} is an option of the recipe 'clcnet'" in capsys.readouterr().err
 
 
 def test_clcnet_whose_members_are_given_whole(image_folder, tmp_path, monkeypatch):
@@ -266,7 +269,7 @@ def test_clcnet_judged_on_its_own_features_is_judged_out_of_fold(image_folder, t
     with caplog.at_level('INFO'):
         run_training(args)
     halves = 'a random half of val, out of fold', 'the other half of val, out of fold'
-    assert "fitted on '{}', judged on '{}'".format(*halves) in caplog.text
+    assert 'fitted on {} (16 images), evaluated on {} (17 images)'.format(*halves) in caplog.text
     table = ExitTable.load(tmp_path / 'run/calibration.safetensors')
     results = list(csv.DictReader((tmp_path / 'run/results.csv').open()))
     assert [r['split'] for r in results] == ['val', 'val', 'val, out of fold']  # the net that is exported has seen val
@@ -334,7 +337,7 @@ def test_clcnet_killed_among_its_features_ends_the_same(image_folder, tmp_path):
     args = _args(image_folder, tmp_path, '-vb', 4, '--resume', 'auto', *_save_members(tmp_path / 'w'), family='clcnet')
     run_training([*args, '--experiment', 'reference'])
     args += ['--experiment', 'killed']
-    assert run_python(HERE / 'kill_driver.py', 'part:4', *args, check=False).returncode == -signal.SIGKILL
+    assert Forked(train_until, 'part:4', *args, folder=tmp_path).wait() == [-signal.SIGKILL]
     assert len(list((tmp_path / 'killed/features').glob('part-*'))) == 3
     assert list((tmp_path / 'killed/state').iterdir())  # --resume auto finds the run without its name, too
     shutil.copytree(tmp_path / 'killed', tmp_path / 'other')
@@ -350,19 +353,19 @@ def test_clcnet_killed_among_its_features_ends_the_same(image_folder, tmp_path):
 
 
 @pytest.mark.parametrize(('changes', 'message'), [
-    (['--init-members', 'scratch', 'scratch', 'scratch'], 'expected one source, or one for each of 2 members, got 3'),
-    (['--init-members', 'pretrained'], 'has weights for 10 classes, the cascade is for 3: name weights'),
+    (['--init-members', 'scratch', 'scratch', 'scratch'], 'expected one source, or 2 (one for each member), got 3'),
+    (['--init-members', 'pretrained'], 'have 10 classes, the cascade has 3. Name other weights'),
     (['--init-members', 'missing', '--stage', 'features'], "No checkpoint at 'missing'"),
-    (['--fold-dir', 'x'], 'leave out --folds'),
+    (['--fold-dir', 'x'], '--fold-dir cannot be combined with --folds'),
     (['--feature-split', 'nosuch', '--stage', 'features', '--init-members', '{w}/0', '{w}/1'],
      "There is no split 'nosuch'"),
     (['--features', 'typo.csv'], "no file 'typo.csv'"),
-    (['--model-kwargs', 'confidence=agreement'], "confidence is 'agreement', which cannot be told"),
-    (['--folds', '1'], 'expected at least 2, or 0 for none, got 1'),
-    (['--folds', '99', '--stage', 'features', 'confidence'], 'Expected 2 to 33 folds, as many as there are'),
+    (['--model-kwargs', 'confidence=agreement'], "confidence='agreement', which features cannot"),
+    (['--folds', '1'], 'expected at least 2, or 0 for no cross-validation, got 1'),
+    (['--folds', '99', '--stage', 'features', 'confidence'], 'Expected 2 to 33 (the number of samples) folds'),
     (['--stage', 'confidence'], "no features at '"),
-    (['--stage', 'features'], "run the stage 'member1' first"),
-    (['--features', '{csv}', '--stage', 'confidence'], 'holds probabilities of 4 classes, the cascade has 3'),
+    (['--stage', 'features'], "Run the stage 'member1' first"),
+    (['--features', '{csv}', '--stage', 'confidence'], 'has probabilities of 4 classes, the cascade has 3'),
 ])
 def test_bad_input_for_cascades(image_folder, tmp_path, capsys, changes, message):
     (tmp_path / 'a.csv').write_text('x,0.4,0.3,0.2,0.1,1\ny,0.4,0.3,0.2,0.1,0\n')
@@ -390,42 +393,24 @@ def test_mixed_precision(image_folder, tmp_path, family, stages):
         assert 0 < abs(float(row['train_loss'])) < 10
 
 
-# In each stage in mid-epoch, and while a state is written.
-KILLS = ['update:2', 'update:8', 'tensors:3', 'update:2', 'rename:3', 'update:8', 'values:2']
-
-
-@pytest.mark.parametrize(('family', 'stages'), [('gfnet', STAGES), ('anchornet', ANCHORNET)])
-def test_killed_in_every_stage_ends_bit_identical(image_folder, tmp_path, family, stages):
-    args = _args(
-        image_folder, tmp_path, '--epochs', 2, '--model-ema', '--model-ema-decay', 0.9, '--checkpoint-interval', 2,
-        '--policy-updates', 2, '--drop', 0.1, '--batch-size', 24, '--stage-args', 'static.epochs=1', family=family)
-
-    def run(kill, name):
-        given = [name if a == 'run' else a for a in args]
-        return run_python(HERE / 'kill_driver.py', kill, *given, '--resume', 'auto', check=False).returncode
-
-    def stage():
-        return StateStore(tmp_path / 'killed' / 'state').load()['identity']['stage']
-
-    assert run('never', 'reference') == 0
-    seen = []
-    for kill in KILLS:
-        assert run(kill, 'killed') == -signal.SIGKILL
-        seen.append(stage() if StateStore(tmp_path / 'killed' / 'state').exists() else None)
+@pytest.mark.parametrize(('family', 'stages', 'kills'), [
+    # in each stage in mid-epoch, and while a state is written
+    ('gfnet', STAGES, ['update:2', 'update:8', 'tensors:3', 'update:2', 'rename:3', 'update:8', 'values:2']),
+    ('anchornet', ANCHORNET, ['update:6', 'update:7', 'update:7']),  # once in each stage but the first
+])
+def test_killed_in_every_stage_ends_bit_identical(image_folder, tmp_path, family, stages, kills):
+    options = [
+        '--epochs', 2, '--model-ema', '--model-ema-decay', 0.9, '--checkpoint-interval', 2, '--policy-updates', 2,
+        '--drop', 0.1, '--batch-size', 24, '--stage-args', 'static.epochs=1', '--resume', 'auto']
+    run_training(_args(image_folder, tmp_path / 'reference', *options, family=family))
+    args, seen = _args(image_folder, tmp_path / 'killed', *options, family=family), []
+    states = CheckpointManager(tmp_path / 'killed/run/state')
+    for kill in kills:
+        assert Forked(train_until, kill, *args, folder=tmp_path).wait() == [-signal.SIGKILL]
+        seen.append(states.load()['identity']['stage'] if states.exists() else None)
     assert set(stages[1:]) <= set(seen), seen
-    assert run('never', 'killed') == 0
-    reference, killed = tmp_path / 'reference', tmp_path / 'killed'
-    for folder in (*stages[:-1], '.'):
-        for file in ('last/model.safetensors', 'best/model.safetensors', 'last/task.safetensors'):
-            if 'task' in file and (family == 'anchornet' or folder == 'static'):
-                continue
-            assert (reference / folder / file).read_bytes() == (killed / folder / file).read_bytes(), (folder, file)
-        rows = [[{k: v for k, v in row.items() if k != 'seconds'} for row in _rows(run / folder)]
-                for run in (reference, killed)]
-        assert rows[0] == rows[1]
-    for name in ('optimizer', 'model', 'ema', 'best', 'totals'):
-        a, b = (StateStore(run / 'state').load()[name] for run in (reference, killed))
-        assert str(a) == str(b)
+    run_training(args)
+    check_same_end(tmp_path / 'reference/run', tmp_path / 'killed/run', (*stages[:-1], '.'))
 
 
 @pytest.mark.parametrize(('family', 'stages'), [
@@ -435,7 +420,7 @@ def test_two_processes_in_every_stage(tmp_path, family, stages):
     args = _args(images, tmp_path, '--batch-size', 4, '--policy-updates', 2, family=family)
     if family == 'clcnet':  # only one process trains the confidence net; all must know what it was trained on
         args += ['--feature-split', 'train', '--test-split', 'val']
-    run_python(HERE / 'ddp_driver.py', tmp_path / 'report.json', *args, processes=2)
+    run_forked(train_and_report, tmp_path / 'report.json', *args, processes=2, folder=tmp_path)
     expected = {
         'weights_equal': True, 'weights_learned': True, 'averages_equal': None, 'data_differ': True, 'updates': 3}
     assert json.loads((tmp_path / 'report.json').read_text()) == dict.fromkeys(stages, expected)
@@ -446,15 +431,15 @@ def test_two_processes_in_every_stage(tmp_path, family, stages):
 
 @pytest.mark.parametrize(('changes', 'message'), [
     (['--init-from', 'missing'], "No checkpoint at 'missing'"),
-    (['--stage', 'finetune', '--init-from', '{first}'], 'holds no policy'),
-    (['--init-local', 'resnet18'], "The weights of 'resnet18' are not to be had"),
+    (['--stage', 'finetune', '--init-from', '{first}'], "keys are missing (first: 'policy."),
+    (['--init-local', 'resnet18'], "The weights of 'resnet18' are not available"),
     (['--model-kwargs', 'patch_size=64'], 'Images of 48 pixels have no patches of 64'),
     (['--recipe', 'focusnet'], 'needs a baseline'),
     (['--device-modules', 'nonsense'], "--device-modules nonsense: No module named 'nonsense'"),
     (['--torchcompile', 'nonsense'], '--torchcompile nonsense: expected one of'),
     (['--smoothing', '2'], '--smoothing: expected a number from 0 to 1, got 2.0'),
     (['--mean', '0.5', '0.5'], 'expected one value, or one for each channel, got [0.5, 0.5]'),
-    (['--opt-kwargs', 'nonsense=3'], '--opt sgd does not take what is given with --opt-kwargs'),
+    (['--opt-kwargs', 'nonsense=3'], '--opt sgd does not accept these --opt-kwargs'),
     (['--class-map', 'missing'], 'Cannot locate specified class map file (missing)'),
     (['--val-split', 'test'], "There is no split 'test' at"),
     (['--dataset', 'torch/nonsense'], "The dataset 'torch/nonsense' cannot be opened: Unknown torchvision dataset"),

@@ -3,6 +3,8 @@
 The table says for each option how its effect shows: `built` looks at what a run has made just before it trains, `ran`
 at a whole run, `accelerate` at what reaches Accelerate on a machine with a GPU.
 """
+import json
+import math
 import os
 import sys
 import types
@@ -26,17 +28,18 @@ from flag_tables import (
     spellings,
     timm_options,
 )
+from forked import run_forked
 from helpers import make_images
 from timm.layers import DropPath
 from torch import nn
+from training.ranks import report_batch_norm
 
 from timm_dynamic.data import dataset_factory
 from timm_dynamic.launch import build
 from timm_dynamic.launch.options import create_train_parser
 from timm_dynamic.training import run as run_module
 from timm_dynamic.training import run_training
-from timm_dynamic.training import trainer as trainer_module
-from timm_dynamic.training.state import StateStore
+from timm_dynamic.training.run_folder import CheckpointManager
 from timm_dynamic.utils import save_pretrained
 from timm_dynamic.utils.report import read_rows
 
@@ -68,7 +71,7 @@ class Lab:
 
     def _watch(self):
         patch = self.monkeypatch.setattr
-        create_dataset, fit, save = dataset_factory.create_timm_dataset, run_module.Trainer.fit, StateStore.save
+        create_dataset, fit, save = dataset_factory.create_timm_dataset, run_module.Trainer.fit, CheckpointManager.save
 
         def watched_create_dataset(name, **kwargs):
             self.seen.opened[kwargs['split']] = kwargs
@@ -97,10 +100,9 @@ class Lab:
 
         patch(dataset_factory, 'create_timm_dataset', watched_create_dataset)
         patch(run_module.Trainer, 'fit', watched_fit)
-        patch(StateStore, 'save', watched_save)
+        patch(CheckpointManager, 'save', watched_save)
         patch(torch, 'compile', watched_compile)
-        patch(trainer_module, 'plot_curve', lambda *args: None)  # no option's, and slow, as is waiting for the disk
-        patch(os, 'fsync', lambda fd: None)
+        patch(os, 'fsync', lambda fd: None)  # slow, and of no option
         wandb = types.ModuleType('wandb')
         wandb.init, wandb.config = init, SimpleNamespace(update=lambda *args, **kwargs: None)
         self.monkeypatch.setitem(sys.modules, 'wandb', wandb)
@@ -187,9 +189,8 @@ def images(trainer):
     return torch.cat([x for x, _ in trainer.loader])
 
 
-def targets(trainer):
-    trainer.loader.set_epoch(0)
-    return torch.cat([y for _, y in trainer.loader])
+def mixup(key):
+    return lambda trainer: getattr(torch_loader(trainer).collate_fn.collate_fn, key)
 
 
 def shapes(trainer, epoch=0):
@@ -207,8 +208,27 @@ def unmixed(trainer, epoch=0):
 
 
 def loss(trainer):
-    torch.manual_seed(0)
-    return trainer.task(*batch(trainer))['loss'].item()
+    """Of the first batch: the loss, its terms and what it is made of; see `loss_is`."""
+    x, target = batch(trainer)
+    result = trainer.task(x, target)
+    return SimpleNamespace(trainer=trainer, x=x, target=target, logits=result['output'], **{
+        key: value for key, value in result.items() if key != 'output'})
+
+
+def loss_is(formula):
+    """Make an expectation of `loss`: that it is what the formula gives."""
+    return lambda seen: seen.loss.item() == pytest.approx(formula(seen).item(), rel=1e-5)
+
+
+def binary_cross_entropy(seen, smoothing=0.1, **kwargs):
+    on = torch.nn.functional.one_hot(seen.target, 3)
+    target = on * (1 - smoothing) + smoothing / 3
+    return torch.nn.functional.binary_cross_entropy_with_logits(seen.logits, target, **kwargs)
+
+
+def teacher_divergence(seen, temperature):
+    student, teacher = (z.div(temperature).log_softmax(dim=1) for z in (seen.logits, seen.trainer.task.teacher(seen.x)))
+    return (teacher.exp() * (teacher - student)).sum(dim=1).mean() * temperature ** 2
 
 
 def num_images(trainer):
@@ -265,17 +285,40 @@ def ema(trainer):
     return trainer.task.get_trainable_module(ema=True)
 
 
+def cosine(k=1):
+    """The schedule of `LONG`."""
+    return [round(0.5 + 0.5 * math.cos(math.pi * (t / 8) ** k), 4) for t in range(8)]
+
+
+def noise(trainer):
+    """By how much the rates of the epochs 1 to 7 are off the schedule, as shares of it."""
+    return [rate / plain - 1 for rate, plain in zip(lrs(trainer)[1:], cosine()[1:])]
+
+
+def small(values):
+    """Whether all are noise of a per cent at most, with some of it."""
+    return 0 < max(map(abs, values)) < 0.011
+
+
+def color_mode(dataset):
+    """In which images are read."""
+    transform, dataset.transform = dataset.transform, None
+    image, _ = dataset[0]
+    dataset.transform = transform
+    return image.mode
+
+
+def erasing(trainer):
+    return trainer.loader.loader.random_erasing.random_erasing
+
+
 def wandb(key):
     return lambda trainer: trainer.seen.wandb[0].get(key)
 
 
 def augments(text, *value):
-    """Make a check: the transform of the training images has `text` in it, and the images differ."""
-    def check(lab, flag):
-        built(train_transform, *value, gives=has(text))(lab, flag)
-        built(images, *value)(lab, flag)
-
-    return check
+    """Make a check: the transform of the training images has `text` in it."""
+    return built(train_transform, *value, gives=has(text))
 
 
 # Checks that take more than a line
@@ -331,7 +374,7 @@ def head_init_scale(lab, flag):
 
 def device(lab, flag):
     accelerate(lambda kwargs: kwargs['cpu'], 'cpu', gives=True, drop=[flag])(lab, flag)
-    with pytest.raises(ValueError, match='--device xpu: there is no such device here'):
+    with pytest.raises(ValueError, match='--device xpu: there is no such device'):
         lab.built(flag, 'xpu')
 
 
@@ -355,10 +398,6 @@ def model_dtype(lab, flag):
         return next(trainer.model.parameters()).dtype, batch(trainer)[0].dtype
     built(dtypes, 'bfloat16', gives=(torch.bfloat16, torch.bfloat16))(lab, flag)
     assert len(lab.ran(flag, 'bfloat16').rows) == 1
-
-
-def broadcast_buffers(kwargs):
-    return kwargs['kwargs_handlers'][0].to_kwargs().get('broadcast_buffers', True)
 
 
 def synchronize_step(lab, flag):
@@ -411,7 +450,7 @@ def sched_on_updates(lab, flag):
     def after_an_update(trainer):
         trainer.scheduler.step_update(1)
         return lr(trainer)
-    built(after_an_update)(lab, flag)
+    built(after_an_update, gives=pytest.approx(0.75 * 0.1 * 4 / 256))(lab, flag)  # a third of the cosine
     per_update = []
     run = lab.ran(flag, '--lr', '1', '--epochs', '2', prepare=lambda trainer: lab.monkeypatch.setattr(
         trainer.optimizer, 'step', lambda: per_update.append(lr(trainer))))
@@ -443,15 +482,41 @@ def sync_bn(lab, flag):
     assert list(map(synced, options)) == [True, False]
 
 
+def batch_norm(lab, *options):
+    """Batch norm's statistics in a run of two processes, see `report_batch_norm`."""
+    report = lab.tmp / 'report.json'
+    run_forked(report_batch_norm, report, *lab.argv('-b', '3', *options), processes=2, folder=lab.tmp)
+    return json.loads(report.read_text())
+
+
+def no_ddp_bb(lab, flag):
+    """Before an update every process has the first one's statistics; with the option it keeps its own."""
+    default, own = batch_norm(lab), batch_norm(lab, flag)
+    assert default['before'] == [default['after'][0]] * 2
+    assert own['before'] == own['after']
+    for statistics in (default, own):
+        assert statistics['after'][0] != statistics['after'][1]
+
+
 def dist_bn(lab, flag):
-    def reductions(*options):
-        seen = []
-        lab.monkeypatch.setattr(trainer_module, 'distribute_bn', lambda module, world_size, reduce: seen.append(reduce))
-        lab.ran(*options, prepare=lambda trainer: setattr(trainer, 'world_size', 2))
-        return seen
-    assert reductions() == [True]
-    assert reductions(flag, 'broadcast') == [False]
-    assert reductions(flag, '') == []
+    """What the epoch leaves behind: the processes' mean, what the first one has, or to each its own."""
+    reduced, broadcast, own = (batch_norm(lab, *value) for value in ([], [flag, 'broadcast'], [flag, '']))
+    assert reduced['end'] == [pytest.approx(sum(reduced['last']) / 2, abs=1e-6)] * 2
+    assert broadcast['end'] == [broadcast['last'][0]] * 2
+    assert own['end'] == own['last']
+    for statistics in (reduced, broadcast, own):
+        assert statistics['last'][0] != statistics['last'][1]
+
+
+def seed(lab, flag):
+    """It decides over initial weights and images alike, and nothing else does."""
+    def drawn(*options):
+        trainer = lab.built(*options)
+        return torch.cat([trainer.model.conv1[0].weight.flatten(), images(trainer).flatten()])
+    seven, again, default, explicit = (drawn(*given) for given in ([flag, '7'], [flag, '7'], [], [flag, '42']))
+    assert torch.equal(seven, again)
+    assert torch.equal(default, explicit)
+    assert not torch.isclose(seven, default).all()
 
 
 def loss_scales(run_lab, *options):
@@ -553,7 +618,9 @@ TRAIN = {
     '--val-num-samples': built(num_eval_images, '20', gives=20, base=DEMO),
     '--dataset-download': built(opened('download'), gives=True, base=REMOTE),
     '--class-map': class_map,
-    '--input-img-mode': built(images, 'HSV'),
+    '--input-img-mode': built(
+        lambda t: [color_mode(t.loader.dataset.dataset), color_mode(t.eval_loader.dataset)], 'HSV',
+        gives=['HSV', 'HSV']),
     '--input-key': built(opened('input_key'), 'jpg', gives='jpg', base=REMOTE),
     '--target-key': built(opened('target_key'), 'cls', gives='cls', base=REMOTE),
     '--dataset-trust-remote-code': built(opened('trust_remote_code'), gives=True, base=REMOTE),
@@ -591,7 +658,7 @@ TRAIN = {
     '--amp': amp,
     '--amp-dtype': amp_dtype,
     '--model-dtype': model_dtype,
-    '--no-ddp-bb': accelerate(broadcast_buffers, gives=False),
+    '--no-ddp-bb': no_ddp_bb,
     '--synchronize-step': synchronize_step,
     '--device-modules': device_modules,
     '--opt': built(lambda t: type(t.raw_optimizer).__name__, 'adamw', gives='AdamW'),
@@ -601,7 +668,8 @@ TRAIN = {
     '--weight-decay': built(group('weight_decay'), '0.5', gives=0.5),
     '--clip-grad': clip_grad,
     '--clip-mode': clip_mode,
-    '--layer-decay': built(lambda t: min(g.get('lr_scale', 1) for g in t.raw_optimizer.param_groups), '0.5'),
+    '--layer-decay': built(lambda t: sorted({g.get('lr_scale', 1) for g in t.raw_optimizer.param_groups}), '0.5',
+                           gives=[0.5 ** n for n in (5, 4, 3, 2, 1, 0)]),
     '--layer-decay-min-scale': built(
         lambda t: min(g['lr_scale'] for g in t.raw_optimizer.param_groups), '0.3', gives=0.3,
         base=['--layer-decay', '0.1']),
@@ -614,13 +682,14 @@ TRAIN = {
     '--lr-base': built(lr, '1', gives=4 / 256),
     '--lr-base-size': built(lr, '8', gives=0.05),
     '--lr-base-scale': built(lr, 'sqrt', gives=0.1 * (4 / 256) ** 0.5),
-    '--lr-noise': built(lrs, '0.5', '1', base=LONG),
-    '--lr-noise-pct': built(lrs, '0.01', base=NOISE),
-    '--lr-noise-std': built(lrs, '0.01', base=NOISE),
+    '--lr-noise': built(noise, '0.5', '1', base=LONG,
+                        gives=lambda off: max(map(abs, off[:3])) < 0.001 < 0.01 < max(map(abs, off[3:])) < 0.67),
+    '--lr-noise-pct': built(noise, '0.01', gives=small, base=NOISE),
+    '--lr-noise-std': built(noise, '0.003', gives=small, base=NOISE),
     '--lr-cycle-mul': built(lambda t: t.num_epochs, '2', gives=8 + 16 + 32, base=CYCLES),
     '--lr-cycle-decay': built(lambda t: lrs(t)[8], '0.1', gives=0.1, base=CYCLES),
     '--lr-cycle-limit': built(lambda t: lrs(t)[8::8], '3', gives=[0.5, 0.25], base=LONG),
-    '--lr-k-decay': built(lrs, '2', base=LONG),
+    '--lr-k-decay': built(lrs, '2', gives=cosine(2), base=LONG),
     '--warmup-lr': built(lambda t: lrs(t)[0], '0.2', gives=0.2, base=[*LONG, '--warmup-epochs', '2']),
     '--min-lr': built(lambda t: t.scheduler._get_lr(8)[0], '0.2', gives=0.2, base=LONG),
     '--epochs': ran(lambda r: len(r.rows), '2', gives=2),
@@ -650,24 +719,28 @@ TRAIN = {
     '--aug-splits': built(lambda t: len(batch(t)[0]), '2', gives=8),
     '--jsd-loss': built(lambda t: getattr(t.task.criterion, 'num_splits', 0), gives=2, base=['--aug-splits', '2']),
     '--bce-loss': built(lambda t: type(t.task.criterion).__name__, gives='BinaryCrossEntropy'),
-    '--bce-sum': built(loss, base=['--bce-loss']),
-    '--bce-target-thresh': built(loss, '0.5', base=['--bce-loss']),
-    '--bce-pos-weight': built(loss, '2', base=['--bce-loss']),
-    '--reprob': built(images, '1'),
+    '--bce-sum': built(loss, gives=loss_is(lambda s: 3 * binary_cross_entropy(s)), base=['--bce-loss']),
+    '--bce-target-thresh': built(
+        loss, '0.5', gives=loss_is(lambda s: binary_cross_entropy(s, smoothing=0)), base=['--bce-loss']),
+    '--bce-pos-weight': built(
+        loss, '2', gives=loss_is(lambda s: binary_cross_entropy(s, pos_weight=torch.tensor(2.))), base=['--bce-loss']),
+    '--reprob': built(lambda t: bool((images(t) == 0).flatten(1).any(dim=1).all()), '1', gives=True,
+                      base=['--remode', 'const']),
     '--remode': built(lambda t: bool((images(t) == 0).any()), 'const', gives=True, base=ERASE),
-    '--recount': built(images, '3', base=ERASE),
+    '--recount': built(lambda t: erasing(t).max_count, '3', gives=3, base=ERASE),
     '--resplit': built(lambda t: len(batch(t)[0].flatten(1).eq(0).any(1).nonzero()), gives=2,
                        base=[*ERASE, '--remode', 'const']),
     '--mixup': built(targets_ndim, '0.5', gives=2),
     '--cutmix': built(targets_ndim, '0.5', gives=2),
     '--cutmix-minmax': built(targets_ndim, '0.2', '0.8', gives=2),
     '--mixup-prob': built(unmixed, '0', gives=True, base=MIXUP),
-    '--mixup-switch-prob': built(images, '0', base=[*MIXUP, '--cutmix', '1']),
-    '--mixup-mode': built(targets, 'elem', base=MIXUP),
+    '--mixup-switch-prob': built(mixup('switch_prob'), '0', gives=0, base=[*MIXUP, '--cutmix', '1']),
+    '--mixup-mode': built(mixup('mode'), 'elem', gives='elem', base=MIXUP),
     '--mixup-off-epoch': built(lambda t: (unmixed(t, 0), unmixed(t, 1)), '1', gives=(False, True), base=MIXUP),
-    '--smoothing': built(loss, '0.3'),
+    '--smoothing': built(loss, '0.3', gives=loss_is(
+        lambda s: torch.nn.functional.cross_entropy(s.logits, s.target, label_smoothing=0.3))),
     '--train-interpolation': augments('interpolation=bicubic)', 'bicubic'),
-    '--drop': built(loss, '0.5'),
+    '--drop': built(lambda t: t.model.drop_rate, '0.5', gives=0.5),
     '--drop-connect': built(dropped_paths, '0.3', gives=0.3),
     '--drop-path': built(dropped_paths, '0.3', gives=0.3),
     '--drop-block': built(lambda t: len(modules(t, 'DropBlock2d')) > 0, '0.3', gives=True),
@@ -682,7 +755,7 @@ TRAIN = {
                                  gives=(torch.device('cpu'), False), base=EMA),
     '--model-ema-decay': built(lambda t: ema(t).get_decay(100), '0.5', gives=0.5, base=EMA),
     '--model-ema-warmup': built(lambda t: ema(t).get_decay(100), gives=lambda decay: 0 < decay < 0.99, base=EMA),
-    '--seed': built(lambda t: torch.cat([t.model.conv1[0].weight.flatten(), images(t).flatten()]), '7'),
+    '--seed': seed,
     '--worker-seeding': built(
         lambda t: torch_loader(t).worker_init_fn.worker_init_fn.keywords['worker_seeding'], 'part', gives='part'),
     '--log-interval': ran(lambda r: r.log.count(' update '), '1', gives=3),
@@ -726,17 +799,20 @@ TRAIN = {
     '--naflex-patchify-channels-first': NAFLEX,
     '--kd-model-name': ran(lambda r: {'train_task_loss', 'train_kd_loss'} <= r.rows[-1].keys(), 'local-dir:{weights}',
                            gives=True),
-    '--kd-distill-type': ran(lambda r: type(r.trainer.task).__name__, 'feature', gives='FeatureDistillationTask',
+    '--kd-distill-type': ran(lambda r: type(r.trainer.task).__name__, 'feature', gives='FeatureDistillation',
                              base=TEACHER),
     '--kd-loss-type': kd_loss_type,
-    '--distill-loss-weight': built(loss, '3', base=TEACHER),
-    '--task-loss-weight': built(loss, '0.3', base=TEACHER),
-    '--kd-temperature': built(loss, '1', base=TEACHER),
+    '--distill-loss-weight': built(loss, '3', gives=loss_is(lambda s: s.task_loss + 3 * s.kd_loss), base=TEACHER),
+    '--task-loss-weight': built(
+        loss, '0.3', gives=loss_is(lambda s: 0.3 * s.task_loss + 0.7 * s.kd_loss), base=TEACHER),
+    '--kd-temperature': built(
+        loss, '1', gives=loss_is(lambda s: s.task_loss + teacher_divergence(s, 1)), base=TEACHER),
     '--kd-student-feature-dim': built(lambda t: t.task.trainable_module.projection, '7', gives=has('in_features=7'),
                                       base=FEATURES),
     '--kd-teacher-feature-dim': built(lambda t: t.task.trainable_module.projection, '7', gives=has('out_features=7'),
                                       base=FEATURES),
-    '--kd-token-distill-type': built(loss, 'hard', base=[*DISTILLED, *TEACHER, '--kd-distill-type', 'token']),
+    '--kd-token-distill-type': built(lambda t: t.task.distill_type, 'hard', gives='hard',
+                                     base=[*DISTILLED, *TEACHER, '--kd-distill-type', 'token']),
 }
 MEMBERS = ['--init-members', '{cascade}/0', '{cascade}/1']
 
@@ -796,8 +872,10 @@ OURS = {
     '--focus-plain': ran(lambda r: [row['model'] for row in r.table], base=FOCUS,
                          gives=['baseline (frozen)', 'plain cross-entropy', 'focus net']),
     '--focus-temperature': built(lambda t: t.task.criterion.temperature, '0.5', gives=0.5, base=FOCUS),
-    '--focus-attention-weight': built(loss, '3', base=FOCUS),
-    '--focus-negentropy-weight': built(loss, '3', base=FOCUS),
+    '--focus-attention-weight': built(
+        loss, '3', gives=loss_is(lambda s: s.classification + 3 * s.attention + s.negentropy), base=FOCUS),
+    '--focus-negentropy-weight': built(
+        loss, '3', gives=loss_is(lambda s: s.classification + s.attention + 3 * s.negentropy), base=FOCUS),
     '--test-split': ran(lambda r: {(row['split'], row['images']) for row in r.table}, 'extra', gives={('extra', 6)}),
     '--demo-digit-scale': built(
         lambda t: list(t.loader.dataset.dataset.digit_scale), '12', '20', gives=[12, 20], base=DEMO),

@@ -1,8 +1,8 @@
-"""Early exit on the clock: a static network, all steps, `early_exit` and `ExitStream`."""
+"""How fast early exit is: a static network, all steps, `early_exit` and `ExitStream`."""
 import argparse
 import copy
-import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -16,18 +16,19 @@ from ..exits import ExitStream, early_exit
 from ..layers import fuse_conv_bn
 from ..models.builder import check_model_name
 from ..models.dynamic_net import DynamicNet, State
-from ..training.anytime import count_macs
-from .timing import get_device, wait_for
+from ..models.macs import count_macs
+from .timing import get_device, time_call
 
 NAME, HELP = 'exit', 'throughput and latency of a static network, all steps, early_exit and ExitStream'
 
 _SHARES = {2: (0.6, 0.4), 3: (0.5, 0.3, 0.2), 5: (0.5, 0.2, 0.1, 0.1, 0.1)}
+_LAYOUTS = {'contiguous': torch.contiguous_format, 'channels last': torch.channels_last}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--model', default='gfnet_resnet50_96', metavar='NAME', help='(%(default)s)')
     parser.add_argument('--model-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='KEY=VALUE')
-    parser.add_argument('--pretrained', action='store_true', help="with the model's weights; they do not matter here")
+    parser.add_argument('--pretrained', action='store_true', help='load the weights; speed does not depend on them')
     parser.add_argument('--static', metavar='NAME', help=(
         "static network to compare with, at the model's image size ('none' for none; default: the model's backbone, or "
         "a cascade's last member)"))
@@ -42,9 +43,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--fuse', action='store_true', help='fuse batch normalisation with convolutions')
     parser.add_argument('--amp', action='store_true', help='mixed precision')
     parser.add_argument('--amp-dtype', default='bfloat16', choices=['float16', 'bfloat16'], help='(%(default)s)')
-    parser.add_argument('--torchcompile', action='store_true', help='compile the static network and each step')
+    parser.add_argument('--torchcompile', nargs='?', const='inductor', metavar='BACKEND', help=(
+        'compile the static network and each step of ExitStream'))
     parser.add_argument('--cuda-graphs', action='store_true', help='with --torchcompile: mode reduce-overhead')
-    parser.add_argument('--latency-images', type=int, default=20, metavar='N', help='at batch size 1 (%(default)s)')
+    parser.add_argument(
+        '--latency-images', type=int, default=20, metavar='N', help='at batch size 1, 0 for none (%(default)s)')
 
 
 def run(args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -67,33 +70,33 @@ def benchmark_exit(
         channels_last: bool = False,
         fuse: bool = False,
         amp_dtype: str | None = None,
-        torchcompile: bool = False,
+        torchcompile: str | None = None,
         cuda_graphs: bool = False,
         latency_images: int = 20,
 ) -> list[dict[str, Any]]:
     """Time a static network, all steps, `early_exit` on batches, and `ExitStream`, by turns.
 
-    Efficiency is the sum over the images of the time of each step they needed, over the time that was measured. What a
-    step takes per image is measured in the same repeat at full batch size, by itself, in the memory format that is
-    faster for it, and compiled where `torchcompile` is set and that is faster. So 1 is what the exit shares allow.
-    The static network is timed as the model is, and, where that is otherwise, also plain: as timm creates it.
+    Efficiency is the sum over the images of the time of each step they needed, over the time that was measured. The
+    time of a step per image is measured in the same repeat, at full batch size, by itself, in the faster memory format,
+    and compiled where `torchcompile` is set and that is faster. So 1 is what the exit shares allow. The static network
+    is timed with the same settings as the model and, if these differ from timm's, also plain: as timm creates it.
 
-    Images are noise, and weights random unless `pretrained`: thresholds make the shares what they are to be.
+    Images are noise, and weights random unless `pretrained`. Thresholds are placed such that the shares come out.
 
-    Args: see `add_arguments`.
+    The arguments are those of `add_arguments`; `torchcompile` is the backend.
 
     Returns:
         A row for each way: medians of 'images_per_s', of the ratios 'x_static', 'x_plain' and 'x_all_steps', and of
-        'efficiency', which are taken within each repeat; 'gmacs' per image and the same ratio of them as 'macs_static';
-        'latency_ms' at batch size 1 (of ExitStream none: alone, an image is run at once); 'peak_mb' of memory, on a
-        GPU what torch has allocated, else that of the process. Then a row for each step, of a full batch.
+        'efficiency', which are taken within each repeat; 'gmacs' per image and 'macs_static', the static network's over
+        them; 'latency_ms' at batch size 1 (not for ExitStream, which runs a single image at once); 'peak_mb' of memory,
+        on a GPU what torch has allocated, else that of the process. Then a row for each step, of a full batch.
 
     Raises:
         ValueError: There is no such model or device, the model has no steps, the shares do not fit it, a number is not
             positive, or `cuda_graphs` is set without `torchcompile`.
     """
     num_images = 20 * batch_size if num_images is None else num_images
-    if min(batch_size, num_images, repeats, latency_images) < 1:
+    if min(batch_size, num_images, repeats, latency_images + 1) < 1:
         raise ValueError(f'Expected positive numbers, got batch size {batch_size}, {num_images} images, '
                          f'{repeats} repeats, {latency_images} images for latency.')
     if cuda_graphs and not torchcompile:
@@ -106,98 +109,63 @@ def benchmark_exit(
         raise ValueError(f"'{model}' has no steps to exit after.")
     shares = _check_shares(exit_shares, net.num_steps)
     net.clear_exit()
-    net = net.to(dev).eval()
-    rival, rival_name = _create_static(net, static, pretrained, dev)
-    created = copy.deepcopy(rival) if fuse or channels_last else None
-    if fuse:
-        net.fuse_conv_bn()
-        if rival is not None:
-            fuse_conv_bn(rival, partial(rival, _static_input(net, rival, 1, dev)))
-    other = copy.deepcopy(net)  # steps are timed in both memory formats
-    layouts = [torch.contiguous_format, torch.channels_last]
-    layout, other_layout = layouts[channels_last], layouts[not channels_last]
-    net, other = net.to(memory_format=layout), other.to(memory_format=other_layout)
-    rival = rival and rival.to(memory_format=layout)
-    macs = count_macs(rival, rival.example[1:]) if rival is not None else None
-    if torchcompile:
-        for m in (net, other):
-            m.compile_steps(cuda_graphs)
-        rival = rival and torch.compile(rival, mode='reduce-overhead' if cuda_graphs else None, dynamic=False)
+    nets = _prepare(net.to(dev).eval(), static, pretrained, channels_last, fuse, torchcompile, cuda_graphs)
 
-    pool = [_noise(net, batch_size, dev, layout) for _ in range(min(8, -(-num_images // batch_size)))]
+    pool = [_noise(nets.dynamic, batch_size, dev, nets.layout) for _ in range(min(8, -(-num_images // batch_size)))]
     sizes = [batch_size] * (num_images // batch_size) + [num_images % batch_size] * (num_images % batch_size > 0)
-    batches = [_first(pool[i % len(pool)], n) for i, n in enumerate(sizes)]
-    autocast = partial(
-        torch.autocast, dev.type, getattr(torch, amp_dtype or 'bfloat16'), enabled=bool(amp_dtype))
-    with torch.no_grad(), autocast():
-        thresholds = _place_thresholds(net, pool, shares)
-        views = [(m, [[state for _, state in _all_steps(m, _with_layout(x, f))] for x in pool[:2]])
-                 for m, f in ((net, layout), (other, other_layout))]
-        paths: list[list[Callable[[], Any]]] = [
-            [partial(_run_each, m.run_step, t, states) for m, states in views] for t in range(net.num_steps)]
-        if torchcompile:
-            paths = [[*p, partial(_run_each, partial(_eager, net), t, views[0][1])] for t, p in enumerate(paths)]
-        unit = batch_size * len(pool[:2])  # by turns: data that is run twice on end is in the caches
-        stream = ExitStream(net, thresholds, batch_size)
-        used: dict[str, torch.Tensor] = {}
-
-        def keep_used(name: str, results: Any) -> None:
-            used[name] = torch.cat([r.steps_used for r in results])
-
-        ways: dict[str, tuple[int, Callable[[], Any]]] = {}
-        if rival is not None:
-            static_input = _static_input(net, rival, batch_size, dev)
-            ways[f'static {rival_name}'] = (batch_size, partial(rival, static_input.contiguous(memory_format=layout)))
-        if created is not None:
-            ways[f'static {rival_name}, plain'] = (batch_size, partial(created, static_input))
-        ways['all steps'] = (batch_size, lambda: [None for _ in _all_steps(net, pool[0])])
-        ways['early_exit'] = (
-            num_images, lambda: keep_used('early_exit', (early_exit(net, x, thresholds) for x in batches)))
-        ways['ExitStream'] = (num_images, lambda: keep_used('ExitStream', stream.run(batches)))
-        step_paths = {(t, i): path for t, options in enumerate(paths) for i, path in enumerate(options)}
-
-        memory = {name: _peak_memory(function, dev) for name, (_, function) in ways.items()}  # and warm, too
-        for function in step_paths.values():
-            function()
-        seconds: dict[Any, list[float]] = {key: [] for key in (*ways, *step_paths)}
+    batches = [_rows_of(pool[i % len(pool)], slice(n)) for i, n in enumerate(sizes)]
+    autocast = torch.autocast(dev.type, getattr(torch, amp_dtype or 'bfloat16'), enabled=bool(amp_dtype))
+    with torch.no_grad(), autocast:
+        thresholds = place_thresholds(nets.dynamic, pool, shares)
+        ways = _ways(nets, thresholds, pool[0], batches)
+        steps = _step_ways(nets, pool[:2])
+        memory = {name: _peak_memory(way.run, dev) for name, way in ways.items()}  # this also warms up
+        for way in steps.values():
+            way.run()
         for _ in range(repeats):
-            for key, path in step_paths.items():
-                seconds[key].append(_time(path, dev, 1) / unit)
-            for name, (count, function) in ways.items():
-                seconds[name].append(_time(function, dev, 1 if count == num_images else 2) / count)
-        latency = _latencies(net, rival, rival_name, pool, thresholds, latency_images, dev)
+            for way in (*steps.values(), *ways.values()):
+                way.seconds.append(time_call(way.run, dev, way.calls) / way.num_images)
+        latency = _latencies(nets, thresholds, pool, latency_images, dev)
 
-    fastest = [min(range(len(options)), key=lambda i: median(seconds[t, i])) for t, options in enumerate(paths)]
-    counts = {name: torch.bincount(u - 1, minlength=net.num_steps).cpu().tolist() for name, u in used.items()}
-    rows = []
-    for name in ways:
-        still = [num_images] * net.num_steps
-        if name in counts:
-            still = [sum(counts[name][t:]) for t in range(net.num_steps)]
-        needed = [sum(n * seconds[t, fastest[t]][r] for t, n in enumerate(still)) / num_images for r in range(repeats)]
-        is_static = name.startswith('static')
-        gmacs = macs if is_static else sum(
-            n * (net.step_macs[t] - (net.step_macs[t - 1] if t else 0)) for t, n in enumerate(still)) / num_images
-        rows.append({
-            'exit': name, 'model': model, 'batch_size': batch_size, 'device': device,
-            'images_per_s': 1 / median(seconds[name]),
-            'x_static': _ratio(seconds.get(f'static {rival_name}'), seconds[name]),
-            **({} if created is None else {
-                'x_plain': _ratio(seconds[f'static {rival_name}, plain'], seconds[name])}),
-            'x_all_steps': _ratio(seconds['all steps'], seconds[name]),
-            'efficiency': None if is_static else _ratio(needed, seconds[name]),
-            'gmacs': None if gmacs is None else gmacs / 1e9,
-            'macs_static': None if macs is None or gmacs is None else macs / gmacs,
-            'latency_ms': latency.get(name), 'peak_mb': memory[name],
-            'exit_shares': [round(n / num_images, 4) for n in counts[name]] if name in counts else None,
-        })
-    for t, i in enumerate(fastest):
-        name = 'eager' if i == 2 else 'channels last' if (i == 0) == channels_last else 'contiguous'
-        rows.append({
-            'exit': f'step {t + 1}, full batch, {name}', 'model': model, 'batch_size': batch_size, 'device': device,
-            'images_per_s': 1 / median(seconds[t, i]),
-            'gmacs': (net.step_macs[t] - (net.step_macs[t - 1] if t else 0)) / 1e9})
-    return rows
+    fastest = [min((way for (s, _), way in steps.items() if s == t), key=lambda way: median(way.seconds))
+               for t in range(net.num_steps)]
+    common = {'model': model, 'batch_size': batch_size, 'device': device}
+    return [
+        *({'exit': name, **common, **_figures(way, ways, fastest, nets), 'latency_ms': latency.get(name),
+           'peak_mb': memory[name], 'exit_shares': way.exit_shares()} for name, way in ways.items()),
+        *({'exit': f'step {t + 1}, full batch, {way.name}', **common, 'images_per_s': 1 / median(way.seconds),
+           'gmacs': macs / 1e9} for t, (way, macs) in enumerate(zip(fastest, _macs_by_step(net))))]
+
+
+@dataclass
+class _Nets:
+    """The networks that are timed."""
+    dynamic: Any  # steps compiled if asked for
+    other_layout: Any  # the same in the other memory format, not compiled
+    layout: torch.memory_format
+    static: Any = None
+    plain_static: Any = None  # as timm creates it, where that differs
+    static_name: str = ''
+    static_size: tuple[int, int, int] = (0, 0, 0)
+    static_macs: int | None = None
+
+    def static_input(self, batch_size: int) -> torch.Tensor:
+        device = next(self.dynamic.parameters()).device
+        return torch.randn(batch_size, *self.static_size, device=device)
+
+
+@dataclass
+class _Way:
+    """A way to predict."""
+    name: str
+    run: Callable[[], Any]
+    num_images: int  # that a call predicts
+    calls: int = 1  # that are timed together
+    counts: list[int] | None = None  # images that stopped after each step
+    seconds: list[float] = field(default_factory=list)  # per image, in each repeat
+
+    def exit_shares(self) -> list[float] | None:
+        return None if self.counts is None else [round(n / self.num_images, 4) for n in self.counts]
 
 
 def _check_shares(shares: Sequence[float] | None, num_steps: int) -> tuple[float, ...]:
@@ -208,23 +176,55 @@ def _check_shares(shares: Sequence[float] | None, num_steps: int) -> tuple[float
     return tuple(share / sum(shares) for share in shares)
 
 
-def _create_static(net: Any, name: str | None, pretrained: bool, device: torch.device) -> tuple[Any, str]:
-    if name == 'none':
-        return None, ''
+def _prepare(
+        net: DynamicNet,
+        static: str | None,
+        pretrained: bool,
+        channels_last: bool,
+        fuse: bool,
+        torchcompile: str | None,
+        cuda_graphs: bool,
+) -> _Nets:
+    """Create the static network, and give both networks the settings."""
+    layout, other_layout = (_LAYOUTS[name] for name in _layout_names(channels_last))
+    nets = _Nets(net, None, layout)
+    _create_static(nets, static, pretrained)
+    if nets.static is not None and (fuse or channels_last):
+        nets.plain_static = copy.deepcopy(nets.static)
+    if fuse:
+        net.fuse_conv_bn()
+        if nets.static is not None:
+            fuse_conv_bn(nets.static, partial(nets.static, nets.static_input(1)))
+    nets.other_layout = copy.deepcopy(net).to(memory_format=other_layout)
+    net.to(memory_format=layout)
+    if nets.static is not None:
+        nets.static.to(memory_format=layout)
+        nets.static_macs = count_macs(nets.static, nets.static_size)
+    if torchcompile:
+        net.compile_steps(cuda_graphs, torchcompile)
+        mode = 'reduce-overhead' if cuda_graphs else None
+        if nets.static is not None:
+            nets.static = torch.compile(nets.static, backend=torchcompile, mode=mode, dynamic=False)
+    return nets
+
+
+def _layout_names(channels_last: bool) -> tuple[str, str]:
+    """The memory format that was asked for, and the other one."""
+    return ('channels last', 'contiguous') if channels_last else ('contiguous', 'channels last')
+
+
+def _create_static(nets: _Nets, name: str | None, pretrained: bool) -> None:
+    net = nets.dynamic
     if name is None:
-        spec = net.specs[-1].model if hasattr(net, 'specs') else getattr(net, 'backbone', None)
-        if not isinstance(spec, str):
-            return None, ''
-        name = spec.split('@')[0]
+        backbone = net.specs[-1].model if hasattr(net, 'specs') else getattr(net, 'backbone', None)
+        name = backbone.split('@')[0] if isinstance(backbone, str) else 'none'
+    if name == 'none':
+        return
     check_model_name(name)
-    rival: Any = timm.create_model(name, pretrained=pretrained, num_classes=net.num_classes, in_chans=net.in_chans)
+    static = timm.create_model(name, pretrained=pretrained, num_classes=net.num_classes, in_chans=net.in_chans)
     size = net.img_size if not hasattr(net, 'view_sizes') else net.view_sizes[-1]
-    rival.example = (1, net.in_chans, size, size)
-    return rival.to(device).eval(), name
-
-
-def _static_input(net: Any, rival: Any, batch_size: int, device: torch.device) -> torch.Tensor:
-    return torch.randn(batch_size, *rival.example[1:], device=device)
+    nets.static, nets.static_name = static.to(next(net.parameters()).device).eval(), name
+    nets.static_size = net.in_chans, size, size
 
 
 def _noise(net: Any, batch_size: int, device: torch.device, layout: torch.memory_format) -> Any:
@@ -238,33 +238,91 @@ def _with_layout(x: Any, layout: torch.memory_format) -> Any:
     return x.contiguous(memory_format=layout)
 
 
-def _first(x: Any, n: int) -> Any:
-    return tuple(v[:n] for v in x) if isinstance(x, tuple) else x[:n]
+def _rows_of(x: Any, rows: slice) -> Any:
+    return tuple(v[rows] for v in x) if isinstance(x, tuple) else x[rows]
 
 
-def _all_steps(net: Any, x: Any) -> Iterator[tuple[torch.Tensor, State]]:
-    """Confidences after each step and the states before them."""
-    state = net.init_state(x)
-    for t in range(net.num_steps):
-        before = state
-        _, confidence, state = net.run_step(t, state)
-        if net.has_compiled_steps:  # with CUDA graphs, the next step overwrites what this one gave
-            confidence, state = confidence.clone(), {name: value.clone() for name, value in state.items()}
-        yield confidence, before
+def _ways(nets: _Nets, thresholds: Sequence[float], batch: Any, batches: list[Any]) -> dict[str, _Way]:
+    """The ways to predict that are compared, by name."""
+    net, batch_size = nets.dynamic, _num_images(batch)
+    num_images = sum(map(_num_images, batches))
+    stream = ExitStream(net, thresholds, batch_size)
+    ways = []
+    if nets.static is not None:
+        x, name = nets.static_input(batch_size), f'static {nets.static_name}'
+        ways.append(_Way(name, partial(nets.static, x.contiguous(memory_format=nets.layout)), batch_size, 2))
+        if nets.plain_static is not None:
+            ways.append(_Way(f'{name}, plain', partial(nets.plain_static, x), batch_size, 2))
+    ways.append(_Way('all steps', lambda: [None for _ in _all_steps(net, batch)], batch_size, 2))
+    for name, predict in (
+            ('early_exit', lambda: (early_exit(net, x, thresholds) for x in batches)),
+            ('ExitStream', lambda: stream.run(batches))):
+        way = _Way(name, lambda: None, num_images)
+        way.run = partial(_count_exits, way, predict, net.num_steps)
+        ways.append(way)
+    return {way.name: way for way in ways}
 
 
-def _run_each(run_step: Callable[..., Any], t: int, states: list[list[State]]) -> None:
+def _num_images(x: Any) -> int:
+    return len(x[0] if isinstance(x, tuple) else x)
+
+
+def _count_exits(way: _Way, predict: Callable[[], Any], num_steps: int) -> None:
+    steps_used = torch.cat([result.steps_used for result in predict()])
+    way.counts = torch.bincount(steps_used - 1, minlength=num_steps).cpu().tolist()
+
+
+def _step_ways(nets: _Nets, pool: list[Any]) -> dict[tuple[int, str], _Way]:
+    """The steps by themselves, by number and by what is tried to make them fast.
+
+    They take turns on several batches: data that is run twice in a row is in the caches.
+    """
+    name, other_name = _layout_names(nets.layout == torch.channels_last)
+    candidates: list[tuple[str, Any, Callable[..., Any]]] = [
+        (name, nets.dynamic, _eager_step), (other_name, nets.other_layout, _eager_step)]
+    if nets.dynamic.has_compiled_steps:
+        candidates.append(('compiled', nets.dynamic, DynamicNet.run_step))
+    ways = {}
+    for candidate, net, run_step in candidates:
+        layout = nets.layout if net is nets.dynamic else _LAYOUTS[other_name]
+        states = [[state for _, state in _all_steps(net, _with_layout(x, layout))] for x in pool]
+        for t in range(net.num_steps):
+            ways[t, candidate] = _Way(
+                candidate, partial(_run_step_on_each, run_step, net, t, states), sum(map(_num_images, pool)))
+    return ways
+
+
+def _run_step_on_each(run_step: Callable[..., Any], net: DynamicNet, t: int, states: list[list[State]]) -> None:
     for state in states:
-        run_step(t, state[t])
+        run_step(net, t, state[t])
 
 
-def _eager(net: Any, t: int, state: State) -> torch.Tensor:
+def _eager_step(net: DynamicNet, t: int, state: State) -> torch.Tensor:
     logits, state = net.step(t, state)
     return net.confidence(logits, state)
 
 
-def _place_thresholds(net: Any, pool: list[Any], shares: Sequence[float]) -> list[float]:
-    """Quantiles of the confidences of the images that are left, halfway between two of them."""
+def _all_steps(net: DynamicNet, x: Any) -> Iterator[tuple[torch.Tensor, State]]:
+    """Confidences after each step, and the states before them."""
+    state = net.init_state(x)
+    for t in range(net.num_steps):
+        before = state
+        _, confidence, state = net.run_step(t, state)
+        if net.has_compiled_steps:  # with CUDA graphs, the next step overwrites the results of this one
+            confidence, state = confidence.clone(), {name: value.clone() for name, value in state.items()}
+        yield confidence, before
+
+
+def place_thresholds(net: DynamicNet, pool: list[Any], shares: Sequence[float]) -> list[float]:
+    """Place thresholds such that given shares of the images stop at each step.
+
+    They are quantiles of the confidences of the images that are left, halfway between two of them.
+
+    Args:
+        net: The model, in eval mode.
+        pool: Batches of images.
+        shares: A share per step; their sum is 1.
+    """
     confidence = torch.cat([torch.stack([c for c, _ in _all_steps(net, x)], dim=1) for x in pool]).cpu()
     left, thresholds = torch.ones(len(confidence), dtype=torch.bool), []
     for t in range(net.num_steps):
@@ -280,51 +338,63 @@ def _place_thresholds(net: Any, pool: list[Any], shares: Sequence[float]) -> lis
     return thresholds
 
 
-def _time(function: Callable[[], Any], device: torch.device, times: int) -> float:
-    wait_for(device)
-    start = time.perf_counter()
-    for _ in range(times):
-        function()
-    wait_for(device)
-    return (time.perf_counter() - start) / times
+def _macs_by_step(net: DynamicNet) -> list[int]:
+    """Multiply-adds of each step alone."""
+    return [macs - before for before, macs in zip((0, *net.step_macs), net.step_macs)]
 
 
-def _ratio(seconds: Sequence[float] | None, by: Sequence[float]) -> float | None:
-    return None if seconds is None else median(a / b for a, b in zip(seconds, by, strict=True))
+def _figures(way: _Way, ways: dict[str, _Way], steps: list[_Way], nets: _Nets) -> dict[str, Any]:
+    """What is shown of a way: speed, ratios, efficiency, multiply-adds."""
+    static_name = f'static {nets.static_name}'
+    if way.name.startswith('static'):
+        efficiency, macs = None, None if nets.static_macs is None else float(nets.static_macs)
+    else:
+        num_steps = len(steps)
+        reached = [sum(way.counts[t:]) / way.num_images if way.counts else 1. for t in range(num_steps)]
+        needed = [sum(share * step.seconds[i] for share, step in zip(reached, steps)) for i in range(len(way.seconds))]
+        efficiency = _ratio(needed, way.seconds)
+        macs = sum(share * macs for share, macs in zip(reached, _macs_by_step(nets.dynamic)))
+    return {
+        'images_per_s': 1 / median(way.seconds),
+        'x_static': _ratio(ways[static_name].seconds, way.seconds) if static_name in ways else None,
+        **({} if nets.plain_static is None else {
+            'x_plain': _ratio(ways[f'{static_name}, plain'].seconds, way.seconds)}),
+        'x_all_steps': _ratio(ways['all steps'].seconds, way.seconds),
+        'efficiency': efficiency,
+        'gmacs': None if macs is None else macs / 1e9,
+        'macs_static': None if macs is None or nets.static_macs is None else nets.static_macs / macs,
+    }
+
+
+def _ratio(seconds: Sequence[float], by: Sequence[float]) -> float:
+    return median(a / b for a, b in zip(seconds, by, strict=True))
 
 
 def _latencies(
-        net: Any,
-        rival: Any,
-        rival_name: str,
-        pool: list[Any],
+        nets: _Nets,
         thresholds: list[float],
+        pool: list[Any],
         num: int,
         device: torch.device,
 ) -> dict[str, float]:
     """Mean milliseconds per image at batch size 1, over the same images for all."""
-    size = len(_first_tensor(pool[0]))
-    images = [_pick(pool[i // size % len(pool)], i % size) for i in range(num)]
+    if not num:
+        return {}
+    size = _num_images(pool[0])
+    images = [_rows_of(pool[i // size % len(pool)], slice(i % size, i % size + 1)) for i in range(num)]
     ways: dict[str, Callable[[Any], Any]] = {
-        'all steps': lambda x: list(net.forward_steps(x)), 'early_exit': lambda x: early_exit(net, x, thresholds)}
-    if rival is not None:
-        one = _static_input(net, rival, 1, device)
-        ways[f'static {rival_name}'] = lambda x: rival(one)
+        'all steps': lambda x: list(nets.dynamic.forward_steps(x)),
+        'early_exit': lambda x: early_exit(nets.dynamic, x, thresholds)}
+    if nets.static is not None:
+        one = nets.static_input(1)
+        ways[f'static {nets.static_name}'] = lambda x: nets.static(one)
     seconds = dict.fromkeys(ways, 0.)
     for function in ways.values():
         function(images[0])
     for x in images:
         for name, function in ways.items():
-            seconds[name] += _time(partial(function, x), device, 1)
+            seconds[name] += time_call(partial(function, x), device)
     return {name: 1e3 * total / num for name, total in seconds.items()}
-
-
-def _first_tensor(x: Any) -> torch.Tensor:
-    return x[0] if isinstance(x, tuple) else x
-
-
-def _pick(x: Any, i: int) -> Any:
-    return tuple(v[i:i + 1] for v in x) if isinstance(x, tuple) else x[i:i + 1]
 
 
 def _peak_memory(function: Callable[[], Any], device: torch.device) -> float | None:

@@ -1,55 +1,63 @@
-"""Timing that can be compared."""
+"""Timing candidates by turns."""
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from statistics import median
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
+K = TypeVar('K', bound=Hashable)
+
 
 def time_interleaved(
-        functions: Mapping[str, Callable[[], Any]],
+        functions: Mapping[K, Callable[[], Any]],
         repeats: int = 20,
         device: torch.device | str = 'cpu',
-) -> dict[str, float]:
-    """Time functions in turn, so that whatever else the machine does meets all of them alike.
+) -> dict[K, float]:
+    """Time functions by turns, so that other work on the machine slows all of them alike.
 
     Args:
-        functions: What to time, by name. Each is run twice beforehand.
+        functions: What to time. Each is run twice before.
         repeats: How often each is timed.
-        device: Device that they run on; it is waited for.
+        device: Device that they run on.
 
     Returns:
-        Median seconds of one call, by name.
+        Median seconds of one call.
     """
     return {name: median(values) for name, values in time_each(functions, repeats, device).items()}
 
 
 def time_each(
-        functions: Mapping[str, Callable[[], Any]],
+        functions: Mapping[K, Callable[[], Any]],
         repeats: int = 20,
         device: torch.device | str = 'cpu',
-) -> dict[str, list[float]]:
-    """As `time_interleaved`, but gives the seconds of every repeat, by name: for ratios within a repeat."""
+) -> dict[K, list[float]]:
+    """As `time_interleaved`, but give the seconds of every repeat: for ratios within a repeat."""
     device = torch.device(device)
     for function in functions.values():
         function(), function()
-    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    seconds: dict[K, list[float]] = {name: [] for name in functions}
     for _ in range(repeats):
         for name, function in functions.items():
-            wait_for(device)
-            start = time.perf_counter()
-            function()
-            wait_for(device)
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(time_call(function, device))
     return seconds
 
 
+def time_call(function: Callable[[], Any], device: torch.device, times: int = 1) -> float:
+    """Mean seconds of a call, all that it started on the device included."""
+    wait_for(device)
+    start = time.perf_counter()
+    for _ in range(times):
+        function()
+    wait_for(device)
+    return (time.perf_counter() - start) / times
+
+
 def get_device(name: str) -> torch.device:
-    """The device of a name.
+    """Make a device of its name.
 
     Raises:
-        ValueError: There is none.
+        ValueError: There is no such device.
     """
     try:
         torch.empty(0, device=name)
@@ -59,6 +67,6 @@ def get_device(name: str) -> torch.device:
 
 
 def wait_for(device: torch.device) -> None:
-    """Wait until a device has done what it was given."""
+    """Wait until a device has finished its work."""
     if device.type != 'cpu':
         getattr(torch, device.type).synchronize()

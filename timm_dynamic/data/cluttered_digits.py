@@ -1,42 +1,38 @@
 """Cluttered digits, the embedded demo set.
 
-One handwritten digit lies small on a large canvas, among pieces of other digits, arcs, bright spots and noise. Shrunk
-to a third, the canvas shows where the digit probably is, but seldom which digit it is; a small patch in full resolution
-shows which. This is what glance-and-focus networks were made for, in a size that a CPU learns in minutes.
+A canvas holds one small handwritten digit, among pieces of other digits, arcs, bright spots and noise. Shrunk to a
+third, the canvas shows where the digit probably is, but rarely which digit it is. A small patch in full resolution
+shows which. Models that glance first and then look at patches need such images; this set is small enough to train on a
+CPU in minutes.
 
-Size alone hides little, as the originals have only 8 x 8 pixels. So the ink is a fine checkerboard: every other cell is
-as far below the ground as its neighbours are above it, and a glance averages the two away. How deep the board is
-differs from sample to sample, from plain ink that any glance can read to ink that leaves nothing of itself but the
-bright spot it lies on. Size, contrast and clutter differ too.
+The original digits have only 8 x 8 pixels, so shrinking alone hides little. Therefore the ink is a fine checkerboard:
+every other cell is as far below the ground as its neighbours are above it, and shrinking averages them away. The depth
+of the checkerboard varies: some samples have plain ink that any glance can read, others leave only a bright spot in
+the shrunken canvas. Size, contrast and clutter vary, too.
 
 The digits are the 1,797 that scikit-learn bundles, the test part of UCI's "Optical Recognition of Handwritten Digits"
-(E. Alpaydin, C. Kaynak; CC BY 4.0), written by 13 people. The bundle does not tell who wrote which, so the splits go by
-index, with no regard to writers: one digit in six to val, one to test. The order of the labels nearly repeats about
-every 130 digits, as if writer followed on writer; if so, all of them are in all splits, and accuracy is that on new
-digits of known hands.
+(E. Alpaydin, C. Kaynak; CC BY 4.0), written by 13 people. The bundle does not tell who wrote which digit, so the splits
+go by index: one digit in six is in val, one in test. The order of the labels nearly repeats about every 130 digits,
+which suggests that the digits are ordered by writer. If so, every split has digits of all writers, and accuracy is that
+on new digits of known writers.
 """
 import math
 import numbers
 import operator
 from collections.abc import Callable, Sequence
 from functools import cache
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch.utils.data as data
-from PIL import Image, ImageDraw, ImageFilter
+from PIL import Image, ImageFilter
 
-from ..utils import atomic_write, derive_seed
-
-__all__ = ['ClutteredDigits', 'save_preview']
+from ..utils import derive_seed
+from .splits import TRAIN_SPLITS, VALIDATION_SPLITS
 
 _NUM_CLASSES = 10
-_SPLITS = {  # index % 6 of the digits, default number of samples, names that timm accepts too
-    'train': ((0, 3, 4, 5), 6000, ('train', 'training')),
-    'val': ((1,), 1000, ('val', 'valid', 'validation', 'eval')),
-    'test': ((2,), 2000, ('test',)),
-}
+_SPLITS = {'train': ((0, 3, 4, 5), 6000), 'val': ((1,), 1000), 'test': ((2,), 2000)}  # index % 6, number of samples
+_SPLIT_NAMES = {**dict.fromkeys(TRAIN_SPLITS, 'train'), **dict.fromkeys(VALIDATION_SPLITS, 'val'), 'test': 'test'}
 _MIN_DIGIT = 8  # pixels, as many as the originals have
 _MAX_CLUTTER = 4.
 
@@ -83,8 +79,7 @@ def _load_digits(split: str) -> _Digits:
         from sklearn.datasets import load_digits
     except ImportError as e:
         raise ImportError(
-            'The cluttered_digits set is made from digits that scikit-learn brings along: '
-            'pip install timm-dynamic[demo]') from e
+            "The cluttered_digits set is made from scikit-learn's digits: pip install timm-dynamic[demo]") from e
     images, targets = load_digits(return_X_y=True)
     source = np.flatnonzero(np.isin(np.arange(len(targets)) % 6, _SPLITS[split][0]))
     source = source[np.argsort(targets[source], kind='stable')]
@@ -146,10 +141,10 @@ def _draw_pieces(
         clutter: float,
         pieces: np.ndarray,
 ) -> np.ndarray:
-    """Strew pieces of digits around the digit's box, [img_size, img_size] int16, ink 0..127.
+    """Draw pieces of digits outside the digit's box, [img_size, img_size] int16, ink 0..127.
 
     A piece is less than half as high and wide as the digit it was cut from, and touches neither another piece nor the
-    box: it can neither pass for a digit nor change one.
+    box. So it neither looks like a digit nor changes one.
     """
     u = rng.random(3)
     pitch = _between(digit_scale, u[0]) / (_GLYPH // 2)  # pixels of the canvas to a pixel of a piece
@@ -185,7 +180,7 @@ def _draw_arcs(rng: np.random.Generator, img_size: int, clutter: float) -> np.nd
     number = int(u[0] * (_ARCS * clutter + 1))
     if not number:
         return 0
-    # Circles through a point of the canvas, their centres so far off that none closes.
+    # Circles through a point of the canvas, with centres so far away that no circle closes on it.
     arcs = rng.random((5, number))
     along = 2 * arcs[0] - 1
     toward = np.stack([along, np.where(arcs[1] < .5, -1, 1) * (1 - np.abs(along))]) * (img_size * (1 + arcs[2]))
@@ -210,8 +205,8 @@ def _draw_digit(rng: np.random.Generator, size: int, glyph: np.ndarray) -> np.nd
 class ClutteredDigits(data.Dataset):
     """One real digit on a large cluttered canvas; see the top of this file.
 
-    Sample `index` is a function of (split, seed, index) and of the settings below, whatever the number of samples, of
-    workers, and whatever was drawn before. The classes take turns in shuffled order, and so do the digits of a class.
+    Sample `index` is a function of (split, seed, index) and of the settings below. It does not depend on the number of
+    samples or workers, or on what was drawn before. All classes are equally frequent, and so are the digits of a class.
 
     Digits are not symmetric: train without flips.
     """
@@ -231,19 +226,18 @@ class ClutteredDigits(data.Dataset):
         """
         Args:
             split: 'train', 'val' or 'test', or one of timm's synonyms. No digit is in two splits.
-            img_size: Side of the canvas in pixels.
-            digit_scale: Smallest and largest side of the digit in pixels. A larger canvas has more to search, not
-                larger digits.
+            img_size: Side of the canvas in pixels. It does not change the size of the digits.
+            digit_scale: Smallest and largest side of the digit in pixels.
             clutter: Amount of clutter, 0 (the digit alone) to 4.
-            num_samples: 6000, 1000 and 2000 unless given. From 1280, 360 and 340 on, every digit of the split is used.
-            seed: Seed of everything drawn.
+            num_samples: Default 6000 (train), 1000 (val) and 2000 (test). From 1280, 360 and 340 on, every digit of
+                the split is used.
+            seed: Seed of everything random.
             transform: Applied to the PIL image.
             target_transform: Applied to the target.
         """
-        names = {name: key for key, (_, _, synonyms) in _SPLITS.items() for name in synonyms}
-        if split not in names:
-            raise ValueError(f'There is no split {split!r}: expected one of {", ".join(names)}.')
-        self.split = names[split]
+        if split not in _SPLIT_NAMES:
+            raise ValueError(f'There is no split {split!r}: expected one of {", ".join(_SPLIT_NAMES)}.')
+        self.split = _SPLIT_NAMES[split]
         self.img_size = _check_int('img_size', img_size, 1)
         self.digit_scale = _check_digit_scale(digit_scale, self.img_size)
         self.clutter = _check_clutter(clutter)
@@ -308,11 +302,11 @@ class ClutteredDigits(data.Dataset):
         return self.num_samples
 
     def box(self, index: int) -> tuple[int, int, int, int]:
-        """Return row, column, height and width of the digit on the canvas. There is no clutter in this box."""
+        """Return row, column, height and width of the digit's box on the canvas. The box has no clutter."""
         return self._place(self._index(index))[1]
 
     def filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
-        """Return a name for a sample, such as 'train/000123_digit7', as timm's datasets have for their files."""
+        """Return a name for a sample, e.g. 'train/000123_digit7', like the file names of timm's datasets."""
         index = self._index(index)
         name = f'{index:06d}_digit{self.targets[index]}'
         return name if basename else f'{self.split}/{name}'
@@ -346,44 +340,3 @@ def _check_digit_scale(digit_scale: Any, img_size: int) -> tuple[int, int]:
         raise ValueError(
             f'img_size={img_size} is too small for digit_scale={low, high}: expected at least {high} pixels.')
     return low, high
-
-
-def save_preview(
-        path: str | Path,
-        dataset: ClutteredDigits | None = None,
-        rows: int = 2,
-        cols: int = 6,
-        patch_size: int = 32,
-) -> None:
-    """Save a picture of the first samples: the canvas at double size, below it what a glance and what a patch shows.
-
-    Args:
-        path: Picture file to write.
-        dataset: Samples to show. The test split unless given.
-        rows: Rows of samples.
-        cols: Samples in a row.
-        patch_size: Side of the square that is framed on the canvas and shown below it, on the right. On the left is the
-            whole canvas, shrunk to a third.
-    """
-    dataset = ClutteredDigits('test') if dataset is None else dataset
-    side, gap = dataset.img_size, 8
-    patch_size = min(patch_size, side)
-    nearest = Image.Resampling.NEAREST
-    page = Image.new('RGB', (cols * (2 * side + gap) + gap, rows * (3 * side + 2 * gap) + gap), 'white')
-    for i in range(rows * cols):
-        image = dataset._draw(dataset._index(i))
-        row, col, height, width = dataset.box(i)
-        top = min(max(row + (height - patch_size) // 2, 0), side - patch_size)
-        left = min(max(col + (width - patch_size) // 2, 0), side - patch_size)
-        patch = image.crop((left, top, left + patch_size, top + patch_size)).resize((side, side), nearest)
-        glance = image.resize((side // 3, side // 3), Image.Resampling.BICUBIC).resize((side, side), nearest)
-        canvas = image.resize((2 * side, 2 * side), nearest)
-        frame = (2 * left, 2 * top, 2 * (left + patch_size) - 1, 2 * (top + patch_size) - 1)
-        ImageDraw.Draw(canvas).rectangle(frame, outline='white')
-
-        x, y = gap + i % cols * (2 * side + gap), gap + i // cols * (3 * side + 2 * gap)
-        page.paste(canvas, (x, y))
-        page.paste(glance, (x, y + 2 * side + 2))
-        page.paste(patch, (x + side, y + 2 * side + 2))
-    with atomic_write(path) as tmp:
-        page.save(tmp, optimize=True)

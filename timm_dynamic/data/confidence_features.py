@@ -1,4 +1,4 @@
-"""What a confidence net is trained on: sorted probabilities of a classifier, and whether it was right."""
+"""Training data of a confidence net: sorted probabilities of a classifier, and whether it was right."""
 import csv
 import io
 import json
@@ -27,7 +27,7 @@ class ConfidenceFeatures:
     Attributes:
         probabilities: Sorted falling [N, n], float32.
         correct: Whether the classifier was right [N], bool.
-        names: File names. Names may repeat: of images in different folders, or where features were merged.
+        names: File names. They may repeat, e.g. those of images in different folders, or of merged features.
     """
     probabilities: torch.Tensor
     correct: torch.Tensor
@@ -45,7 +45,7 @@ class ConfidenceFeatures:
 
     @classmethod
     def from_logits(cls, logits: torch.Tensor, target: torch.Tensor, names: Sequence[str]) -> 'ConfidenceFeatures':
-        """Make features of a classifier's logits [N, n] and the true classes [N]."""
+        """Make features from a classifier's logits [N, n] and the true classes [N]."""
         probabilities = logits.float().softmax(dim=1).sort(dim=1, descending=True).values
         return cls(probabilities.cpu(), (logits.argmax(dim=1) == target).cpu(), list(names))
 
@@ -64,7 +64,8 @@ class ConfidenceFeatures:
             [name for f in features for name in f.names])
 
     def save(self, path: str | Path) -> None:
-        """Write safetensors, whole or not at all. The names are JSON in a tensor of bytes: a header has an end."""
+        """Write safetensors, whole or not at all."""
+        # Names are JSON in a tensor of bytes: there is no room for millions of them in the header of the file.
         names = torch.frombuffer(bytearray(json.dumps(self.names).encode()), dtype=torch.uint8)
         with atomic_write(path) as tmp:
             save_file({
@@ -73,10 +74,10 @@ class ConfidenceFeatures:
 
     @classmethod
     def load(cls, path: str | Path) -> 'ConfidenceFeatures':
-        """Read what `save` wrote, or a CSV, by its suffix.
+        """Read what `save` wrote, or a CSV (chosen by the suffix), see `load_csv`.
 
         Raises:
-            ValueError: It is neither, or damaged.
+            ValueError: The file holds no features, or is damaged.
         """
         if Path(path).suffix.lower() == '.csv':
             return cls.load_csv(path)
@@ -85,27 +86,32 @@ class ConfidenceFeatures:
                 if (f.metadata() or {}).get('format') != _FORMAT:
                     raise ValueError(f'its format is not {_FORMAT}')
                 names = json.loads(bytes(f.get_tensor('names').numpy()))
+                if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+                    raise ValueError("'names' is no list of texts")
                 features = cls(f.get_tensor('probabilities'), f.get_tensor('correct'), names)
             if features.correct.dtype != torch.bool:
                 raise ValueError(f"'correct' is {features.correct.dtype}, not bool")
             check_probabilities(features.probabilities, is_sorted=True)
-        except (SafetensorError, OSError, KeyError, ValueError) as e:
+        except (SafetensorError, OSError, KeyError, ValueError, TypeError, RecursionError) as e:
             raise ValueError(f"'{path}' cannot be read as confidence features: {e}") from e
         return features
 
     def save_csv(self, path: str | Path) -> None:
-        """Write a CSV as the authors' scripts do: no header, UTF-8 with BOM; base name, n probabilities, 0 or 1."""
+        """Write a CSV as the CLCNet authors' scripts do: UTF-8 with BOM, no header. A row is base name, n
+        probabilities (as few digits as read back the same float32), and 0 or 1.
+        """
         with atomic_write(path) as tmp, open(tmp, 'w', encoding='utf-8-sig', newline='') as f:
             writer = csv.writer(f)
-            for name, row, hit in zip(self.names, self.probabilities.numpy(), self.correct.tolist()):
-                writer.writerow([os.path.basename(name), *map(str, row), int(hit)])  # shortest that reads back the same
+            for name, row, correct in zip(self.names, self.probabilities.numpy(), self.correct.tolist()):
+                writer.writerow([os.path.basename(name), *map(str, row), int(correct)])
 
     @classmethod
     def load_csv(cls, path: str | Path) -> 'ConfidenceFeatures':
-        """Read a CSV of the authors', see `save_csv`. Rows that are not sorted are sorted.
+        """Read a CSV as `save_csv` writes it. Rows that are not sorted are sorted.
 
         Raises:
-            ValueError: A row is ragged, or holds no such numbers; its line is named.
+            ValueError: A row has another length than the first, or no probabilities followed by 0 or 1. The message
+                names its line.
         """
         names: list[Any] = []
         rows: list[Any] = []
@@ -123,7 +129,7 @@ class ConfidenceFeatures:
             raise ValueError(f"'{path}' is empty.")
         table = torch.from_numpy(np.stack(rows))
         probabilities = table[:, :-1].sort(dim=1, descending=True).values
-        bad = ~(((probabilities.sum(dim=1) - 1).abs() <= 0.01) & (probabilities[:, -1] >= 0))  # also what is no number
+        bad = ~(((probabilities.sum(dim=1) - 1).abs() <= 0.01) & (probabilities[:, -1] >= 0))  # true for NaN, too
         if bad.any():
             row = int(bad.int().argmax())
             raise ValueError(
@@ -133,7 +139,7 @@ class ConfidenceFeatures:
 
 
 def _parse(f: io.TextIOBase, path: str | Path) -> Iterator[tuple[int, str, np.ndarray]]:
-    """Line number, name and numbers of each row. numpy reads a row some ten times faster than the csv module."""
+    """Line number, name and numbers of each row. numpy reads a row about ten times faster than the csv module."""
     for number, line in enumerate(f, 1):
         line = line.rstrip('\r\n')
         if not line.strip():
@@ -147,8 +153,8 @@ def _parse(f: io.TextIOBase, path: str | Path) -> Iterator[tuple[int, str, np.nd
             name, _, rest = line.partition(',')
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter('error')  # numpy only warns of what it cannot read
+                warnings.simplefilter('error')  # numpy only warns if it cannot read everything
                 values = np.fromstring(rest, dtype=np.float32, sep=',') if rest else np.empty(0, np.float32)
         except (DeprecationWarning, ValueError) as e:
-            raise ValueError(f"'{path}', line {number}: not all of it are numbers.") from e
+            raise ValueError(f"'{path}', line {number}: not all fields after the name are numbers.") from e
         yield number, name, values

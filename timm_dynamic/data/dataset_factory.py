@@ -6,28 +6,27 @@ from timm.data import create_dataset as create_timm_dataset
 
 from ..utils import did_you_mean
 from .cluttered_digits import ClutteredDigits
+from .splits import TRAIN_SPLITS, VALIDATION_SPLITS
 
 DEMO_DATASET = 'cluttered_digits'
-# Names of one split each, in timm.
-TRAIN_SPLITS, VALIDATION_SPLITS = ('train', 'training'), ('validation', 'val', 'valid', 'eval', 'evaluation')
-_DEMO_ARGS = ('img_size', 'digit_scale', 'clutter', 'num_samples')  # the last one is timm's, too
+_DEMO_ARGS = ('img_size', 'digit_scale', 'clutter', 'num_samples')  # num_samples is an argument of timm's, too
 
 
 def create_dataset(name: str, root: str | None = None, split: str = 'validation', **kwargs: Any) -> Any:
     """Create a dataset.
 
     Args:
-        name: 'cluttered_digits' for the embedded demo set; otherwise as in timm: empty for a folder or tar file, or
-            with the prefix torch/, hfds/, hfids/, wds/, tfds/.
+        name: 'cluttered_digits' for the embedded demo set. Other names are timm's: empty for a folder or tar file, or
+            a name with the prefix torch/, hfds/, hfids/, wds/, tfds/.
         root: Folder, for most of timm's datasets.
         split: Name of the split.
-        **kwargs: Passed on. The demo set takes `img_size`, `digit_scale`, `clutter` and `num_samples` and ignores
-            what only makes sense for files.
+        **kwargs: Passed on. The demo set takes `img_size`, `digit_scale`, `clutter` and `num_samples` and ignores the
+            rest.
 
     Raises:
         FileNotFoundError: The folder does not exist.
-        ValueError: The name is unknown, the folder is empty, has other splits than the one asked for, or holds one
-            class only, or timm refuses an argument.
+        ValueError: The name is unknown; the folder is empty, does not have the split, or holds one class only; or timm
+            refuses an argument.
     """
     if name == DEMO_DATASET:
         return ClutteredDigits(split=split, **{k: kwargs[k] for k in _DEMO_ARGS if kwargs.get(k) is not None})
@@ -61,7 +60,7 @@ def create_dataset(name: str, root: str | None = None, split: str = 'validation'
 
 
 def _check_split(root: str, split: str) -> None:
-    """Raise a ValueError for a split that timm would take all images for: it finds no folder of that name."""
+    """Raise a ValueError for a split without a folder, if others have one: timm would use the images of all splits."""
     split = split.split('[')[0]
     names = next((s for s in (TRAIN_SPLITS, VALIDATION_SPLITS) if split in s), (split,))
     found = {n for n in (*TRAIN_SPLITS, *VALIDATION_SPLITS, 'test') if os.path.isdir(os.path.join(root, n))}
@@ -71,7 +70,7 @@ def _check_split(root: str, split: str) -> None:
 
 
 def class_to_idx(dataset: Any) -> dict[str, int] | None:
-    """Class names of a dataset; None where it does not tell."""
+    """Index of each class name; None if the dataset does not have them."""
     for source in (dataset, getattr(dataset, 'reader', None)):
         mapping = getattr(source, 'class_to_idx', None)
         if isinstance(mapping, dict) and mapping:

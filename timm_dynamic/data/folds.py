@@ -1,4 +1,4 @@
-"""Folds of a cross-validation: which part of the images a net has not seen."""
+"""Folds of a cross-validation: which images each net was not trained on."""
 import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,11 +14,11 @@ _SEVERAL = -2
 class FoldMap:
     """Fold of each image, by its file name.
 
-    A name and a known one are the same image if one is the end of the other, part by part: 'val/n01440764/1.jpg',
-    'n01440764/1.jpg' and '1.jpg' are, 'n01443537/1.jpg' is another.
+    Two names mean the same image if one path is the end of the other: 'val/n01440764/1.jpg', 'n01440764/1.jpg' and
+    '1.jpg' mean the same, 'n01443537/1.jpg' means another.
 
     Args:
-        names: For each fold the names of its images. A name that is in several folds must not be asked for.
+        names: For each fold the names of its images.
 
     Attributes:
         num_folds: Number of folds.
@@ -34,7 +34,7 @@ class FoldMap:
             raise ValueError(f'Expected at least two folds and images in each, got {len(names)}, empty: {empty}.')
         self._names = [list(fold) for fold in names]
         self._whole: dict[str, int] = {}
-        self._ends: dict[str, int] = {}  # of names, shorter than they are
+        self._ends: dict[str, int] = {}  # by the shorter ends of names
         for k, fold in enumerate(names):
             for name in fold:
                 whole, *ends = _ends_of(name)
@@ -44,7 +44,7 @@ class FoldMap:
 
     @classmethod
     def read(cls, path: str | Path) -> 'FoldMap':
-        """Read a folder with a folder of images for each fold, in natural order of their names, or what `save` wrote.
+        """Read what `save` wrote, or a folder with one sub-folder of images for each fold, in natural order.
 
         Raises:
             ValueError: There is no such folder or file, or it holds no folds.
@@ -62,8 +62,8 @@ class FoldMap:
             raise ValueError(f"There are no folds at '{path}': {e.strerror or e}.") from e
         except (ValueError, csv.Error) as e:
             raise ValueError(
-                f"'{path}' does not say which images are in which fold ({e}) Expected a folder with a folder of images "
-                'for each fold, or a CSV with the columns file and fold.') from e
+                f"'{path}' does not say which images are in which fold ({e}) Expected a folder with one sub-folder of "
+                'images for each fold, or a CSV with the columns file and fold.') from e
 
     @classmethod
     def _load(cls, path: Path) -> 'FoldMap':
@@ -73,29 +73,31 @@ class FoldMap:
             for row in reader:
                 fold = row.get('fold') or ''
                 if not row.get('file') or not fold.isdecimal() or int(fold) < 1:
-                    raise ValueError(f'line {reader.line_num} is no file and number of a fold, counted from 1.')
+                    raise ValueError(f'line {reader.line_num} has no file name, or no fold number (1, 2, ...).')
                 names.setdefault(int(fold), []).append(row['file'])
-        return cls([names.get(k + 1, []) for k in range(max(names, default=0))])
+        if max(names, default=0) > len(names):
+            raise ValueError(f'the highest fold is {max(names)}, but only {len(names)} folds have images.')
+        return cls([names[k] for k in sorted(names)])
 
     def save(self, path: str | Path) -> None:
-        """Write a CSV with the columns 'file' and 'fold', which is counted from 1."""
+        """Write a CSV with the columns 'file' and 'fold' (counted from 1)."""
         with atomic_write(path) as tmp, open(tmp, 'w', encoding='utf-8', newline='') as f:
             writer = csv.writer(f)
             writer.writerow(['file', 'fold'])
             writer.writerows([name, k + 1] for k, fold in enumerate(self._names) for name in fold)
 
     def folds_of(self, names: Sequence[str]) -> torch.Tensor:
-        """Fold of each name [N] int64, counted from 0; -1 where it is in none.
+        """Fold of each name [N] int64, counted from 0; -1 if it is in none.
 
         Raises:
-            ValueError: A name is in several folds.
+            ValueError: A name is in several folds, or several images of different folds have this name.
         """
         folds = torch.tensor([self._find(name) for name in names], dtype=torch.int64)
         several = (folds == _SEVERAL).nonzero().flatten().tolist()
         if several:
             raise ValueError(
                 f"'{names[several[0]]}' (and {len(several) - 1} others) is in several folds, or images of several "
-                'folds have this name: names must tell them apart.')
+                'folds have this name. Give longer paths that tell them apart.')
         return folds
 
     def _find(self, name: str) -> int:
@@ -105,7 +107,7 @@ class FoldMap:
 
 
 def fold_names(names: Sequence[str], folds: torch.Tensor) -> list[list[str]]:
-    """For each fold the different names of its images, see `FoldMap`."""
+    """For each fold the names of its images, without repetitions: see `FoldMap`."""
     by_fold: Mapping[int, dict[str, None]] = {k: {} for k in range(int(folds.max()) + 1)}
     for name, fold in zip(names, folds.tolist()):
         by_fold[fold][name] = None
@@ -113,6 +115,6 @@ def fold_names(names: Sequence[str], folds: torch.Tensor) -> list[list[str]]:
 
 
 def _ends_of(name: str) -> list[str]:
-    """A path and its ends, the longest first."""
+    """A path and all its shorter ends: 'a/b/c', 'b/c', 'c'."""
     parts = [part for part in name.replace('\\', '/').split('/') if part not in ('', '.')]
     return ['/'.join(parts[i:]) for i in range(len(parts))] or [name]

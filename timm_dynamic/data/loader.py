@@ -1,6 +1,6 @@
-"""timm's loaders, made repeatable: what a batch holds depends on (seed, epoch, batch) and on nothing else.
+"""timm's loaders, made repeatable: the content of a batch is a function of (seed, epoch, batch).
 
-Not on the number of workers, not on what was prefetched, not on whether the run was killed and resumed before.
+It does not depend on the number of workers, on prefetching, or on whether the run was resumed.
 """
 import logging
 import multiprocessing
@@ -25,14 +25,14 @@ from ..utils import seeded
 
 
 class BatchKey(NamedTuple):
-    """Names a training batch. Goes to a worker in place of a list of indices."""
-    indices: list[Any]  # sample indices, or what a timm sampler puts in their place
+    """Identifies a training batch. Workers get it instead of a list of indices."""
+    indices: list[Any]  # sample indices, or what a timm sampler yields instead
     epoch: int
     batch: int
 
 
 class _KeyedBatch(list):
-    """Samples that remember their key until they are collated."""
+    """Samples of a batch, with its key for `_SeededCollate`."""
 
     def __init__(self, samples: list[Any], key: BatchKey) -> None:
         super().__init__(samples)
@@ -40,10 +40,10 @@ class _KeyedBatch(list):
 
 
 class EpochBatchSampler(Sampler[BatchKey]):
-    """Keys of the batches of an epoch, from a given batch on.
+    """Yields the keys of an epoch's batches, from a given batch on.
 
     Args:
-        batches: A batch sampler whose order depends on the epoch alone.
+        batches: A batch sampler whose order depends on the epoch only.
     """
 
     def __init__(self, batches: Any) -> None:
@@ -51,7 +51,7 @@ class EpochBatchSampler(Sampler[BatchKey]):
         self.epoch = self.start = 0
 
     def set_epoch(self, epoch: int, start: int | None = None) -> None:
-        if start is None:  # timm's repeating loader names the epoch again, which is no reason to start over
+        if start is None:  # timm's repeating loader sets the epoch a second time: keep the start
             start = self.start if epoch == self.epoch else 0
         self.epoch, self.start = epoch, start
         samplers: list[Any] = [self.batches, getattr(self.batches, 'sampler', None)]
@@ -69,7 +69,7 @@ class EpochBatchSampler(Sampler[BatchKey]):
 
 
 class _SkipCounter(logging.Handler):
-    """Counts the images that timm's datasets skip because they cannot be read, over all worker processes."""
+    """Counts, over all worker processes, the images that timm's datasets skip because they cannot be read."""
 
     def __init__(self, context: Any = None) -> None:
         super().__init__()
@@ -89,14 +89,14 @@ class _SkipCounter(logging.Handler):
 
 
 class SeededDataset(Dataset):
-    """Fetches every sample under random numbers of its own, and counts those that cannot be read.
+    """Seeds the random numbers of every sample, and counts the samples that cannot be read.
 
     Args:
         dataset: Map-style dataset.
         seed: Seed of the run.
-        rank: Process number; only matters where a sample is drawn several times in an epoch (`repeated`).
-        repeated: Samples recur within an epoch, as with repeated augmentation.
-        context: Of the processes that will share it, as `worker_context` gives it.
+        rank: Process number. Used only with `repeated`.
+        repeated: Samples occur several times in an epoch, as with repeated augmentation.
+        context: How the worker processes are started, see `worker_context`.
     """
 
     def __init__(
@@ -115,7 +115,7 @@ class SeededDataset(Dataset):
 
     def __getitems__(self, key: Sequence[Any]) -> list[Any]:
         logger = logging.getLogger('timm.data.dataset')
-        if self.skipped not in logger.handlers:  # anew in every worker
+        if self.skipped not in logger.handlers:  # every worker has its own logger
             logger.addHandler(self.skipped)
         if not isinstance(key, BatchKey):
             return [self.dataset[i] for i in key]
@@ -135,7 +135,7 @@ class SeededDataset(Dataset):
 
 
 class _SeededCollate:
-    """Collates (and mixes) every batch under random numbers of its own."""
+    """Collates (and mixes) batches, with random numbers seeded for every batch."""
 
     def __init__(self, collate_fn: Callable, seed: int, rank: int, mixup_off_epoch: int = 0) -> None:
         self.collate_fn = collate_fn
@@ -147,14 +147,14 @@ class _SeededCollate:
         key = getattr(batch, 'key', None)
         if key is None:
             return self.collate_fn(batch)
-        if hasattr(self.collate_fn, 'mixup_enabled'):  # decided here: the main process cannot reach into workers
+        if hasattr(self.collate_fn, 'mixup_enabled'):  # set here because workers have copies of their own
             self.collate_fn.mixup_enabled = not self.mixup_off_epoch or key.epoch < self.mixup_off_epoch
         with seeded(self.seed, 'batch', self.rank, key.epoch, key.batch, keep=get_worker_info() is not None):
             return self.collate_fn(list(batch))
 
 
 class _SeededErasing:
-    """Erases in every batch under random numbers of its own."""
+    """Random erasing, with random numbers seeded for every batch."""
 
     def __init__(self, random_erasing: Callable, seed: int, rank: int, device: torch.device) -> None:
         self.random_erasing = random_erasing
@@ -170,22 +170,23 @@ class _SeededErasing:
 
 
 def worker_context(world_size: int = 1) -> Any:
-    """How loaders start their workers; None for torch's default, which on Linux may be to fork.
+    """Multiprocessing context for loaders' workers; None for torch's default, which on Linux may be to fork.
 
-    A process that talks to others has threads that do, and a fork of it may wait for ever for a lock that one of them
-    held: see the note on DataLoader in the documentation of DistributedDataParallel. Of the other ways, a fork server
-    would keep workers alive where their process is killed.
+    With several processes it is 'spawn'. Their communication runs in threads, and a fork may wait for ever for a lock
+    that such a thread held (see the note on DataLoader in the documentation of DistributedDataParallel). With
+    'forkserver', workers would stay alive after their process was killed.
     """
     return torch.multiprocessing.get_context('spawn') if world_size > 1 else None
 
 
 class WorkerInit:
-    """Starts a loader's worker as timm does, and lets the main process alone decide when it ends.
+    """Initialises a loader's worker as timm does, and lets it ignore SIGINT and SIGTERM.
 
-    A scheduler's SIGTERM, or Ctrl-C, goes to the workers too; were they to die of it, the run could not end in order.
+    A scheduler's SIGTERM and Ctrl-C are sent to the workers, too. If they ended then, the main process could not finish
+    its batch and save its state. It ends the workers itself.
 
     Args:
-        worker_init_fn: What the loader would have called.
+        worker_init_fn: The loader's own function.
     """
 
     def __init__(self, worker_init_fn: Callable[[int], Any] | None) -> None:
@@ -202,14 +203,14 @@ class TrainLoader:
     """Training batches of a timm loader, repeatable and resumable.
 
     Iterating gives (input, target) on the device (on the CPU without prefetcher), from the batch given to `set_epoch`
-    on. Datasets that can only be iterated begin every epoch anew: see `resumable`.
+    on. Datasets that can only be iterated always start an epoch at its first batch: see `resumable`.
 
     Args:
-        loader: What timm's `create_loader` made, with is_training=True.
+        loader: A loader of timm's `create_loader` with is_training=True.
         seed: Seed of the run.
         rank: This process.
         mixup_off_epoch: First epoch without mixup, 0 for never.
-        context: As `worker_context` gives it.
+        context: How workers are started, see `worker_context`.
     """
 
     def __init__(
@@ -227,13 +228,13 @@ class TrainLoader:
         self.class_to_idx: dict[str, int] | None = None
         self.batch_sampler: EpochBatchSampler | None = None
         if self.resumable:
-            # torch's loaders do not let go of a sampler, so a new one is made around timm's transforms, collation
-            # and sampling. A loader of timm that repeats for ever stays one: the class is kept.
+            # The sampler of a torch loader cannot be replaced, so a new loader is made with timm's transforms,
+            # collation and sampling. It has the same class: that of timm's loader which repeats for ever is kept.
             batches: Any = inner.batch_sampler
             if type(batches).__name__ == '_RepeatSampler':
                 batches = batches.sampler
             sampler = batches.sampler
-            if isinstance(sampler, RandomSampler):  # has an order of its own: take one that only knows seed and epoch
+            if isinstance(sampler, RandomSampler):  # its order depends on the global generator
                 sampler = batches.sampler = DistributedSampler(inner.dataset, num_replicas=1, rank=0)
             if isinstance(sampler, DistributedSampler):
                 sampler.seed = seed
@@ -265,11 +266,11 @@ class TrainLoader:
 
     @property
     def skipped(self) -> int:
-        """Images skipped so far because they could not be read."""
+        """Number of images skipped so far because they could not be read."""
         return self.dataset.skipped.count.value if isinstance(self.dataset, SeededDataset) else 0
 
     def set_epoch(self, epoch: int, start: int = 0) -> None:
-        """Choose the epoch, and its first batch to be given. Datasets that can only be iterated begin at 0."""
+        """Set the epoch and its first batch to iterate from. Datasets that can only be iterated start at batch 0."""
         self.start = start if self.resumable else 0
         if self.batch_sampler is not None:
             self.batch_sampler.set_epoch(epoch, start)
@@ -279,7 +280,7 @@ class TrainLoader:
             self.erasing.epoch, self.erasing.batch = epoch, self.start
 
     def indices(self, epoch: int, batch: int) -> list[Any] | None:
-        """Sample indices of a batch of this process, for messages. None where they cannot be known."""
+        """Sample indices of a batch of this process, for messages. None if they are not known."""
         if self.batch_sampler is None:
             return None
         before = self.batch_sampler.epoch, self.batch_sampler.start
@@ -292,7 +293,7 @@ class TrainLoader:
         return iter(self.loader)
 
     def __len__(self) -> int:
-        """Batches of a whole epoch, wherever it was resumed."""
+        """Number of batches of a whole epoch, also if it was resumed in the middle."""
         return len(self.loader if self.batch_sampler is None else self.batch_sampler.batches)
 
 
@@ -309,7 +310,7 @@ def create_train_loader(
     """Create timm's training loader and make it repeatable.
 
     Args:
-        dataset: A timm or torchvision dataset; its `transform` is set.
+        dataset: A timm or torchvision dataset. Its `transform` is set.
         input_size: Channels, height, width.
         batch_size: Per process.
         seed: Seed of the run.

@@ -1,4 +1,4 @@
-"""Several views of an image, each prepared as one member of a cascade wants it: one decode, any sizes."""
+"""Several views of an image, one for each member of a cascade. The image is decoded once."""
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -8,7 +8,7 @@ from timm.data import create_transform
 
 
 class MultiViewTransform:
-    """Prepares an image in several ways.
+    """Applies several transforms to one image.
 
     Args:
         transforms: One for each view.
@@ -26,13 +26,13 @@ def create_multi_view_transform(views: Sequence[Mapping[str, Any]], normalise: b
 
     Args:
         views: For each 'input_size', 'interpolation', 'crop_pct', 'crop_mode', 'mean', 'std'.
-        normalise: Give float tensors; else uint8, which `MultiViewLoader` normalises on the device.
+        normalise: Make normalised float tensors. Otherwise uint8, which `MultiViewLoader` normalises on the device.
     """
     return MultiViewTransform([create_transform(**view, use_prefetcher=not normalise) for view in views])
 
 
 def collate_views(samples: Sequence[tuple[Sequence[Any], Any]]) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
-    """Join samples: for each view a tensor [B, C, S_i, S_i], and the targets [B] int64."""
+    """Collate samples: for each view a tensor [B, C, S_i, S_i], and the targets [B] int64."""
     views = zip(*(views for views, _ in samples))
     stacked = tuple(
         torch.stack(view) if isinstance(view[0], torch.Tensor) else torch.from_numpy(np.stack(view)) for view in views)
@@ -40,13 +40,13 @@ def collate_views(samples: Sequence[tuple[Sequence[Any], Any]]) -> tuple[tuple[t
 
 
 class MultiViewLoader:
-    """Moves the views of a loader to a device, a batch ahead, and normalises each there as it wants to be.
+    """Moves the views of a loader to a device, one batch ahead, and normalises them there.
 
     Args:
-        loader: Gives (views, target) as `collate_views` makes them. Views that are not uint8 are normalised already.
+        loader: Gives (views, target) as `collate_views` makes them. Only uint8 views are normalised.
         views: See `create_multi_view_transform`.
-        device: Where to.
-        dtype: Of the images.
+        device: Device to move to.
+        dtype: Dtype of the images.
     """
 
     def __init__(

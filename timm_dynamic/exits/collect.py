@@ -1,4 +1,4 @@
-"""Running a model over a loader, once: what it says of every image, in the order of the dataset."""
+"""Running a model over a loader once, with the results in the order of the dataset."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -25,15 +25,14 @@ def predict_steps(model: Any, x: Any) -> dict[str, torch.Tensor]:
 
     Args:
         model: A `DynamicNet`, or any classifier.
-        x: Images, as the model takes them.
+        x: Images, as the model's input.
 
     Returns:
         'logits' [T, B, num_classes] and 'confidence' [T, B].
     """
-    if not hasattr(model, 'num_steps'):
+    if not hasattr(model, 'init_state'):
         logits = model(x)
-        logits = logits[0] if isinstance(logits, (tuple, list)) else logits
-        return {'logits': logits[None], 'confidence': logits.float().softmax(dim=-1).amax(dim=-1)[None]}
+        return with_confidence((logits[0] if isinstance(logits, (tuple, list)) else logits)[None])
     state = model.init_state(x)
     logits, confidence = [], []
     for t in range(model.num_steps):
@@ -41,6 +40,11 @@ def predict_steps(model: Any, x: Any) -> dict[str, torch.Tensor]:
         logits.append(step_logits)
         confidence.append(model.confidence(step_logits, state))
     return {'logits': torch.stack(logits), 'confidence': torch.stack(confidence)}
+
+
+def with_confidence(logits: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Outputs of steps that are known by their logits [T, B, num_classes]: their confidence is the top probability."""
+    return {'logits': logits, 'confidence': logits.float().softmax(dim=-1).amax(dim=-1)}
 
 
 @torch.no_grad()
@@ -58,14 +62,14 @@ def run_loader(
     """Run a model on all batches of a loader. Everything that evaluates goes through this loop.
 
     Args:
-        predict: Gives the outputs for a batch, see `predict_steps`. It is called under autocast.
-        loader: Gives (x, target) with x as the model takes it and class indices [B].
+        predict: Gives the outputs for a batch, e.g. `predict_steps`. It is called under autocast.
+        loader: Gives (x, target): the model's input and class indices [B].
         on_batch: Called with outputs, targets [B] and x of every batch, all on the device.
-        device: Where the model is.
+        device: Device of the model.
         accelerator: For autocast and a progress bar on the main process; without it there is neither.
-        dtype: Of images (default: as the loader gives them).
-        channels_last: Memory layout of images.
-        desc: For the progress bar.
+        dtype: Dtype of the images. Default: that of the loader.
+        channels_last: Use the channels-last memory format for the images.
+        desc: Text of the progress bar.
         log_freq: Batches between updates of the progress bar.
     """
     layout = torch.channels_last if channels_last else torch.preserve_format
@@ -92,11 +96,12 @@ def move_images(
 
 
 class SampleRecorder:
-    """Collects values of every sample, batch by batch, and puts those of all processes in the order of the dataset.
+    """Collects values of every sample, batch by batch, and gathers those of all processes in the order of the dataset.
 
     Args:
-        loader: The loader that gives the samples. What its sampler adds to make the processes' shares even is left out.
-        accelerator: Processes; without it there is one.
+        loader: The loader of the samples. Samples that its sampler repeats to make the processes' shares even are
+            dropped.
+        accelerator: Knows the processes; without it there is one.
     """
 
     def __init__(self, loader: Any, accelerator: Accelerator | None = None) -> None:
@@ -105,11 +110,11 @@ class SampleRecorder:
         self._batches: list[tuple[torch.Tensor, ...]] = []
 
     def add(self, *values: torch.Tensor) -> None:
-        """Add a batch: tensors [B, ...], the same number of them every time."""
+        """Add a batch: tensors [B, ...], the same number of tensors every time."""
         self._batches.append(tuple(value.detach().cpu() for value in values))
 
     def gather(self) -> tuple[torch.Tensor, ...]:
-        """Tensors [N, ...] on the CPU, the same in every process.
+        """The values of all samples: tensors [N, ...] on the CPU, the same in every process.
 
         Raises:
             ValueError: There were no batches.
@@ -120,12 +125,12 @@ class SampleRecorder:
         if self.accelerator is None or self.accelerator.num_processes == 1:
             return values
         from accelerate.utils import gather_object  # late: importing accelerate takes a second
-        join = torch.cat if self.limit is None else interleave  # a dataset that can only be iterated has no order
+        join = torch.cat if self.limit is None else interleave  # an iterable dataset has no order
         return tuple(join(shares) for shares in zip(*gather_object([values])))
 
 
 def interleave(shares: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Put the shares of processes that took every n-th sample each back into the order of the dataset."""
+    """Put shares of processes, each of which took every n-th sample, into the order of the dataset."""
     out = torch.cat(list(shares))
     for rank, share in enumerate(shares):
         out[rank::len(shares)] = share
@@ -133,35 +138,35 @@ def interleave(shares: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def rank_of(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """How many classes come before the true one; of equal logits the first class comes first, as with argmax.
+    """Number of classes ranked before the true one. Of equal logits the first class comes first, as with argmax.
 
     Args:
         logits: [..., B, num_classes].
         target: True classes [B], int64.
 
     Returns:
-        [..., B] int64; 0 where the prediction is right.
+        [..., B] int64; 0 where the prediction is correct.
     """
     own = logits.gather(-1, target.expand(logits.shape[:-1])[..., None])
     later = torch.arange(logits.shape[-1], device=logits.device) >= target[:, None]
-    ahead = ~(logits < own) & ~((logits == own) & later)  # all of them where logits are not numbers
+    ahead = ~(logits < own) & ~((logits == own) & later)  # NaN logits: all classes
     return ahead.sum(dim=-1)
 
 
 def collect_exit_table(model: Any, loader: Iterable[Any], accelerator: Accelerator | None = None) -> ExitTable:
-    """Run all steps on all images once, and note how confident and how right the model is after each.
+    """Run all steps on all images once, and record confidence and correctness after each step.
 
     Args:
         model: A `DynamicNet` in eval mode.
-        loader: Gives (x, target) with x as for `early_exit` and class indices [B]. With several processes, a loader of
-            this process's share as timm makes it (`distributed=True`).
+        loader: Gives (x, target) with x as for `early_exit` and class indices [B]. With several processes, timm's
+            loader of this process's share (`distributed=True`).
         accelerator: For device, autocast and processes; without it, one process on the model's device.
 
     Returns:
         The same table in every process, in the order of the dataset.
 
     Raises:
-        ValueError: The model is in train mode, or the loader gives nothing.
+        ValueError: The model is in train mode, or the loader is empty.
     """
     model = check_ready(model)
     recorder = SampleRecorder(loader, accelerator)
@@ -175,7 +180,7 @@ def collect_exit_table(model: Any, loader: Iterable[Any], accelerator: Accelerat
 
 
 def check_ready(model: Any) -> DynamicNet:
-    """The model without what it is wrapped in.
+    """Unwrap a model, and check that it can exit early.
 
     Raises:
         ValueError: It has no steps, or is in train mode.

@@ -8,13 +8,13 @@ from .collect import check_ready
 
 
 def early_exit(model: Any, x: Any, policy: Any) -> ExitResult:
-    """Predict with early exit. After each step the batch shrinks to the images that go on.
+    """Predict with early exit. After each step the batch shrinks to the images that continue.
 
     Args:
         model: A `DynamicNet` in eval mode.
         x: Images [B, C, S, S], of any B; for cascades a tuple with one tensor per member.
         policy: T thresholds, as a float tensor or a sequence, or an `ExitPolicy`. With thresholds, an image stops at
-            the first step whose confidence reaches its threshold, and at the last step in any case.
+            the first step whose confidence reaches its threshold, or at the last step.
 
     Returns:
         `.logits` [B, num_classes], `.steps_used` [B] int64 in 1..T, and `.confidence` [B], in the order of x.

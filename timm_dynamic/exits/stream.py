@@ -1,7 +1,7 @@
 """Early exit at full batch size: images wait before each step until there are enough of them.
 
-`early_exit` shrinks a batch as its images stop, so later steps run on what is left. `ExitStream` refills instead: the
-images of many batches that have come equally far are run together.
+`early_exit` shrinks a batch as its images stop, so later steps run on small batches. `ExitStream` refills them: images
+of many batches that wait for the same step are run together.
 """
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 from ..models.dynamic_net import DynamicNet, ExitResult, State, StopRule, num_rows
 from .collect import check_ready, move_images
 
-_HISTORY = 'confidences so far'  # travels with the states, whose own names are identifiers
+_HISTORY = 'confidences so far'  # kept among the states; no name clash, as names of states are identifiers
 _PENDING_BATCHES = 64
 
 
@@ -26,20 +26,21 @@ class StreamResult(ExitResult):
 class ExitStream:
     """Runs a model with early exit over a stream of batches, every step on full batches of constant shape.
 
-    Before each step there is a queue; whenever one holds `batch_size` images, they are run, in the deepest such queue
-    first. A batch is read when no queue is full, so with T steps at most T · (batch_size - 1) images wait, and those of
-    the batch just read; on a GPU, the next one is copied there meanwhile, and a step waits for the device once: for the
-    decision who stops. Streams and runs may share a model: what a run keeps is its own. There are no threads.
+    Each step has a queue. When a queue holds `batch_size` images, the step is run on them; of several full queues, the
+    latest step comes first. A batch is read when no queue is full. So with T steps at most T · (batch_size - 1) images
+    wait, plus those of the batch just read. On a GPU the next batch is copied meanwhile, and a step waits for the
+    device once, for the decision which images stop. Streams and runs may share a model: a run changes only its own
+    data. There are no threads.
 
     Args:
         model: A `DynamicNet` in eval mode.
         policy: T thresholds, as a float tensor or a sequence, or an `ExitPolicy`: see `early_exit`.
         batch_size: Images that a step is run on.
-        max_pending: Images whose results may wait for an earlier image's, which bounds memory and delay where few
-            images get to a late step: beyond it, the queue with the oldest image is run though it is not full. A
+        max_pending: Images whose results may wait for that of an earlier image. Beyond it, the queue with the oldest
+            image is run though it is not full. This bounds memory and delay where few images reach a late step. A
             single batch may hold more. Default: 64 · batch_size.
-        pad: Run what is left in queues at the end, or beyond `max_pending`, at full batch size, with copies that are
-            thrown away. Default: only where the steps are compiled, see `DynamicNet.compile_steps`.
+        pad: Run queues that are not full (at the end, or beyond `max_pending`) at full batch size, with copies whose
+            results are dropped. Default: only if the steps are compiled, see `DynamicNet.compile_steps`.
 
     Raises:
         ValueError: The policy does not fit the model, the model is in train mode, or a number is not positive.
@@ -64,15 +65,15 @@ class ExitStream:
         """Predict for all batches.
 
         Args:
-            batches: Gives x as `early_exit` takes it, or (x, target): any iterable, e.g. a loader of timm. Batches may
-                be of any size, none included, and of changing image sizes; where the size of images changes, all
-                queues are emptied first. They are moved to the model's device.
+            batches: Gives x as for `early_exit`, or (x, target): any iterable, e.g. a loader of timm. Batches may have
+                any size, also 0. If the image size changes, all queues are emptied first. Images are moved to the
+                model's device.
 
         Returns:
-            An iterator over what `early_exit` gives for each batch, in the order of the batches, on the model's
-            device, with the batch's `.target` as it came. If reading fails, in the source or because of images that
-            the model cannot take, the results of the batches before come first, then the error; if the model fails,
-            those that are complete.
+            An iterator over the results of `early_exit` for each batch, in the order of the batches, on the model's
+            device, each with its batch's unchanged `.target`. If a batch cannot be read, or the model refuses its
+            images, the results of all batches before it come first, then the error. If a step fails, the results that
+            are complete come first.
 
         Raises:
             ValueError: The model is in train mode.
@@ -86,8 +87,8 @@ class StreamRun(Iterator[StreamResult]):
 
     Attributes:
         runs: How often each step was run so far [T].
-        rows: On how many images in all [T].
-        peak_queued: The most images that have waited before steps at a time.
+        rows: Number of images each step was run on so far [T].
+        peak_queued: Largest number of images that waited at a time.
     """
 
     def __init__(
@@ -103,10 +104,10 @@ class StreamRun(Iterator[StreamResult]):
         self._batch_size, self._max_pending = batch_size, max_pending
         self._device = next(model.parameters()).device
         self._queues = [_Queue(batch_size) for _ in range(model.num_steps)]
-        self._signature: Any = None  # of the states in the queues
+        self._signature: Any = None  # shapes and dtypes of the states in the queues
         self._inputs: deque[_Input] = deque()  # not delivered yet
         self._pages: dict[int, _Page] = {}  # results by ticket, batch_size to a page
-        self._next_ticket = 0  # images are numbered as they come
+        self._next_ticket = 0  # images are numbered in the order of the input
         self._whole_pages = 0  # pages, from the first on, whose images have all stopped
         self.runs, self.rows = [0] * model.num_steps, [0] * model.num_steps
         self.peak_queued = 0
@@ -116,7 +117,7 @@ class StreamRun(Iterator[StreamResult]):
         return next(self._results)
 
     def close(self) -> None:
-        """Stop before the end. What still waits is dropped."""
+        """Stop before the end. Waiting images are dropped."""
         self._results.close()
 
     def _run(self, batches: Iterable[Any]) -> Generator[StreamResult, None, None]:
@@ -126,7 +127,7 @@ class StreamRun(Iterator[StreamResult]):
                 state, target = next(source)
             except StopIteration:
                 break
-            except Exception as e:  # what was read before comes first
+            except Exception as e:  # results of the batches before come first
                 error = e
                 break
             signature = {name: (value.shape[1:], value.dtype) for name, value in state.items()}
@@ -134,7 +135,7 @@ class StreamRun(Iterator[StreamResult]):
                 yield from self._drain()
                 self._queues, self._signature = [_Queue(self._batch_size) for _ in self._queues], signature
             self._admit(state, target)
-            del state  # or it would be held while the next one is read
+            del state  # to free its memory while the next one is read
             yield from self._deliver()
             while (t := self._next_step()) is not None:
                 self._step(t)
@@ -144,7 +145,7 @@ class StreamRun(Iterator[StreamResult]):
             try:
                 raise error
             finally:
-                del error  # it knows this frame: in a cycle, queues and workers of a loader would live on
+                del error  # it refers to this frame; the cycle would keep queues and a loader's workers alive
 
     def _read(self, batches: Iterable[Any]) -> Iterator[tuple[State, Any]]:
         pairs = map(_split_batch, batches)
@@ -169,7 +170,7 @@ class StreamRun(Iterator[StreamResult]):
         self._next_ticket = last
 
     def _next_step(self) -> int | None:
-        """The deepest step with a full batch; beyond `max_pending`, the one that the oldest image waits for."""
+        """The latest step with a full batch; beyond `max_pending`, the one that the oldest image waits for."""
         for t in reversed(range(len(self._queues))):
             if len(self._queues[t]) >= self._batch_size:
                 return t
@@ -197,7 +198,7 @@ class StreamRun(Iterator[StreamResult]):
             stopping = torch.arange(n)
         else:
             history = confidence[:, None] if history is None else torch.cat([history, confidence[:, None]], dim=1)
-            stop = self.exit_policy(history)[:n].cpu()  # the one point where a GPU is waited for
+            stop = self.exit_policy(history)[:n].cpu()  # the only place that waits for a GPU
             stopping, going = stop.nonzero().squeeze(1), (~stop).nonzero().squeeze(1)
             self._queues[t + 1].put({**state, _HISTORY: history}, tickets[going], going)
         if len(stopping):
@@ -237,7 +238,7 @@ class StreamRun(Iterator[StreamResult]):
                     return
                 parts = [tuple(value[max(first - k * size, 0):last - k * size] for value in self._pages[k][:3])
                          for k in range(first // size, (last - 1) // size + 1)]
-                # A copy where others share the page: results are the caller's, to change and to keep.
+                # torch.cat copies: the caller may change and keep results, and other batches share the page.
                 result = StreamResult(*map(torch.cat, zip(*parts)))
             for k in range(first // size, last // size):
                 del self._pages[k]
@@ -255,9 +256,9 @@ class StreamRun(Iterator[StreamResult]):
 
 class _Input(NamedTuple):
     first: int  # ticket
-    last: int  # and of the one behind
+    last: int  # ticket after the last image
     target: Any
-    result: StreamResult | None  # of a batch of none
+    result: StreamResult | None  # result of an empty batch
 
 
 class _Page(NamedTuple):
@@ -268,13 +269,13 @@ class _Page(NamedTuple):
 
 
 class _Block:
-    """Room for a batch of states."""
+    """Memory for one batch of states."""
 
     def __init__(self, state: State, tickets: torch.Tensor, filled: int, owned: bool) -> None:
         self.state, self.tickets, self.filled, self.owned = state, tickets, filled, owned
 
     def padded(self) -> State:
-        """All rows; those that are not filled as copies of the first, since others may hold anything."""
+        """All rows; those that are not filled become copies of the first, as they may hold any values."""
         if self.filled < len(self.tickets):
             for value in self.state.values():
                 value[self.filled:] = value[:1]
@@ -282,7 +283,7 @@ class _Block:
 
 
 class _Queue:
-    """States that wait for a step, in the order they came, laid out as the batches that will be run."""
+    """States that wait for a step, in the order of arrival, stored as the batches that will be run."""
 
     def __init__(self, batch_size: int) -> None:
         self.batch_size = batch_size
@@ -298,7 +299,7 @@ class _Queue:
         return min((int(block.tickets[:block.filled].min()) for block in self.blocks), default=float('inf'))
 
     def put(self, state: State, tickets: torch.Tensor, rows: torch.Tensor | None = None) -> None:
-        """Append images, or some rows of them. Each is copied once; whole batches are taken as they are."""
+        """Append images, or some rows of them. Each is copied once; whole batches are not copied."""
         done = 0
         index = None if rows is None else rows.to(next(iter(state.values())).device, non_blocking=True)
         while done < len(tickets):
@@ -316,7 +317,7 @@ class _Queue:
             part = slice(done, done + end - begin)
             for name, value in state.items():
                 to = block.state[name][begin:end]
-                if value.ndim == 4 and not value.is_contiguous():  # rows are copied fast where they are contiguous
+                if value.ndim == 4 and not value.is_contiguous():  # contiguous rows are copied faster
                     value, to = value.permute(0, 2, 3, 1), to.permute(0, 2, 3, 1)
                 if index is None:
                     to.copy_(value[part])
@@ -329,12 +330,12 @@ class _Queue:
         return self.blocks.popleft()
 
     def recycle(self, block: _Block) -> None:
-        """Take back the room of a block that was run, and all that was made of it copied."""
+        """Reuse the memory of a block that was run. Its results must have been copied."""
         if block.owned:
             block.filled = 0
             self.spare.append(block)
 
-    @torch.inference_mode(False)  # what is made in inference mode could not be written to outside of it
+    @torch.inference_mode(False)  # tensors made in inference mode cannot be written to outside of it
     def _new_block(self, state: State) -> _Block:
         def room(value: torch.Tensor) -> torch.Tensor:
             out = value.new_empty(self.batch_size, *value.shape[1:])
@@ -345,7 +346,7 @@ class _Queue:
 
 
 def _split_batch(batch: Any) -> tuple[Any, Any]:
-    """x and target: of two tensors, the second is a target if it has fewer dimensions than images have."""
+    """x and target. Of two tensors, the second is the target if it has fewer dimensions than images."""
     if isinstance(batch, (tuple, list)):
         if len(batch) == 1:
             return batch[0], None
@@ -366,7 +367,7 @@ def _copy_pinned(x: Any, device: torch.device) -> Any:
 
 
 def _copy_ahead(pairs: Iterable[tuple[Any, Any]], device: torch.device) -> Iterator[tuple[Any, Any]]:
-    """Copy images to a GPU, those of the next batch while the ones before are worked on."""
+    """Copy images to a GPU, those of the next batch while the model runs on the batches before."""
     stream = torch.cuda.Stream(device)
     ready: tuple[Any, Any, Any] | None = None
 
@@ -382,12 +383,12 @@ def _copy_ahead(pairs: Iterable[tuple[Any, Any]], device: torch.device) -> Itera
     while True:
         try:
             x, target = next(pairs)
-            stream.wait_stream(torch.cuda.current_stream(device))  # a source may have made them on the device
+            stream.wait_stream(torch.cuda.current_stream(device))  # the source may have made images on the device
             with torch.cuda.stream(stream):
                 copies = _copy_pinned(x, device)
         except StopIteration:
             break
-        except Exception as e:  # the batch before comes first
+        except Exception as e:  # deliver the batch before first
             error = e
             break
         following = copies, target, stream.record_event()

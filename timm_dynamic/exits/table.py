@@ -1,9 +1,6 @@
-"""What was measured of a dynamic model on a set of images, and what every exit policy makes of it."""
-import pickle
-import re
-import warnings
+"""Exit tables: confidence and correctness of a model after each step, and what an exit policy gives on them."""
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,44 +12,50 @@ from ..models.exit_cfg import check_policy_steps, check_thresholds
 from ..utils.files import atomic_write
 
 _FORMAT = 'timm_dynamic.exit_table.1'
-# What winycg/AnchorNet's dynamic_inference.py charges for one pass through a net at 95 px, by its name in `setup`.
-_ANCHORNET_PASS_MACS = {'densenet201': 790_000_000, 'resnet50': 752_000_000}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ExitPoint:
-    """What one exit policy gives on a table.
+    """Accuracy and cost of one exit policy on a table.
 
     Attributes:
         top1: Accuracy in %.
-        top5: Top-5 accuracy in %; None where the table does not know it.
+        top5: Top-5 accuracy in %; None if the table does not have it.
         gmacs: Mean cost of a sample in 10⁹ multiply-adds.
         exit_shares: Share of the samples that stop after each step [T], float64.
-        steps_used: After which step each sample stops [N] int64, in 1..T.
+        steps_used: The step after which each sample stops [N] int64, in 1..T.
         policy: The `ExitPolicy`, or the thresholds.
     """
     top1: float
     top5: float | None
     gmacs: float
     exit_shares: torch.Tensor
-    steps_used: torch.Tensor = field(repr=False)
-    policy: Any = field(repr=False)
+    steps_used: torch.Tensor
+    policy: Any
+
+    def __repr__(self) -> str:
+        top5 = '' if self.top5 is None else f'top5={self.top5:.2f}, '
+        policy = f'policy={self.policy}'
+        if self.thresholds is not None:
+            policy = f"thresholds={_numbers(self.thresholds.tolist(), '.5g')}"
+        shares = _numbers(self.exit_shares.tolist(), '.3f')
+        return f'ExitPoint(top1={self.top1:.2f}, {top5}gmacs={self.gmacs:.4g}, exit_shares={shares}, {policy})'
 
     @property
     def thresholds(self) -> torch.Tensor | None:
-        """The thresholds [T], float32; None if the policy is a richer one."""
+        """The thresholds [T], float32; None for an `ExitPolicy`."""
         return self.policy if isinstance(self.policy, torch.Tensor) else None
 
 
 class ExitTable:
-    """How sure and how right a model is after each of its steps, on N samples.
+    """Confidence and correctness of a model after each of its steps, on N samples.
 
-    Costs, curves and thresholds of all exit policies follow from it, without the model. A table does not change.
+    Accuracy and cost of every exit policy follow from it, without the model. A table does not change.
 
     Args:
-        confidence: Confidence after each step [N, T], kept as float32. What is not a number is never confident enough.
-        correct: Whether the prediction after each step is right [N, T], bool.
-        step_macs: Multiply-adds of a sample that stops after step 1..T, T integers that do not fall.
+        confidence: Confidence after each step [N, T], kept as float32. A NaN reaches no threshold.
+        correct: Whether the prediction after each step is correct [N, T], bool.
+        step_macs: Multiply-adds of a sample that stops after step 1..T: T positive integers that do not fall.
         correct_top5: Whether the true class is among the five best after each step [N, T], bool.
 
     Raises:
@@ -95,13 +98,14 @@ class ExitTable:
         return self.num_samples
 
     def __repr__(self) -> str:
-        gmacs = ', '.join(f'{m / 1e9:.4g}' for m in self.step_macs)
-        return f'ExitTable({self.num_samples} samples, {self.num_steps} steps of {gmacs} GMACs)'
+        gmacs = _numbers([macs / 1e9 for macs in self.step_macs], '.4g')
+        top1 = _numbers((100 * self.correct.double().mean(dim=0)).tolist(), '.2f')
+        return f'ExitTable(num_samples={self.num_samples}, num_steps={self.num_steps}, gmacs={gmacs}, top1={top1})'
 
-    # What policies give
+    # Evaluating policies
 
     def steps_used(self, policy: Any, strict: bool = False) -> torch.Tensor:
-        """Find out after which step each sample stops: see `evaluate`.
+        """Find the step after which each sample stops: see `evaluate`.
 
         Returns:
             [N] int64, in 1..T.
@@ -109,20 +113,21 @@ class ExitTable:
         return self._run(policy, strict)[0]
 
     def evaluate(self, policy: Any, strict: bool = False) -> ExitPoint:
-        """Judge an exit policy.
+        """Evaluate an exit policy.
 
         Args:
             policy: T thresholds, as a float tensor or a sequence, or an `ExitPolicy`. With thresholds, a sample stops
-                at the first step whose confidence reaches its threshold. The last one is ignored: all stop there.
-            strict: A threshold must be exceeded, not reached, as in winycg/AnchorNet's dynamic_inference.py.
+                at the first step whose confidence reaches its threshold. The last threshold is ignored: all samples
+                stop there.
+            strict: A threshold must be exceeded, not only reached, as in winycg/AnchorNet's dynamic_inference.py.
 
         Raises:
-            ValueError: Not T thresholds, or one is not a number; or `strict` is asked of a policy.
+            ValueError: There are not T thresholds, or one is NaN; or `strict` is given with an `ExitPolicy`.
         """
         return self._point(*self._run(policy, strict))
 
     def anytime(self) -> list[ExitPoint]:
-        """Judge stopping all samples after step 1, 2, ... T."""
+        """Evaluate stopping all samples after step 1, 2, ... T."""
         points = []
         for t in range(self.num_steps):
             thresholds = torch.full((self.num_steps,), float('inf'))
@@ -150,20 +155,20 @@ class ExitTable:
             stop[:, -1] = True
             return stop.byte().argmax(dim=1) + 1, thresholds
         if strict:
-            raise ValueError(f'strict compares with thresholds; {type(policy).__name__} decides by itself.')
+            raise ValueError(f'strict is an option of thresholds, not of a {type(policy).__name__}.')
         check_policy_steps(policy, self.num_steps)
         return run_policy(policy, self.confidence), policy
 
-    # Parts
+    # Parts of a table
 
     def subset(self, indices: Any) -> 'ExitTable':
         """Table of some of the samples.
 
         Args:
-            indices: Which: indices, int64, or a mask [N], bool.
+            indices: Indices, int64, or a mask [N], bool.
 
         Raises:
-            ValueError: None are left.
+            ValueError: No samples are left.
         """
         index = torch.as_tensor(indices)
         index = index if index.dtype == torch.bool else index.long()
@@ -171,7 +176,7 @@ class ExitTable:
         return ExitTable(self.confidence[index], self.correct[index], self.step_macs, top5)
 
     def split(self, fraction: float = 0.5, seed: int = 0) -> tuple['ExitTable', 'ExitTable']:
-        """Split into a random part and the rest, e.g. to solve on the one and to judge on the other.
+        """Split into a random part and the rest, e.g. to solve on one part and evaluate on the other.
 
         Args:
             fraction: Share of the samples in the first part.
@@ -180,22 +185,38 @@ class ExitTable:
         Raises:
             ValueError: One of the parts would be empty.
         """
+        first, rest = self.split_indices(fraction, seed)
+        return self.subset(first), self.subset(rest)
+
+    def split_indices(self, fraction: float = 0.5, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+        """Indices, int64, of the two parts that `split` makes."""
         size = round(self.num_samples * fraction)
         if not 0 < size < self.num_samples:
             raise ValueError(
-                f'A fraction of {fraction:g} of {self.num_samples} samples leaves nothing on one side.')
+                f'A fraction of {fraction:g} of {self.num_samples} samples leaves no samples in one of the parts.')
         order = torch.randperm(self.num_samples, generator=torch.Generator().manual_seed(seed))
-        return self.subset(order[:size]), self.subset(order[size:])
+        return order[:size], order[size:]
+
+    def first_steps(self, num: int) -> 'ExitTable':
+        """Table of the first steps only.
+
+        Raises:
+            ValueError: There are not so many.
+        """
+        if not 1 <= num <= self.num_steps:
+            raise ValueError(f'{num} steps asked for, confidences have shape {list(self.confidence.shape)}.')
+        top5 = None if self.correct_top5 is None else self.correct_top5[:, :num]
+        return ExitTable(self.confidence[:, :num], self.correct[:, :num], self.step_macs[:num], top5)
 
     # Files
 
     def save(self, path: str | Path) -> None:
-        """Write the table as safetensors: the file is whole, or it is not there.
+        """Write the table as safetensors, whole or not at all.
 
         Raises:
-            ValueError: A confidence is not a number: `load` would refuse it.
+            ValueError: A confidence is NaN, which `load` would refuse.
         """
-        _check_numbers(self.confidence, path)
+        check_numbers(self.confidence, path)
         tensors = {
             'confidence': self.confidence,
             'correct': self.correct,
@@ -206,67 +227,23 @@ class ExitTable:
         with atomic_write(path) as tmp:
             save_file(tensors, tmp, metadata={'format': _FORMAT})
 
-    def save_anchornet(self, path: str | Path, setup: str) -> None:
-        """Write the table as winycg/AnchorNet's make_table.py does, whole or not at all; costs and top-5 are left out.
-
-        Args:
-            path: A .pth file.
-            setup: What was run, e.g. 'densenet201_95_[0.3, 0.3, 0.3, 0.3]'.
-        """
-        _check_numbers(self.confidence, path)
-        with atomic_write(path) as tmp:
-            torch.save({'setup': setup, 'thresholds': self.confidence, 'predictions': self.correct}, tmp)
-
     @classmethod
-    def load(
-            cls,
-            path: str | Path,
-            step_macs: Sequence[int] | None = None,
-            steps: int | None = None,
-            anchor_macs: int = 60_000_000,
-    ) -> 'ExitTable':
-        """Read a table.
-
-        Args:
-            path: What `save` wrote, or a table of winycg/AnchorNet (.pth: 'setup' str, 'thresholds' float32 [N, K],
-                'predictions' bool [N, K], which are the confidences and `correct`).
-            step_macs: Costs, for AnchorNet tables, which have none. By default what the setup's net costs in
-                AnchorNet's dynamic_inference.py: step 1 one pass, step t >= 2 `anchor_macs` and t passes.
-            steps: Number of columns to read, from the first; by default all.
-            anchor_macs: Charge for AnchorNet itself. The released script has 0.06 G; the published list of operating
-                points has 0.08 G.
+    def load(cls, path: str | Path) -> 'ExitTable':
+        """Read what `save` wrote. For tables of other formats see `load_exit_table`.
 
         Raises:
-            ValueError: The file is no such table, is truncated, or has wrong shapes or confidences that are not
-                numbers; or costs are not given and not known for the setup.
+            ValueError: The file is no exit table, is damaged, or has wrong shapes or a confidence that is NaN.
         """
-        path = Path(path)
-        with open(path, 'rb') as f:
-            head = f.read(2)
         try:
-            if head == b'PK' or head[:1] == b'\x80':  # torch's zip, and its old pickle
-                confidence, correct, macs = _read_anchornet(path, step_macs, steps, anchor_macs)
-                top5 = None
-            else:
-                confidence, correct, macs, top5 = _read_safetensors(path)
-                if step_macs is not None:
-                    raise ValueError('it has costs of its own: step_macs can be given for AnchorNet tables only')
-            if steps is not None and (confidence.ndim != 2 or not 1 <= steps <= confidence.shape[1]):
-                raise ValueError(f'{steps} steps asked for, confidences have shape {list(confidence.shape)}')
-            _check_numbers(confidence, path)
-            shape = list(confidence.shape)
-            correct = _as_bool(correct, 'correct', shape)
-            top5 = None if top5 is None else _as_bool(top5, 'correct_top5', shape)
-            if steps is not None:
-                confidence, correct, macs = confidence[:, :steps], correct[:, :steps], macs[:steps]
-                top5 = None if top5 is None else top5[:, :steps]
-            return cls(confidence, correct, macs, top5)
-        except ValueError as e:
+            confidence, correct, step_macs, correct_top5 = _read_safetensors(path)
+            check_numbers(confidence, path)
+            return cls(confidence, correct, step_macs, correct_top5)
+        except (ValueError, TypeError) as e:
             raise ValueError(f'{path} cannot be read as an exit table: {e}') from e
 
 
 def run_policy(policy: Callable[[torch.Tensor], torch.Tensor], confidence: torch.Tensor) -> torch.Tensor:
-    """Find out after which step [N] int64, in 1..T, each row of confidences [N, T] stops under a stop rule."""
+    """The step [N] int64, in 1..T, after which a stop rule stops each row of confidences [N, T]."""
     steps_used = torch.full((len(confidence),), confidence.shape[1], dtype=torch.int64)
     rows = torch.arange(len(confidence))
     for t in range(1, confidence.shape[1]):
@@ -287,57 +264,34 @@ def _as_bool(value: Any, name: str, shape: list[int]) -> torch.Tensor:
     return values.to('cpu', copy=True).contiguous()
 
 
+def _numbers(values: Sequence[float], form: str) -> str:
+    return f"[{', '.join(format(value, form) for value in values)}]"
+
+
 def _percent(values: torch.Tensor) -> float:
     return 100 * int(values.sum()) / len(values)
 
 
-def _check_numbers(confidence: torch.Tensor, path: Any) -> None:
+def check_numbers(confidence: torch.Tensor, path: str | Path) -> None:
+    """Raise a ValueError if confidences [N, ...] are not floating point, or those of some samples are NaN."""
+    if not confidence.is_floating_point():
+        raise ValueError(f'Confidences must be floating point, got {str(confidence.dtype)[6:]} ({path}).')
     bad = int(confidence.isnan().any(dim=-1).sum())
     if bad:
         raise ValueError(f'{bad} of {len(confidence)} samples have confidences that are not numbers ({path}).')
 
 
-def _read_safetensors(path: Path) -> tuple[torch.Tensor, torch.Tensor, list[int], torch.Tensor | None]:
+def _read_safetensors(path: str | Path) -> tuple[torch.Tensor, torch.Tensor, list[int], torch.Tensor | None]:
     try:
         with safe_open(path, framework='pt') as f:
             if (f.metadata() or {}).get('format') != _FORMAT:
                 raise ValueError(f'its format is not {_FORMAT}, it holds {sorted(f.keys())[:8]}')
-            tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118 (it is no dict)
+            tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118 (f is no dict)
+    except FileNotFoundError:
+        raise
     except (SafetensorError, OSError) as e:
-        raise ValueError(f'truncated, or no exit table at all ({e})') from e
+        raise ValueError(f'truncated, or no exit table ({e})') from e
     missing = {'confidence', 'correct', 'step_macs'} - tensors.keys()
     if missing:
         raise ValueError(f'{sorted(missing)} missing')
     return tensors['confidence'], tensors['correct'], tensors['step_macs'].tolist(), tensors.get('correct_top5')
-
-
-def _read_anchornet(
-        path: Path,
-        step_macs: Sequence[int] | None,
-        steps: int | None,
-        anchor_macs: int,
-) -> tuple[torch.Tensor, torch.Tensor, Sequence[int]]:
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings('ignore', 'Detected pickle protocol')  # says that it may fail; we say if it does
-            values = torch.load(path, map_location='cpu', weights_only=True)
-    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as e:
-        raise ValueError(f"truncated, or no table of AnchorNet's ({str(e).splitlines()[0]})") from e
-    names = {'setup', 'thresholds', 'predictions'}
-    if not isinstance(values, dict) or not names <= values.keys():
-        found = sorted(map(str, values))[:8] if isinstance(values, dict) else type(values).__name__
-        raise ValueError(f"a table of AnchorNet's has {sorted(names)}, found {found}")
-    confidence, correct = values['thresholds'], values['predictions']
-    if not isinstance(confidence, torch.Tensor) or not isinstance(correct, torch.Tensor):
-        raise ValueError("'thresholds' and 'predictions' are not both tensors")
-    if step_macs is None:
-        net = re.split(r'[_ ]', str(values['setup']))[0]
-        if net not in _ANCHORNET_PASS_MACS:
-            raise ValueError(
-                f"the costs of its setup {values['setup']!r} are not known (known: {sorted(_ANCHORNET_PASS_MACS)}): "
-                f'give step_macs, or validate.py the model')
-        one_pass = _ANCHORNET_PASS_MACS[net]
-        step_macs = [t * one_pass + (anchor_macs if t > 1 else 0) for t in range(1, confidence.shape[-1] + 1)]
-    elif steps is None and confidence.ndim == 2 and len(step_macs) != confidence.shape[1]:
-        raise ValueError(f'it has {confidence.shape[1]} columns, step_macs has {len(step_macs)}: choose with steps')
-    return confidence, correct, step_macs

@@ -1,26 +1,24 @@
-"""Weights on the Hugging Face Hub: what is published, how it is converted, described, published and checked."""
+"""Weights on the Hugging Face Hub: catalog, conversion, model cards, publication and checks."""
 from .card import render_card, write_card
 from .catalog import Entry, find_entry, read_catalog
 from .check import check_in_fresh_process, fixed_logits
-from .convert import account, convert, describe, export, finish, stage_bundled
+from .convert import convert, describe, match_tensors, stage_bundled
 from .publish import PublishError, check_login, check_permission, files_to_publish, publish, verify_published
 from .runs import describe_run
 
 __all__ = [
     'Entry',
     'PublishError',
-    'account',
     'check_in_fresh_process',
     'check_login',
     'check_permission',
     'convert',
     'describe',
     'describe_run',
-    'export',
     'files_to_publish',
     'find_entry',
-    'finish',
     'fixed_logits',
+    'match_tensors',
     'publish',
     'read_catalog',
     'render_card',

@@ -1,4 +1,4 @@
-"""What is published on the Hub: one entry per model and tag, with its origin, licence, numbers and paper."""
+"""The models published on the Hub: one entry per model and tag, with its origin, licence, results and paper."""
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -10,19 +10,19 @@ from ..models.builder import hub_id
 
 @dataclass(frozen=True)
 class Entry:
-    """What a card says of a model beside what its config.json says.
+    """What a model card needs beyond config.json.
 
     Attributes:
-        name: MODEL.TAG, as registered with timm; also the repository's name within the organisation.
-        title: Of the family.
-        licence: Identifier as the Hub writes it, e.g. 'apache-2.0'. None: the authors state none, which forbids
-            publication without their permission.
-        dropped: Regular expressions of tensors in the authors' files that the model does without, with the reason.
-            A tensor's name is the path to it, joined by '/'.
-        parts: Prefixes of the weights to publish, if not all: the confidence net of a cascade.
+        name: MODEL.TAG, as registered with timm. It is also the repository's name within the organisation.
+        title: Name of the family.
+        licence: Identifier as the Hub writes it, e.g. 'apache-2.0'. None if the authors state no licence: publication
+            then needs their permission.
+        dropped: Tensors in the authors' files that the model does not use: the reason by regular expression. The
+            expression matches the path to the tensor, joined by '/'.
+        parts: Prefixes of the weights to publish; empty for all. Only the confidence net of a cascade is published.
         steps: Published top-1 (%) after every step.
-        budgets: Published thresholds with 'top1' (%) and 'exits', how many images stopped at each step.
-        published: Other published operating points, only shown.
+        budgets: Published thresholds, each with 'top1' (%) and 'exits', the number of images that stopped at each step.
+        published: Other published operating points. They are only shown on the card.
     """
     name: str
     title: str = ''
@@ -48,12 +48,12 @@ class Entry:
 
     @property
     def hub_id(self) -> str:
-        """Full id of the repository, in the organisation that is set (TIMM_DYNAMIC_HUB_ORG)."""
+        """Full id of the repository. TIMM_DYNAMIC_HUB_ORG changes the organisation."""
         return hub_id(self.name)
 
 
 def read_catalog(path: str | Path) -> dict[str, Entry]:
-    """Read a catalog: what an entry does not say is said by its family.
+    """Read a catalog. An entry inherits the fields of its family.
 
     Args:
         path: A JSON file with 'families' and 'models'.
@@ -62,7 +62,7 @@ def read_catalog(path: str | Path) -> dict[str, Entry]:
         Entries by name.
 
     Raises:
-        ValueError: An entry is there twice, of no family, or says what entries cannot.
+        ValueError: A name appears twice, or a family or field is unknown.
     """
     content = json.loads(Path(path).read_text(encoding='utf-8'))
     known = {f.name for f in fields(Entry)}
@@ -70,25 +70,26 @@ def read_catalog(path: str | Path) -> dict[str, Entry]:
     for model in content['models']:
         name, family = model['name'], content['families'].get(model['family'])
         if family is None:
-            raise ValueError(f"{path}: {name} is of the family '{model['family']}', which is not there.")
+            expected = ', '.join(content['families'])
+            raise ValueError(f"{path}: {name} has the unknown family '{model['family']}', expected {expected}.")
         if name in out:
-            raise ValueError(f'{path}: {name} is there twice.')
+            raise ValueError(f'{path}: {name} appears twice.')
         merged: dict[str, Any] = {**family, **model}
         if merged.keys() - known:
-            raise ValueError(f"{path}: {name} has unknown entries: {', '.join(sorted(merged.keys() - known))}.")
+            raise ValueError(f"{path}: {name} has unknown fields: {', '.join(sorted(merged.keys() - known))}.")
         values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in merged.items()}
         out[name] = Entry(**values)
     return out
 
 
 def find_entry(catalog: Mapping[str, Entry], model: str) -> Entry:
-    """Find an entry by name, or by that of a model that has one entry only.
+    """Find an entry by its name, or by the name of a model with only one entry.
 
     Raises:
-        ValueError: There is none, or several.
+        ValueError: No entry or several entries match.
     """
     found = [catalog[model]] if model in catalog else [e for n, e in catalog.items() if n.split('.')[0] == model]
     if len(found) != 1:
         names = ', '.join(e.name for e in found) or ', '.join(catalog)
-        raise ValueError(f"Expected one model of the catalog, got '{model}'. There are: {names}.")
+        raise ValueError(f"Expected the name of one model in the catalog, got '{model}'. Available: {names}.")
     return found[0]

@@ -1,4 +1,4 @@
-"""See that models, loaded in a fresh process, give the logits that are expected of them.
+"""Check that models give the expected logits when a fresh process loads them.
 
     python -m timm_dynamic.hub.check EXPECTED.safetensors [CACHE_DIR]
 """
@@ -16,14 +16,15 @@ from safetensors.torch import load_file, save_file
 
 from ..models.dynamic_net import DynamicNet
 from ..utils import CheckpointError
+from ..utils.download import first_line
 
-# Of the largest logit: the same code on the same machine, but threads may add up in another order.
+# Relative to the largest logit. Threads may add numbers in another order, even on the same machine.
 TOLERANCE = 1e-5
 
 
 @torch.inference_mode()
 def fixed_logits(model: Any, num_images: int = 2) -> torch.Tensor:
-    """Logits of every step [T, B, num_classes], float32, on images that are always the same."""
+    """Logits of every step [T, B, num_classes], float32, for fixed random images."""
     generator = torch.Generator().manual_seed(0)
     size = timm.data.resolve_model_data_config(model)['input_size']
     template = model.example_input(num_images) if isinstance(model, DynamicNet) else torch.empty(num_images, *size)
@@ -40,17 +41,17 @@ def check_in_fresh_process(
         expected: Mapping[str, torch.Tensor],
         cache_dir: str | Path | None = None,
 ) -> dict[str, float]:
-    """Load models with their weights in a new process, and compare their logits.
+    """Load models with their weights in a new process and compare their logits.
 
     Args:
-        expected: What `fixed_logits` gave, by what `timm.create_model` takes, e.g. 'local-dir:FOLDER'.
-        cache_dir: Of downloads.
+        expected: Results of `fixed_logits` by the name for `timm.create_model`, e.g. 'local-dir:FOLDER'.
+        cache_dir: Folder for downloads.
 
     Returns:
-        Largest absolute difference, by model.
+        Largest absolute difference by name.
 
     Raises:
-        CheckpointError: Some do not load, or their logits differ.
+        CheckpointError: A model does not load, or its logits differ.
     """
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / 'expected.safetensors'
@@ -59,7 +60,7 @@ def check_in_fresh_process(
         done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or [f'exit status {done.returncode}'])[-1]
-        raise CheckpointError(f'The fresh process that was to load {", ".join(expected)} failed: {reason}')
+        raise CheckpointError(f'The fresh process that should load {", ".join(expected)} failed: {reason}')
     found = json.loads(done.stdout.strip().splitlines()[-1])
     problems = []
     for model, logits in expected.items():
@@ -68,19 +69,18 @@ def check_in_fresh_process(
             problems.append(f"'{model}' does not load in a fresh process: {found[model]}")
         elif not found[model] <= limit:
             problems.append(
-                f"'{model}' gives other logits in a fresh process: they differ by {found[model]:.3g}, at most "
-                f'{limit:.3g} was expected.')
+                f"The logits of '{model}' differ by {found[model]:.3g} in a fresh process (limit {limit:.3g}).")
     if problems:
         raise CheckpointError('\n'.join(problems))
     return {model: float(found[model]) for model in expected}
 
 
 def _difference(name: str, expected: torch.Tensor, cache_dir: str | None) -> float | str:
-    """Or what is wrong with the model."""
+    """Largest difference between logits, or why the model cannot be compared."""
     try:
         found = fixed_logits(timm.create_model(name, pretrained=True, cache_dir=cache_dir))
     except Exception as e:
-        return (str(e).strip() or type(e).__name__).splitlines()[0]
+        return first_line(e)
     if found.shape != expected.shape:
         return f'expected logits {list(expected.shape)}, got {list(found.shape)}.'
     return (found - expected).abs().max().item()

@@ -1,6 +1,5 @@
 """Convert the authors' files into folders that can be published."""
 import hashlib
-import json
 import re
 import shutil
 from collections import Counter
@@ -14,7 +13,15 @@ import torch
 from ..models.builder import BUNDLED
 from ..models.confidence_net import read_confidence_net
 from ..models.dynamic_net import DynamicNet
-from ..utils import CheckpointError, copy_pretrained, read_checkpoint, save_pretrained, sha256_of, write_json
+from ..utils import (
+    CheckpointError,
+    copy_pretrained,
+    read_checkpoint,
+    read_json,
+    save_pretrained,
+    sha256_of,
+    write_json,
+)
 from ..utils.export import CONFIG, WEIGHTS
 from ..utils.files import partial_name
 from .card import anytime_of, write_card
@@ -27,44 +34,46 @@ Source = str | Path | Mapping[str, str | Path]
 
 
 def convert(source: Source, entry: Entry, folder: str | Path, verify: bool = True) -> dict[str, Any]:
-    """Convert authors' files into a folder with model.safetensors, config.json, and a card.
+    """Convert the authors' files into a folder with model.safetensors, config.json and a card.
 
-    The files come in as they do for users, see `build_dynamic_model`. Every tensor in them must be in the model, or be
-    known to be of no use for inference.
+    Files are read as they are for users, see `build_dynamic_model`. Every tensor in them must be in the model or be
+    listed in `Entry.dropped`.
 
     Args:
-        source: A file; a folder or a mapping from part to file where a model is made of several.
-        entry: Of the catalog.
-        folder: Made if needed.
+        source: A file, a folder, or a mapping from part to file.
+        entry: Entry of the model in the catalog.
+        folder: Folder to write; created if needed.
         verify: Load the folder in a fresh process and compare logits.
 
     Returns:
-        'kept', the number of the files' tensors that are in the model; 'dropped', the names of the others by reason;
-        'elsewhere', the number of tensors in the model that are not in the files (members of a cascade); 'difference',
-        the largest between logits, if verified.
+        A report. 'kept': number of the files' tensors that are in the model. 'dropped': names of the others, by reason.
+        'elsewhere': number of the model's tensors that are not in the files (members of a cascade). 'difference':
+        largest difference between logits, if verified.
 
     Raises:
-        CheckpointError: A file cannot be read or does not fit; a tensor is unaccounted for; or the folder does not give
-            the logits of the source.
+        CheckpointError: A file cannot be read or does not fit, a tensor is unknown, or the logits of the folder differ
+            from those of the source.
     """
     folder = Path(folder)
-    given: Path | dict[str, Path] = (
-        {k: Path(v) for k, v in source.items()} if isinstance(source, Mapping) else Path(source))
+    files = _files_of(source)
+    given = {k: Path(v) for k, v in source.items()} if isinstance(source, Mapping) else Path(source)
     model: Any = timm.create_model(entry.name, pretrained=True, pretrained_cfg_overlay=dict(file=given)).eval()
-    weights = {k: v for k, v in model.state_dict().items() if not entry.parts or k.startswith(entry.parts)}
-    if entry.parts and isinstance(given, dict):  # members that are given here come from their own repositories
-        given = {part: path for part, path in given.items() if part in entry.parts}
-    report = account(dict(_tensors(given)), weights, entry)
+    weights = model.state_dict()
+    if entry.parts:  # the members of a cascade have repositories of their own
+        weights = {k: v for k, v in weights.items() if k.startswith(entry.parts)}
+        files = {part: path for part, path in files.items() if not part or part in entry.parts}
+    report = match_tensors(dict(_tensors(files)), weights, entry)
     expected = fixed_logits(model)
     if isinstance(model, DynamicNet):
         _add_budgets(model, entry)
     conversion = {
-        'files': [{'name': p.name, 'bytes': p.stat().st_size, 'sha256': sha256_of(p)} for p in _files(given).values()],
+        'files': [{'name': p.name, 'bytes': p.stat().st_size, 'sha256': sha256_of(p)} for p in files.values()],
         'dropped': report['dropped'],
     }
     unverified = folder.with_name(partial_name(folder.name))
     try:
-        export(model, unverified, entry, weights, conversion=conversion)
+        save_pretrained(model, unverified, state_dict=weights, conversion=conversion)
+        describe(unverified, entry, model=model)
         if verify:
             report['difference'], = check_in_fresh_process({f'local-dir:{unverified}': expected}).values()
         folder.mkdir(parents=True, exist_ok=True)
@@ -75,37 +84,22 @@ def convert(source: Source, entry: Entry, folder: str | Path, verify: bool = Tru
     return report
 
 
-def export(
-        model: Any,
-        folder: str | Path,
-        entry: Entry,
-        state_dict: dict[str, torch.Tensor] | None = None,
-        **config: Any,
-) -> None:
-    """Write a folder that can be published: weights, config.json and card.
+def describe(folder: str | Path, entry: Entry, repo_id: str | None = None, model: Any = None) -> None:
+    """Prepare an exported folder for publication: add costs, metrics and the weights' hash to config.json, and a card.
 
     Args:
-        model: The model.
-        folder: Made if needed.
-        entry: Says what the card says.
-        state_dict: Weights to write in place of the model's own.
-        **config: Further entries of config.json.
-    """
-    save_pretrained(model, folder, state_dict=state_dict, **{**_numbers_of(model, entry), **config})
-    finish(folder, entry)
-
-
-def finish(folder: str | Path, entry: Entry, repo_id: str | None = None) -> None:
-    """Make an exported folder one that can be published: its weights' hash, where they are from, and a card.
-
-    Args:
-        folder: With model.safetensors and config.json.
-        entry: Says what the card says.
-        repo_id: 'ORG/NAME', for what is in no catalog. Default: the entry's.
+        folder: Folder with model.safetensors and config.json.
+        entry: What the card needs beyond config.json.
+        repo_id: 'ORG/NAME' of a model that is in no catalog. Default: the entry's.
+        model: The model, if the folder holds only some of its weights. Default: load it from the folder.
     """
     folder = Path(folder)
-    config = json.loads((folder / CONFIG).read_text(encoding='utf-8'))
-    config.update(weights_sha256=sha256_of(folder / WEIGHTS), entry=repo_id or entry.name)
+    if model is None:
+        model = timm.create_model(f'local-dir:{folder}', pretrained=True)
+    config = {**read_json(folder / CONFIG), 'metrics': _metrics_of(model, entry),
+              'weights_sha256': sha256_of(folder / WEIGHTS), 'entry': repo_id or entry.name}
+    if isinstance(model, DynamicNet):
+        config['step_macs'] = list(model.step_macs)
     cfg = config.setdefault('pretrained_cfg', {})
     cfg.update({k: v for k, v in {'license': entry.licence, 'origin_url': entry.repository}.items() if v})
     write_json(folder / CONFIG, config)
@@ -113,38 +107,29 @@ def finish(folder: str | Path, entry: Entry, repo_id: str | None = None) -> None
 
 
 def stage_bundled(entry: Entry, folder: str | Path) -> Path:
-    """Make a folder that can be published of weights that come with the package. Returns its path."""
+    """Copy weights that come with the package to a folder that can be published. Returns its path."""
     folder = Path(folder)
     copy_pretrained(BUNDLED / entry.name, folder)
     describe(folder, entry)
     return folder
 
 
-def describe(folder: str | Path, entry: Entry, repo_id: str | None = None) -> None:
-    """Add to an exported folder what `export` writes beside the weights: costs, metrics, hash and card."""
-    folder = Path(folder)
-    model: Any = timm.create_model(f'local-dir:{folder}', pretrained=True)
-    config = json.loads((folder / CONFIG).read_text(encoding='utf-8'))
-    write_json(folder / CONFIG, {**config, **_numbers_of(model, entry)})
-    finish(folder, entry, repo_id)
-
-
-def _numbers_of(model: Any, entry: Entry) -> dict[str, Any]:
+def _metrics_of(model: Any, entry: Entry) -> dict[str, float]:
     metrics = dict(entry.metrics)
     if not isinstance(model, DynamicNet):
-        return {'metrics': metrics}
+        return metrics
     anytime = anytime_of(model.exit_cfg, entry)
     if anytime:
         metrics.setdefault('top1', anytime[-1])
     for budget in model.exit_cfg.get('budgets', ()):
-        judged = budget.get('evaluated', {})
-        if judged.get('exit_shares', [0])[-1] == 1:  # the whole model, with nothing stopped early
-            metrics.update({k: judged[k] for k in ('top1', 'top5') if k in judged and k not in metrics})
-    return {'step_macs': list(model.step_macs), 'metrics': metrics}
+        evaluated = budget.get('evaluated', {})
+        if evaluated.get('exit_shares', [0])[-1] == 1:  # all images take all steps
+            metrics.update({k: evaluated[k] for k in ('top1', 'top5') if k in evaluated and k not in metrics})
+    return metrics
 
 
 def _add_budgets(model: DynamicNet, entry: Entry) -> None:
-    """Keep published thresholds with what they cost here."""
+    """Store the published thresholds as budgets, with their costs in this model."""
     budgets = []
     for point in entry.budgets:
         shares = [count / sum(point['exits']) for count in point['exits']]
@@ -154,23 +139,25 @@ def _add_budgets(model: DynamicNet, entry: Entry) -> None:
         model.store_budgets(budgets)
 
 
-def account(
+def match_tensors(
         tensors: Mapping[str, torch.Tensor],
         weights: Mapping[str, torch.Tensor],
         entry: Entry,
 ) -> dict[str, Any]:
-    """Find every tensor of a source in a model, by content: bit for bit, each as often as it is there.
+    """Find every tensor of a source in a model, by content, bit for bit.
+
+    A tensor of the model matches one tensor of the source: equal tensors must appear equally often.
 
     Args:
-        tensors: Of the source, by path.
-        weights: Of the model, or those of its parts that are published.
-        entry: Says what may be dropped.
+        tensors: Tensors of the source, by path.
+        weights: Weights of the model, or of the parts of it that are published.
+        entry: Lists tensors that may be dropped.
 
     Returns:
-        See `convert`.
+        'kept', 'dropped' and 'elsewhere', see `convert`.
 
     Raises:
-        CheckpointError: A tensor is neither in the model nor known to be of no use.
+        CheckpointError: A tensor is neither in the model nor in `Entry.dropped`.
     """
     have = Counter(_digest(v) for v in weights.values())
     reasons = {
@@ -178,7 +165,7 @@ def account(
         for key in tensors}
     dropped: dict[str, list[str]] = {}
     lost = []
-    for key in sorted(tensors, key=lambda k: reasons[k] is not None):  # what must be there first
+    for key in sorted(tensors, key=lambda k: reasons[k] is not None):  # tensors that may not be dropped match first
         digest, reason = _digest(tensors[key]), reasons[key]
         if have[digest]:
             have[digest] -= 1
@@ -188,8 +175,8 @@ def account(
             lost.append(key)
     if lost:
         raise CheckpointError(
-            f"{len(lost)} tensors of the source are neither in {entry.name} nor known to be of no use for inference "
-            f"(first: {', '.join(lost[:3])}).")
+            f"{len(lost)} tensors of the source are neither in {entry.name} nor in the 'dropped' field of its catalog "
+            f"entry (first: {', '.join(lost[:3])}).")
     count = sum(map(len, dropped.values()))
     return {'kept': len(tensors) - count, 'dropped': dropped, 'elsewhere': sum(have.values())}
 
@@ -199,31 +186,29 @@ def _digest(value: torch.Tensor) -> tuple[Any, ...]:
     return data.dtype, tuple(data.shape), hashlib.sha256(data.flatten().view(torch.uint8).numpy().tobytes()).digest()
 
 
-def _files(source: Path | dict[str, Path]) -> dict[str, Path]:
-    """Files of a source, by the prefix of their tensors."""
-    if isinstance(source, dict):
-        return {f'{part}/': path for part, path in source.items()}
-    if not source.is_dir():
-        return {'': source}
-    found = [p for p in sorted(source.iterdir()) if re.search(_SUFFIXES, p.name)]
-    # A folder of several files is AnchorNet's: localizer, resized, patch.
-    names = {'anchornet': 'localizer', 'resized': 'resized', 'patch': 'patch'}
-    part = {p: next((n for word, n in names.items() if word in p.name.lower()), p.name) for p in found}
-    return {f'{part[p]}/' if len(found) > 1 else '': p for p in found}
+def _files_of(source: Source) -> dict[str, Path]:
+    """Files of a source by part. In a folder with several files, parts are file names. A single file is the part ''."""
+    if isinstance(source, Mapping):
+        return {part: Path(path) for part, path in source.items()}
+    path = Path(source)
+    files = [p for p in sorted(path.iterdir()) if re.search(_SUFFIXES, p.name)] if path.is_dir() else [path]
+    return {p.name if len(files) > 1 else '': p for p in files}
 
 
-def _tensors(source: Path | dict[str, Path]) -> Iterator[tuple[str, torch.Tensor]]:
-    for prefix, path in _files(source).items():
+def _tensors(files: Mapping[str, Path]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Tensors in files, with their part and path."""
+    for part, path in files.items():
         try:
             content = read_checkpoint(path)
         except CheckpointError:
-            content = read_confidence_net(path)  # a zip around a checkpoint
+            content = read_confidence_net(path)  # a zip archive with a checkpoint inside
         for name, value in _walk(content):
-            yield prefix + re.sub('^(state_dict|net)/', '', name), value
+            name = re.sub('^(state_dict|net)/', '', name)
+            yield f'{part}/{name}' if part else name, value
 
 
 def _walk(value: Any, path: str = '') -> Iterator[tuple[str, torch.Tensor]]:
-    """Tensors anywhere in a checkpoint, by path."""
+    """Tensors anywhere in a checkpoint, with their paths."""
     if isinstance(value, torch.Tensor):
         yield path, value
     elif isinstance(value, Mapping):

@@ -1,50 +1,45 @@
-"""Publish exported folders on the Hugging Face Hub, and see that what is there is what was meant."""
-import hashlib
+"""Publish exported folders on the Hugging Face Hub and verify the result."""
 import json
-import logging
 import tempfile
-import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import timm
-from huggingface_hub import CommitOperationAdd, HfApi, get_token
+from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, ModelInfo, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 
-from ..utils import CheckpointError, UserError, fetch_weights, is_transient, read_json, sha256_of
-from ..utils.download import download_file
+from ..utils import CheckpointError, UserError, fetch_weights, read_json, sha256_of
+from ..utils.download import download_file, retry, status_of
 from ..utils.export import CONFIG, WEIGHTS
+from ..version import __version__
 from .card import CARD, PICTURE
 from .catalog import Entry
 from .check import check_in_fresh_process, fixed_logits
-
-_logger = logging.getLogger(__name__)
 
 T = TypeVar('T')
 
 _PICKLES = ('.pth', '.pt', '.bin', '.tar', '.th', '.pkl', '.pickle', '.ckpt', '.joblib', '.npy', '.npz', '.zip')
 _WAITS = (1, 2, 4, 8, 8, 8)  # seconds between tries
-_CONFLICT = 412  # the branch moved between the comparison and the commit
 
 
 class PublishError(UserError, RuntimeError):
-    """A folder cannot be published, or what was published is not what was meant."""
+    """A folder cannot be published, or the published files are wrong."""
 
 
 def files_to_publish(folder: str | Path) -> dict[str, Path]:
-    """Find what of a folder goes to the Hub, and see that it is whole and safe.
+    """List the files of a folder that are published, and check that they are complete and safe.
 
     Args:
-        folder: As `convert` and `finish` leave one.
+        folder: Folder that `convert` or `describe` wrote.
 
     Returns:
-        Paths by name: model.safetensors, config.json, README.md and, if there is one, the picture of the curve.
+        Paths by name: model.safetensors, config.json, README.md and, if it exists, the plot.
 
     Raises:
-        PublishError: A file is missing, is a pickle or no JSON, or the weights are not those that config.json is of.
+        PublishError: A file is missing, is a pickle or not JSON, or config.json belongs to other weights.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -52,49 +47,49 @@ def files_to_publish(folder: str | Path) -> dict[str, Path]:
     for path in sorted(folder.rglob('*')):
         if path.is_file() and path.name.endswith(_PICKLES):
             raise PublishError(
-                f"'{path}' may be a pickle, which runs code where it is read: nothing is published from a folder that "
-                'holds one. Expected model.safetensors, config.json and README.md.')
+                f"'{path}' may be a pickle, which can run code when it is read. Such folders are not published. "
+                'Expected model.safetensors, config.json and README.md.')
     files = {name: folder / name for name in (WEIGHTS, CONFIG, CARD, PICTURE)}
     missing = [name for name, path in files.items() if name != PICTURE and not path.is_file()]
     if missing:
-        raise PublishError(f"'{folder}' lacks {', '.join(missing)}: hfhub/convert.py and train.py --push-to-hub write "
-                           'whole folders.')
+        raise PublishError(f"'{folder}' lacks {', '.join(missing)}. hfhub/convert.py and train.py --push-to-hub write "
+                           'complete folders.')
     try:
         with safe_open(files[WEIGHTS], 'pt') as f:
             f.keys()
     except (SafetensorError, OSError) as e:
-        raise PublishError(f"'{files[WEIGHTS]}' is no safetensors file ({e}).") from e
+        raise PublishError(f"'{files[WEIGHTS]}' is not a safetensors file ({e}).") from e
     try:
         config = read_json(files[CONFIG])
         json.dumps(config, allow_nan=False)
     except ValueError as e:
-        raise PublishError(f"'{files[CONFIG]}' is not JSON that everybody reads: {e}") from e
+        raise PublishError(f"'{files[CONFIG]}' is not standard JSON: {e}") from e
     if config.get('weights_sha256') != sha256_of(files[WEIGHTS]):
         raise PublishError(
-            f"'{files[WEIGHTS]}' is not the file that config.json is of (SHA-256 {config.get('weights_sha256')}).")
+            f"'{files[WEIGHTS]}' does not have the SHA-256 in config.json ({config.get('weights_sha256')}).")
     return {name: path for name, path in files.items() if path.is_file()}
 
 
 def check_permission(entry: Entry, permitted: bool = False) -> None:
-    """See that a model may be published.
+    """Check that a model may be published.
 
     Raises:
-        PublishError: The authors state no licence, and no permission of theirs is claimed.
+        PublishError: The authors state no licence, and `permitted` is False.
     """
     if entry.licence is None and not permitted:
         raise PublishError(
-            f'{entry.name} may not be published: {entry.licence_note or "no licence is stated."} With their '
-            'permission, give --i-have-permission.')
+            f'{entry.name} may not be published: {entry.licence_note or "no licence is stated."} If the authors permit '
+            'it, add --i-have-permission.')
 
 
 def check_login(repo_id: str) -> str:
-    """See that publishing can begin: a valid id, and a token that the Hub knows.
+    """Check that publishing can begin: the id is valid, and the Hub accepts the token.
 
     Returns:
         Name of the user.
 
     Raises:
-        PublishError: There is no token, it is refused, or the Hub cannot be reached.
+        PublishError: There is no token, the Hub refuses it, or the Hub cannot be reached.
     """
     try:
         validate_repo_id(repo_id)
@@ -103,7 +98,7 @@ def check_login(repo_id: str) -> str:
     if '/' not in repo_id:
         raise PublishError(f"Expected a repository as ORG/NAME, got '{repo_id}'.")
     if get_token() is None:
-        raise PublishError('There is no token for the Hugging Face Hub: log in with `hf auth login`, or set HF_TOKEN.')
+        raise PublishError('There is no token for the Hugging Face Hub: log in with `hf auth login` or set HF_TOKEN.')
     return str(_call('log in', lambda: HfApi().whoami())['name'])
 
 
@@ -114,30 +109,30 @@ def publish(
         revision: str | None = None,
         verify: bool = True,
 ) -> dict[str, Any]:
-    """Bring a repository on the Hub to the state of a folder, in one commit, and see that it arrived.
+    """Bring a repository on the Hub to the state of a folder in one commit, and verify the result.
 
-    Only files that differ are sent; large ones that an interrupted run has sent are not sent again. If nothing
-    differs, nothing is committed. The token is that of huggingface_hub's own login.
+    Only files that differ are sent. Large files that an interrupted run has sent are not sent again. If nothing
+    differs, there is no commit. The token comes from huggingface_hub's login.
 
     Args:
         folder: See `files_to_publish`.
         repo_id: 'ORG/NAME'; created if needed.
-        private: Create it as a private one.
+        private: Create a private repository.
         revision: Branch; created if needed. Default: main.
-        verify: Download what was published, compare hashes, and logits in a fresh process.
+        verify: Download the published files and compare them, see `verify_published`.
 
     Returns:
-        'repo' and 'commit' (its hash), 'uploaded' (names of files that were sent), 'url', and 'difference' between
-        logits, if verified.
+        A report. 'repo', 'url', 'commit': hash of the commit, 'uploaded': names of the files that changed, and, if
+        verified, 'difference': largest difference between logits.
 
     Raises:
-        PublishError: The folder is not fit, the Hub refuses or cannot be reached, or something else arrived.
+        PublishError: The folder cannot be published, the Hub refuses or cannot be reached, or verification failed.
     """
     files = files_to_publish(folder)
     try:
         timm.create_model(f'local-dir:{folder}', pretrained=True)
-    except Exception as e:  # timm's, for what a config.json may hold
-        raise PublishError(f"'{folder}' is not published, for it does not load: {_explain(e)}") from e
+    except Exception as e:  # a wrong config.json makes timm raise errors of many types
+        raise PublishError(f"'{folder}' is not published because it does not load: {_explain(e)}") from e
     check_login(repo_id)
     api = HfApi()
     _call(f'create {repo_id}', lambda: api.create_repo(repo_id, private=private, exist_ok=True))
@@ -145,34 +140,38 @@ def publish(
         branch = revision
         _call(f'create the branch {branch}', lambda: api.create_branch(repo_id, branch=branch, exist_ok=True))
 
-    def commit() -> tuple[str, list[str]]:
-        # Compared anew at every try: the last one may have arrived although its answer did not.
-        info = api.model_info(repo_id, revision=revision, files_metadata=True)
-        if private and info.private is False:
-            raise PublishError(f'{repo_id} is there already, and public. Make it private on the Hub first.')
-        there = {s.rfilename: s for s in info.siblings or ()}
-        changed = [name for name, path in files.items() if not _same(there.get(name), path)]
-        if not changed:
-            return str(info.sha), sent
-        sent[:] = changed
-        done = api.create_commit(
-            repo_id, [CommitOperationAdd(name, files[name]) for name in changed], revision=revision,
-            commit_message=f"{'Update' if WEIGHTS in there else 'Add'} {', '.join(changed)}", parent_commit=info.sha)
-        return done.oid, sent
+    def read(at: str | None) -> ModelInfo:
+        return api.model_info(repo_id, revision=at, files_metadata=True)
 
-    sent: list[str] = []
-    sha, uploaded = _call(f'publish {repo_id}', commit)
-    report: dict[str, Any] = {'repo': repo_id, 'commit': sha, 'uploaded': uploaded, 'url': f'{api.endpoint}/{repo_id}'}
+    def commit() -> CommitInfo:
+        # create_commit skips files that have not changed. It compares each operation with the Hub only once, so each
+        # try needs new ones: the try before may have changed the Hub although its answer was lost.
+        return api.create_commit(
+            repo_id, [CommitOperationAdd(name, path) for name, path in files.items()], revision=revision,
+            commit_message=f'Publish with timm_dynamic {__version__}', parent_commit=read(revision).sha)
+
+    before = _call(f'read {repo_id}', lambda: read(revision))
+    if private and before.private is False:
+        raise PublishError(f'{repo_id} already exists and is public. Make it private on the Hub first.')
+    sha = str(_call(f'publish {repo_id}', commit).oid)
+    old, new = (
+        {file.rfilename: file.blob_id for file in info.siblings or ()}
+        for info in (before, _call(f'read {repo_id}', lambda: read(sha))))
+    report: dict[str, Any] = {
+        'repo': repo_id, 'commit': sha, 'uploaded': [name for name in files if new.get(name) != old.get(name)],
+        'url': f'{api.endpoint}/{repo_id}'}
     if verify:
         report['difference'], = verify_published([(folder, repo_id, sha)]).values()
     return report
 
 
 def verify_published(published: Iterable[tuple[str | Path, str, str]]) -> dict[str, float]:
-    """Download repositories anew, and compare them with the folders that they were published from.
+    """Download repositories into an empty cache and compare them with the folders they were published from.
+
+    Compares the SHA-256 of all files, and logits in a fresh process.
 
     Args:
-        published: Folder, 'ORG/NAME', and hash of the commit.
+        published: Folder, 'ORG/NAME' and hash of the commit, for each repository.
 
     Returns:
         Largest absolute difference between logits, by repository.
@@ -190,51 +189,28 @@ def verify_published(published: Iterable[tuple[str | Path, str, str]]) -> dict[s
                 fetch_weights(f'{repo_id}@{revision}', cache_dir=cache)
                 for name, path in files_to_publish(folder).items():
                     if sha256_of(download_file(repo_id, name, revision, cache)) != sha256_of(path):
-                        raise PublishError(
-                            f"'{name}' arrived at {repo_id} with another content than that of '{path}'. Publish it "
-                            'again.')
+                        raise PublishError(f"'{name}' in {repo_id} differs from '{path}'. Publish it again.")
             except (CheckpointError, OSError) as e:
-                raise PublishError(f'{repo_id} was published, but does not verify: {e}') from e
+                raise PublishError(f'{repo_id} was published, but verification failed: {e}') from e
         try:
             found = check_in_fresh_process(expected, cache)
         except CheckpointError as e:
-            raise PublishError(f'Published, but does not verify: {e}') from e
+            raise PublishError(f'Published, but verification failed: {e}') from e
     return dict(zip((repo_id for _, repo_id, _ in published), found.values()))
 
 
-def _same(there: Any, path: Path) -> bool:
-    """Whether a file on the Hub, as it is listed there, has the content of one here."""
-    if there is None or there.size != path.stat().st_size:
-        return False
-    if there.lfs is not None:
-        return bool(there.lfs['sha256'] == sha256_of(path))
-    content = path.read_bytes()
-    return bool(there.blob_id == hashlib.sha1(b'blob %d\0' % len(content) + content).hexdigest())
-
-
 def _call(what: str, request: Callable[[], T]) -> T:
-    """Make a request, again where the network or the server fails. The client itself does so only for some."""
-    for wait in (*_WAITS, None):
-        try:
-            return request()
-        except PublishError:
-            raise
-        except Exception as e:  # the client's HTTP library has errors of its own, and has changed
-            conflict = isinstance(e, HfHubHTTPError) and _status(e) == _CONFLICT
-            if wait is None or not (conflict or is_transient(e)):
-                raise PublishError(f'Could not {what}: {_explain(e)}') from e
-            _logger.warning(f'Could not {what} ({_explain(e)}); trying again in {wait} s.')
-            time.sleep(wait)
-    raise AssertionError('unreachable')
-
-
-def _status(error: HfHubHTTPError) -> int:
-    return error.response.status_code if error.response is not None else 0
+    """Make a request with `retry`; its errors become PublishErrors."""
+    try:
+        return retry(request, f'Could not {what}', _WAITS)
+    except Exception as e:  # transport errors have no common type, see `is_transient`
+        raise PublishError(f'Could not {what}: {_explain(e)}') from e
 
 
 def _explain(error: BaseException) -> str:
-    if isinstance(error, HfHubHTTPError) and _status(error) in (401, 403):
-        return f'the Hub refuses the token ({_status(error)}): log in with one that may write there (`hf auth login`).'
     while error.__cause__ is not None and not isinstance(error, HfHubHTTPError):
         error = error.__cause__
+    status = status_of(error)
+    if status in (401, 403):
+        return f'the Hub refuses the token ({status}). Log in with a token that has write access (`hf auth login`).'
     return ' '.join((str(error).strip() or type(error).__name__).split())[:300]

@@ -1,4 +1,4 @@
-"""Models, data and optimizers from options, with timm's factories."""
+"""Create models, loaders and optimizers from options, with timm's factories."""
 import argparse
 import logging
 from collections.abc import Mapping, Sequence
@@ -31,16 +31,16 @@ from ..data import (
     create_train_loader,
     worker_context,
 )
-from ..models.builder import check_model_name, checkpoint_filter_of
+from ..models.builder import check_model_name, load_checkpoint
 from ..models.dynamic_net import DynamicNet
-from ..task.recipe import mixes
-from ..utils import load_weights, seeded
+from ..task.classification import mixes
+from ..utils import seeded
 
 _logger = logging.getLogger(__name__)
 
 
 def uses_demo_data(args: argparse.Namespace) -> bool:
-    """Whether the options name no data, or the embedded demo set."""
+    """Whether the options name the embedded demo set, or no data."""
     return args.dataset == DEMO_DATASET or not (args.dataset or args.data_dir or args.data)
 
 
@@ -50,11 +50,14 @@ def model_dtype(args: argparse.Namespace) -> torch.dtype | None:
 
 
 def build_model(args: argparse.Namespace, **kwargs: Any) -> Any:
-    """Create the model that the options describe (both scripts), on the CPU.
+    """Create the model of the options, on the CPU.
 
     Args:
-        args: Options.
-        **kwargs: Further arguments of `timm.create_model`; None is passed over.
+        args: Options of train.py or validate.py.
+        **kwargs: Further arguments of `timm.create_model`. Values of None are ignored.
+
+    Raises:
+        ValueError: There is no such model, or it does not accept an argument.
     """
     check_model_name(args.model)
     if args.fast_norm:
@@ -75,8 +78,8 @@ def build_model(args: argparse.Namespace, **kwargs: Any) -> Any:
         if 'unexpected keyword argument' not in str(e):
             raise
         raise ValueError(
-            f"'{args.model}' has no such option: {e}. What the networks inside a dynamic model take is given with "
-            '--model-kwargs backbone_args=...') from e
+            f"'{args.model}' does not accept an argument: {e}. Set arguments of the networks inside a dynamic model "
+            'with --model-kwargs backbone_args=...') from e
     size = args.img_size or (tuple(args.input_size[1:]) if args.input_size else None)
     if isinstance(model, DynamicNet) and size:
         model.set_input_size(size)
@@ -84,7 +87,7 @@ def build_model(args: argparse.Namespace, **kwargs: Any) -> Any:
 
 
 def build_training_model(args: argparse.Namespace) -> Any:
-    """Create the model to train, with the weights it starts from, on the CPU."""
+    """Create the model to train with its initial weights, on the CPU."""
     with seeded(args.seed, 'model'):
         model = build_model(
             args,
@@ -95,11 +98,10 @@ def build_training_model(args: argparse.Namespace) -> Any:
             bn_momentum=args.bn_momentum,
             bn_eps=args.bn_eps,
         )
-    filter_fn = checkpoint_filter_of(model.pretrained_cfg['architecture'])
     if args.pretrained_path:
-        load_weights(model, args.pretrained_path, filter_fn, adapt=True, reset_head=True)
+        load_checkpoint(model, args.pretrained_path, adapt=True, reset_head=True)
     if args.initial_checkpoint:
-        load_weights(model, args.initial_checkpoint, filter_fn)
+        load_checkpoint(model, args.initial_checkpoint)
     if args.head_init_scale is not None or args.head_init_bias is not None:
         heads = model.get_classifier()
         with torch.no_grad():
@@ -115,7 +117,7 @@ def build_training_model(args: argparse.Namespace) -> Any:
 
 
 def place_model(model: Any, args: argparse.Namespace, device: torch.device, num_processes: int = 1) -> Any:
-    """Convert the model's norms, and move it to its device, dtype and memory layout."""
+    """Convert the model's norms, and move it to the device, dtype and memory format of the options."""
     if args.split_bn:
         if args.aug_splits < 2 and not args.resplit:
             raise ValueError('--split-bn needs --aug-splits of at least 2, or --resplit.')
@@ -125,7 +127,7 @@ def place_model(model: Any, args: argparse.Namespace, device: torch.device, num_
         model.to(memory_format=torch.channels_last)
     if args.sync_bn and num_processes > 1:
         if args.split_bn:
-            raise ValueError('--sync-bn does not go with --split-bn.')
+            raise ValueError('--sync-bn cannot be combined with --split-bn.')
         model = convert_sync_batchnorm(model)
     return model
 
@@ -167,11 +169,11 @@ def check_classes(dataset: Any, num_classes: int, what: str) -> None:
     classes = class_to_idx(dataset)
     if classes is not None and max(classes.values()) >= num_classes:
         raise ValueError(
-            f'The {what} data has {max(classes.values()) + 1} classes ({_some(classes)}), the model {num_classes}: '
-            f'use --num-classes {max(classes.values()) + 1}.')
+            f'The {what} data has {max(classes.values()) + 1} classes ({_first_names(classes)}), the model has '
+            f'{num_classes}: use --num-classes {max(classes.values()) + 1}.')
 
 
-def _some(classes: dict[str, int]) -> str:
+def _first_names(classes: dict[str, int]) -> str:
     names = sorted(classes, key=lambda k: classes[k])
     return ', '.join(names[:3]) + (', ...' if len(names) > 3 else '')
 
@@ -184,27 +186,27 @@ def build_train_loader(
         rank: int = 0,
         world_size: int = 1,
 ) -> tuple[TrainLoader, Mixup | None]:
-    """Create the training loader, and the mixup to apply to its batches where the loader does not do it itself."""
+    """Create the training loader, and the mixup to apply to its batches if the loader does not do that."""
     dataset = _open_dataset(args, args.train_split, data_config, True, args.train_num_samples)
     check_classes(dataset, num_classes, 'training')
     names = class_to_idx(dataset)
     if args.aug_splits == 1 or args.aug_splits < 0:
         raise ValueError(f'--aug-splits must be 0 or at least 2, got {args.aug_splits}.')
     if args.aug_repeats and world_size == 1:
-        raise ValueError('--aug-repeats spreads repeated samples over several processes; there is one.')
+        raise ValueError('--aug-repeats needs several processes, got one.')
     if args.jsd_loss and args.aug_splits < 2:
-        raise ValueError('--jsd-loss compares views of an image: it needs --aug-splits of at least 2.')
+        raise ValueError(f'--jsd-loss needs --aug-splits of at least 2, got {args.aug_splits}.')
     if args.aug_splits and args.no_prefetcher:
-        raise ValueError('--aug-splits does not go with --no-prefetcher.')
+        raise ValueError('--aug-splits cannot be combined with --no-prefetcher.')
 
     prefetch = not args.no_prefetcher
     collate_fn = mixup_fn = None
     if mixes(args):
         if args.aug_splits:
-            raise ValueError('--mixup and --cutmix do not go with --aug-splits.')
+            raise ValueError('--mixup and --cutmix cannot be combined with --aug-splits.')
         odd = [n for n in args.train_batch_sizes or [args.batch_size] if n % 2]
         if odd:
-            raise ValueError(f'--mixup and --cutmix mix pairs: --batch-size must be even, got {odd[0]}.')
+            raise ValueError(f'--mixup and --cutmix need an even batch size, got {odd[0]}.')
         mixup_args: dict[str, Any] = dict(
             mixup_alpha=args.mixup, cutmix_alpha=args.cutmix, cutmix_minmax=args.cutmix_minmax, prob=args.mixup_prob,
             switch_prob=args.mixup_switch_prob, mode=args.mixup_mode, label_smoothing=args.smoothing,
@@ -217,7 +219,7 @@ def build_train_loader(
         dataset = AugMixDataset(dataset, num_splits=args.aug_splits)
 
     sizes, batches = args.train_img_sizes, args.train_batches_per_epoch
-    if batches and not sizes:  # timm's scheduled batches, with a single size
+    if batches and not sizes:  # timm's scheduled batches with one image size
         sizes = [data_config['input_size'][-2:]]
     interpolation = args.train_interpolation
     loader = create_train_loader(
@@ -267,8 +269,8 @@ def build_train_loader(
     )
     if not len(loader):
         raise ValueError(
-            f'The training data has fewer images ({len(loader.dataset)}) than a batch ({args.batch_size} x '
-            f'{world_size} processes): use a smaller --batch-size.')
+            f'The training data has {len(loader.dataset)} images, fewer than one batch ({args.batch_size} x '
+            f'{world_size} processes). Use a smaller --batch-size.')
     loader.class_to_idx = names
     return loader, mixup_fn
 
@@ -284,30 +286,40 @@ def build_eval_loader(
         batch_size: int | None = None,
         views: Sequence[Mapping[str, Any]] | None = None,
         indices: Sequence[int] | None = None,
+        random_samples: int | None = None,
         **kwargs: Any,
 ) -> Any:
-    """Create a loader to evaluate with (both scripts).
+    """Create a loader for evaluation.
 
     Args:
-        args: Options.
+        args: Options of train.py or validate.py.
         split: Split of the dataset.
-        data_config: As `timm.data.resolve_data_config` gives it.
-        num_classes: Of the model.
-        device: Where the images go.
-        world_size: Number of processes; each gets its share.
+        data_config: Preprocessing, see `timm.data.resolve_data_config`.
+        num_classes: Number of classes of the model.
+        device: Device of the images.
+        world_size: Number of processes. Each process loads a share of the images.
         samples: Number of samples, for iterable datasets.
-        batch_size: Per process (default: the options').
-        views: For each member of a cascade how it wants its images, see `eval_views`: they come as tuples.
-        indices: Give these images only, in this order.
+        batch_size: Batch size per process (default: that of the options).
+        views: Preprocessing for each member of a cascade, see `eval_views`. The loader then yields tuples of images.
+        indices: Load only these images, in this order.
+        random_samples: Load only this number of random images. Not for iterable datasets, see `samples`.
         **kwargs: Further arguments of timm's `create_loader`.
+
+    Raises:
+        ValueError: The dataset has more classes than the model, or fewer random images than processes are requested.
     """
     dataset = _open_dataset(args, split, data_config, False, samples)
     check_classes(dataset, num_classes, f"'{split}'")
     workers, whole = args.workers, dataset
+    if random_samples is not None and not isinstance(dataset, torch.utils.data.IterableDataset):
+        if random_samples < world_size:
+            raise ValueError(f'Expected at least one image for each of {world_size} processes, got {random_samples}.')
+        order = torch.randperm(len(whole), generator=torch.Generator().manual_seed(args.seed))
+        indices = order[:random_samples].sort().values.tolist()
     if indices is not None:
         dataset = torch.utils.data.Subset(dataset, indices)
     if world_size > 1 and isinstance(dataset, torch.utils.data.IterableDataset):
-        workers = min(2, workers)  # as in timm: fewer workers pad less
+        workers = min(2, workers)  # as in timm: fewer workers need less padding
     loader = create_loader(
         dataset,
         data_config['input_size'],
@@ -336,22 +348,23 @@ def build_eval_loader(
         loader = MultiViewLoader(loader, views, device, model_dtype(args) or torch.float32)
     elif indices is not None:
         whole.transform = dataset.transform
-    loader.class_to_idx = class_to_idx(whole)
+    loader.class_to_idx, loader.views = class_to_idx(whole), views
     return loader
 
 
 def check_same_classes(train: dict[str, int] | None, val: dict[str, int] | None) -> None:
-    """Raise a ValueError if a class has one index in training and another in validation."""
+    """Raise a ValueError if a class has different indices in training and validation."""
     for name in sorted((train or {}).keys() & (val or {}).keys()):
         if train[name] != val[name]:  # type: ignore[index]
-            missing = sorted((train or {}).keys() ^ (val or {}).keys())
+            different = sorted((train or {}).keys() ^ (val or {}).keys())
             raise ValueError(
                 f"The class '{name}' has index {train[name]} in training and {val[name]} in validation: "  # type: ignore[index]
-                f'the folders differ ({_some(dict.fromkeys(missing, 0))}). Name the classes with --class-map.')
+                f'the folders have different classes ({_first_names(dict.fromkeys(different, 0))}). Set the indices '
+                'with --class-map.')
 
 
 def resolve_learning_rate(args: argparse.Namespace, global_batch_size: int) -> float:
-    """Learning rate: `--lr`, or `--lr-base` scaled by the global batch size as timm does."""
+    """Return `--lr`, or `--lr-base` scaled with the global batch size as in timm."""
     if args.lr:
         return args.lr
     ratio = global_batch_size / args.lr_base_size
@@ -360,20 +373,24 @@ def resolve_learning_rate(args: argparse.Namespace, global_batch_size: int) -> f
 
 
 def build_optimizer(module: nn.Module, args: argparse.Namespace) -> torch.optim.Optimizer:
-    """Create timm's optimizer over what the module trains."""
+    """Create timm's optimizer for the trained parameters of a module.
+
+    Raises:
+        ValueError: The optimizer does not accept an argument of `--opt-kwargs`.
+    """
     kwargs = {**optimizer_kwargs(cfg=args), **args.opt_kwargs}
     if args.classifier_lr_scale != 1:
-        kwargs['param_group_fn'] = partial(_classifier_apart, args=args, kwargs=dict(kwargs))
+        kwargs['param_group_fn'] = partial(_separate_classifier, args=args, kwargs=dict(kwargs))
     try:
         return create_optimizer_v2(module, **kwargs)
     except TypeError as e:
         if 'unexpected keyword argument' not in str(e):
             raise
-        raise ValueError(f'--opt {args.opt} does not take what is given with --opt-kwargs: {e}') from e
+        raise ValueError(f'--opt {args.opt} does not accept these --opt-kwargs: {e}') from e
 
 
-def _classifier_apart(module: Any, args: argparse.Namespace, kwargs: dict[str, Any]) -> list[dict[str, Any]]:
-    """timm's parameter groups, the classifier's parameters with a learning rate of their own."""
+def _separate_classifier(module: Any, args: argparse.Namespace, kwargs: dict[str, Any]) -> list[dict[str, Any]]:
+    """timm's parameter groups, with separate groups for the classifier, which has another learning rate."""
     common: dict[str, Any] = dict(
         weight_decay=args.weight_decay,
         no_weight_decay_list=getattr(module, 'no_weight_decay', set)(),
@@ -390,18 +407,18 @@ def _classifier_apart(module: Any, args: argparse.Namespace, kwargs: dict[str, A
         classifier = module.get_classifier()
         parts = classifier if isinstance(classifier, (tuple, list)) else [classifier]
         parameters = [p for part in parts for p in part.parameters()]
-    apart = {id(p) for p in parameters}
+    of_classifier = {id(p) for p in parameters}
     out = []
     for group in groups:
-        rest = [p for p in group['params'] if id(p) not in apart]
-        heads = [p for p in group['params'] if id(p) in apart]
+        rest = [p for p in group['params'] if id(p) not in of_classifier]
+        heads = [p for p in group['params'] if id(p) in of_classifier]
         out += [{**group, 'params': rest}] if rest else []
         out += [{**group, 'params': heads, 'lr': args.lr * args.classifier_lr_scale}] if heads else []
     return out
 
 
 def eval_views(args: argparse.Namespace, model: Any) -> list[dict[str, Any]] | None:
-    """For each member of a cascade how it wants its images, unless options say otherwise; None for other models."""
+    """Preprocessing for each member of a cascade, changed by the options; None for other models."""
     views = getattr(unwrap_model(model), 'view_configs', None)
     if views is None:
         return None
@@ -411,7 +428,11 @@ def eval_views(args: argparse.Namespace, model: Any) -> list[dict[str, Any]] | N
 
 
 def training_data_config(args: argparse.Namespace, model: nn.Module) -> dict[str, Any]:
-    """Preprocessing of images, by options and model."""
+    """Preprocessing of images, from the options and the model.
+
+    Raises:
+        ValueError: `--mean` or `--std` has neither one value nor one for each channel.
+    """
     try:
         config = resolve_data_config(vars(args), model=model)
     except AssertionError as e:
@@ -419,6 +440,6 @@ def training_data_config(args: argparse.Namespace, model: nn.Module) -> dict[str
             f'--mean and --std: expected one value, or one for each channel, got {args.mean} and {args.std}.') from e
     channels = config['input_size'][0]
     for key in ('mean', 'std'):
-        if len(config[key]) != channels:  # a model for grey images has those of colour ones: their average, as in timm
+        if len(config[key]) != channels:  # e.g. grey images: the mean over the colour channels, as in timm
             config[key] = (sum(config[key]) / len(config[key]),) * channels
     return config

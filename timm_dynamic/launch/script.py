@@ -1,4 +1,4 @@
-"""What every script does around its work: logging, errors as one line, the exit status."""
+"""Common parts of the scripts: logging, one-line errors, exit status."""
 import logging
 import signal
 import sys
@@ -12,10 +12,10 @@ from ..utils.signals import Stopped
 
 
 def run_script(script: Callable[[], int]) -> int:
-    """Run a script's body. It logs to the terminal, and errors that the user can act on are one line.
+    """Run the body of a script with logging to the terminal. User errors are printed as one line.
 
     Returns:
-        Exit status: the body's; 1 for an error; 128 + signal number if a signal stopped it.
+        Exit status: that of the body; 1 for an error; 128 + signal number if a signal stopped it.
     """
     if not logging.root.handlers:
         setup_default_logging()

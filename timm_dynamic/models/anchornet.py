@@ -472,6 +472,16 @@ _PARTS = {'localizer': 'anchornet', 'resized': 'resized', 'patch': 'patch'}
 _ALL_PARTS = "pretrained_cfg_overlay=dict(file=dict(localizer='...', resized='...', patch='...'))"
 
 
+def _weight_files(folder: Path) -> list[Path]:
+    return [p for p in sorted(folder.iterdir()) if re.search(r'\.(pth|pt|tar|safetensors)$', p.name)]
+
+
+def is_checkpoint_folder(folder: Path) -> bool:
+    """Whether a folder has one file for each of the three networks, named as the authors' files are."""
+    found = [[p for p in _weight_files(folder) if word in p.name.lower()] for word in _PARTS.values()]
+    return all(len(part) == 1 for part in found) and len({part[0] for part in found}) == len(found)
+
+
 def read_checkpoint_fn(path: str | Path, use_ema: bool = True) -> dict[str, Any]:
     """Read weights; from a folder with the authors' three files, {'localizer', 'resized', 'patch'} of weights.
 
@@ -479,8 +489,7 @@ def read_checkpoint_fn(path: str | Path, use_ema: bool = True) -> dict[str, Any]
         CheckpointError: A part is missing, or there is more than one file for it.
     """
     path = Path(path)
-    files = sorted(path.iterdir()) if path.is_dir() else []
-    files = [p for p in files if re.search(r'\.(pth|pt|tar|safetensors)$', p.name)]
+    files = _weight_files(path) if path.is_dir() else []
     if len(files) < 2 or (path / 'model.safetensors').is_file() or (path / 'config.json').is_file():
         return dict(read_state_dict(path, use_ema))
     out = {}

@@ -76,6 +76,7 @@ class Family:
         checkpoint_filter_fn: Maps what was read, of a model, onto the keys of the model.
         exit_cfg_from_checkpoint: Takes from what was read what it says about exits; empty if nothing.
         training_state_from_checkpoint: Takes from what was read what only training needs; empty if nothing.
+        is_checkpoint_folder: Whether a folder is one checkpoint in several files.
         find_absent_members: Finds the members of a cascade that what was read has no weights for.
         fetch_members: Gives these members of a cascade the weights that timm has for them, with a cache folder.
     """
@@ -83,6 +84,7 @@ class Family:
     checkpoint_filter_fn: FilterFn | None = None
     exit_cfg_from_checkpoint: Callable[[Any], dict[str, Any]] | None = None
     training_state_from_checkpoint: Callable[[Any], dict[str, Any]] | None = None
+    is_checkpoint_folder: Callable[[Path], bool] | None = None
     find_absent_members: Callable[[Any, Any], list[int]] | None = None
     fetch_members: Callable[[Any, Sequence[int], str | Path | None], None] | None = None
 

@@ -10,7 +10,7 @@ Departures from the released code (https://github.com/yaoching0/CLCNet-Rethinkin
 changes a score:
 * There, every token is a query and one result is used; a second attention, two input norms and the sparse masks are
   computed and never reach the score. None of them is in the model, so that cost and memory are linear in n. The masks
-  shape the training loss: see `timm_dynamic.task.confidence.SparseMasks`.
+  shape the training loss: see `timm_dynamic.task.confidence_net.SparseMasks`.
 * Layers that the steps share have one name.
 """
 import io

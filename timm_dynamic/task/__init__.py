@@ -1,6 +1,5 @@
 from .anchornet import AnchorNetTask
-from .clcnet_recipe import NUM_FOLDS, member_sources, member_stage
-from .confidence import (
+from .confidence_net import (
     ConfidenceFit,
     ConfidenceTask,
     fit_confidence_net,
@@ -15,7 +14,6 @@ from .recipe import RECIPES, create_recipe
 from .stage import Recipe, Stage, StageContext
 
 __all__ = [
-    'NUM_FOLDS',
     'RECIPES',
     'AnchorNetTask',
     'ConfidenceFit',
@@ -33,7 +31,5 @@ __all__ = [
     'fit_folds',
     'make_folds',
     'match_scores',
-    'member_sources',
-    'member_stage',
     'score_folds',
 ]

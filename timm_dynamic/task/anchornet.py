@@ -1,19 +1,26 @@
-"""Training of AnchorNet-patch: one of its three networks after the other.
+"""Training of AnchorNet-patch: its three networks are trained one after another.
 
 Paper: `Localizing Semantic Patches for Accelerating Image Classification` - Yang et al., ICME 2022,
 https://arxiv.org/abs/2206.03367
 """
+import argparse
 import logging
+from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from timm.task import TrainingTask
 from timm.utils import unwrap_model
 from torch import nn
 
+from ..exits.collect import with_confidence
 from ..layers import crop_patches, get_glance
 from ..models.anchornet import AnchorNetPatch
 from .base import OneModuleTask
+from .stage import Recipe, Stage, StageContext
+from .static import DEMO_COMMON, create_static_stage, load_backbone_or_warn
 
 _logger = logging.getLogger(__name__)
 
@@ -21,11 +28,12 @@ PARTS = ('localizer', 'resized', 'patch')
 
 
 class AnchorNetModule(nn.Module):
-    """An AnchorNet-patch of which one network runs.
+    """One network of an AnchorNet-patch.
 
     Args:
-        model: The whole.
-        part: 'localizer' (sees images), 'resized' (images scaled down) or 'patch' (windows that the localizer finds).
+        model: The whole model.
+        part: 'localizer' (sees images), 'resized' (sees images scaled down) or 'patch' (sees the windows that the
+            localizer selects).
     """
 
     def __init__(self, model: AnchorNetPatch, part: str) -> None:
@@ -37,7 +45,7 @@ class AnchorNetModule(nn.Module):
         return {f'model.{name}' for name in self.model.no_weight_decay()}
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Logits [n·B, num_classes]: one per image, or one per window, all first windows first."""
+        """Compute logits [n·B, num_classes]: one row per image or window, first windows of all images first."""
         model = self.model
         if self.part == 'localizer':
             return model.localizer(x)
@@ -50,18 +58,18 @@ class AnchorNetModule(nn.Module):
 
 
 class AnchorNetTask(OneModuleTask):
-    """Train one network of an AnchorNet-patch by cross-entropy. The others are in eval mode and do not learn.
+    """Train one network of an AnchorNet-patch with cross-entropy. The other two are frozen, in eval mode.
 
-    Every window of an image has the image's class. The patch net is validated by what the whole model makes of it, step
-    by step (the original: by the mean of five crops).
+    The target of a window is the class of its image. The patch net is validated with the whole model, step by step (the
+    original: with the mean of five crops).
 
     Args:
-        model: The whole.
+        model: The whole model.
         part: 'localizer', 'resized' or 'patch'.
         smoothing: Label smoothing.
         device: Device of the task.
         dtype: Dtype of the task.
-        verbose: Log what is used.
+        verbose: Log how many parameters are trained.
     """
 
     def __init__(
@@ -75,7 +83,7 @@ class AnchorNetTask(OneModuleTask):
     ) -> None:
         super().__init__(device=device, dtype=dtype, verbose=verbose)
         if not isinstance(model, AnchorNetPatch):
-            raise ValueError(f'This training is for AnchorNet-patch models, got {type(model).__name__}.')
+            raise ValueError(f'Expected an AnchorNet-patch model, got {type(model).__name__}.')
         if part not in PARTS:
             raise ValueError(f"part must be one of {', '.join(PARTS)}, got {part!r}.")
         self.part, self.smoothing = part, smoothing
@@ -84,11 +92,11 @@ class AnchorNetTask(OneModuleTask):
         for name in PARTS:
             getattr(model, name).requires_grad_(name == part)
         if self.verbose:
-            learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
-            _logger.info(f'AnchorNetTask: {learning / 1e6:.2f} M parameters of the {part} net learn.')
+            trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+            _logger.info(f'AnchorNetTask: {trained / 1e6:.2f} M parameters of the {part} net are trained.')
 
     def get_eval_model(self, module: nn.Module | None = None, ema: bool = False) -> Any:
-        """The whole model."""
+        """Return the whole model."""
         module = module if module is not None else self.get_trainable_module(ema=ema)
         return unwrap_model(module).model if module is not None else None
 
@@ -104,12 +112,76 @@ class AnchorNetTask(OneModuleTask):
         """
         logits = self.trainable_module(input)
         repeated = target.repeat(len(logits) // len(target), *[1] * (target.ndim - 1))
-        smoothing = 0. if target.is_floating_point() else self.smoothing  # mixup has smoothed already
+        smoothing = 0. if target.is_floating_point() else self.smoothing  # mixup has already smoothed the targets
         loss = F.cross_entropy(logits.float(), repeated, label_smoothing=smoothing)
         return {'loss': loss, 'output': logits[:len(input)]}
 
-    def forward_eval(self, model: AnchorNetPatch, x: torch.Tensor) -> torch.Tensor:
-        """Logits to validate by [n, B, C]: of the one network, or of all steps once the last one is trained."""
+    def num_predictions(self, model: nn.Module) -> int:
+        """See `TaskHooks.num_predictions`."""
+        return super().num_predictions(model) if self.part == 'patch' else 1
+
+    def predict(self, model: Any, x: Any) -> dict[str, torch.Tensor]:
+        """See `TaskHooks.predict`: all steps of the model for the part 'patch', else the trained network alone."""
         if self.part == 'patch':
-            return model.forward_all(x)['logits']
-        return AnchorNetModule(model, self.part)(x)[None]
+            return with_confidence(model.forward_all(x)['logits'])
+        return with_confidence(AnchorNetModule(model, self.part)(x)[None])
+
+
+# The recipe
+
+# Settings of the paper. The resized and the patch net start from the backbone's pretrained weights.
+_COMMON: dict[str, Any] = dict(
+    global_batch_size=256, momentum=0.9, lr_base_size=256, weight_decay=1e-4,
+    opt_kwargs={'filter_bias_and_bn': False}, warmup_epochs=0, smoothing=0., color_jitter=0.,
+    train_interpolation='bilinear')
+_DOWNSTREAM: dict[str, Any] = dict(_COMMON, epochs=30, opt='momentum', lr_base=0.01, sched='cosine')
+_PAPER: dict[str, dict[str, Any]] = {
+    'localizer': dict(
+        _COMMON, epochs=100, opt='sgd', lr_base=0.1, sched='step', decay_epochs=30, decay_rate=0.1),
+    'resized': _DOWNSTREAM,
+    'patch': _DOWNSTREAM,
+}
+_DEMO: dict[str, dict[str, Any]] = {
+    'static': dict(DEMO_COMMON, epochs=6),
+    'localizer': dict(DEMO_COMMON, epochs=10),
+    'resized': dict(DEMO_COMMON, epochs=4, lr=1e-3, warmup_epochs=0, init_downstream='scratch'),
+    'patch': dict(DEMO_COMMON, epochs=4, lr=1e-3, warmup_epochs=0, init_downstream='scratch'),
+}
+
+
+def create_anchornet_task(
+        model: AnchorNetPatch,
+        args: argparse.Namespace,
+        context: StageContext,
+        part: str,
+) -> TrainingTask:
+    """Create the task of one stage, see `AnchorNetTask`."""
+    return AnchorNetTask(
+        model, part, args.smoothing, device=context.device, dtype=context.dtype, verbose=context.verbose)
+
+
+def _load_downstream(model: Any, args: argparse.Namespace, context: StageContext, part: str) -> None:
+    source = args.init_downstream
+    if source == 'scratch':
+        source = context.stage_weights['static']
+    load_backbone_or_warn(getattr(model, part), source, model, f'{part} net', '--init-downstream')
+
+
+def create_anchornet_recipe(args: argparse.Namespace, demo: bool, model: Any) -> Recipe:
+    """Create the recipe: localizer, resized net, patch net; `--init-downstream scratch` trains a static net first."""
+    if not isinstance(model, AnchorNetPatch):
+        raise ValueError(
+            f"The recipe 'anchornet' trains AnchorNet-patch models, e.g. --model anchornet_patch_densenet201_95; got "
+            f"--model {args.model}.")
+    defaults: Mapping[str, Mapping[str, Any]] = _DEMO if demo else _PAPER
+    scratch = (args.init_downstream or defaults['patch'].get('init_downstream')) == 'scratch'
+    task = partial(partial, create_anchornet_task)
+    load = partial(partial, _load_downstream)
+    return Recipe('anchornet', (
+        *([create_static_stage(model, defaults.get('static'), '--init-downstream')] if scratch else ()),
+        Stage('localizer', task(part='localizer'), defaults['localizer'], shown=False),
+        Stage('resized', task(part='resized'), defaults['resized'], starts_from='localizer',
+              prepare=load(part='resized'), shown=False),
+        Stage('patch', task(part='patch'), defaults['patch'], starts_from='resized', prepare=load(part='patch'),
+              label=args.model),
+    ))

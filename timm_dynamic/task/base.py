@@ -1,4 +1,5 @@
-"""What the tasks of this package have in common."""
+"""Base classes of the tasks."""
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -6,26 +7,48 @@ from timm.task import TrainingTask
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ..exits.collect import predict_steps
 
-class OneModuleTask(TrainingTask):
-    """A task with one module that learns: only that is wrapped.
+
+class TaskHooks:
+    """Methods that the trainer calls in addition to those of timm's `TrainingTask`."""
+
+    def predict(self, model: nn.Module, x: Any) -> dict[str, torch.Tensor]:
+        """Compute outputs for validation: 'logits' [T, B, num_classes] and 'confidence' [T, B], see `predict_steps`."""
+        return predict_steps(model, x)
+
+    def num_predictions(self, model: nn.Module) -> int:
+        """Number of steps T that `predict` returns."""
+        return getattr(model, 'num_steps', 1)
+
+    def further_losses(self) -> Iterator[torch.Tensor]:
+        """Yield the losses of additional updates on the last batch. Each is computed after the previous update."""
+        return iter(())
+
+    def diagnose(self) -> dict[str, torch.Tensor]:
+        """Return scalars to log after the last update on a batch."""
+        return {}
+
+
+class OneModuleTask(TaskHooks, TrainingTask):
+    """A task that trains one module. Only this module is wrapped.
 
     Attributes:
-        trainable_module: What learns, maybe wrapped.
-        frozen: Parts that do not learn: they stay in eval mode.
+        trainable_module: The trained module. It may be wrapped.
+        frozen: Modules that are not trained. They stay in eval mode.
     """
     trainable_module: Any
     frozen: tuple[nn.Module, ...] = ()
 
     def train(self, mode: bool = True) -> Any:
-        """Set the mode; what is frozen stays in eval mode."""
+        """Set the mode. Frozen modules stay in eval mode."""
         super().train(mode)
         for part in self.frozen:
             part.eval()
         return self
 
     def prepare_distributed(self, device_ids: list | None = None, **ddp_kwargs: Any) -> Any:
-        """Wrap what learns, and only it, in DistributedDataParallel."""
+        """Wrap the trained module, and only it, in DistributedDataParallel."""
         self.trainable_module = DistributedDataParallel(self.trainable_module, device_ids=device_ids, **ddp_kwargs)
         return self
 
@@ -35,6 +58,6 @@ class OneModuleTask(TrainingTask):
             mode: str | None = None,
             **compile_kwargs: Any,
     ) -> nn.Module:
-        """Compile what learns."""
+        """Compile the trained module."""
         self.trainable_module = torch.compile(self.trainable_module, backend=backend, mode=mode, **compile_kwargs)
         return self.trainable_module

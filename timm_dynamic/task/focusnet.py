@@ -1,4 +1,5 @@
-"""FocusNet training: a net learns to tell the right class from those that a frozen baseline confuses it with."""
+"""FocusNet training: a net learns to separate the true class from those that a frozen baseline confuses with it."""
+import argparse
 import logging
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ import timm
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import get_model_input_config, is_model, list_models
+from timm.task import TrainingTask
 from timm.utils import unwrap_model
 from torch import nn
 
@@ -15,6 +17,8 @@ from ..loss import FocusPickingLoss
 from ..models.builder import checkpoint_filter_of
 from ..utils import did_you_mean, hash_weights, load_weights
 from .base import OneModuleTask
+from .classification import LOSS_OPTIONS, create_classification_task
+from .stage import Recipe, Stage, StageContext
 
 _logger = logging.getLogger(__name__)
 
@@ -23,16 +27,16 @@ def create_baseline(source: str | Path | nn.Module, model: nn.Module) -> Any:
     """Create the frozen baseline for a focus net.
 
     Args:
-        source: A timm model name (its pretrained weights are loaded), 'local-dir:FOLDER' or 'hf-hub:ORG/NAME', a folder
-            exported by timm, a checkpoint file made for the focus net's own architecture, or a module.
+        source: A timm model name (with pretrained weights), 'local-dir:FOLDER', 'hf-hub:ORG/NAME', a folder exported by
+            timm, a checkpoint file of the focus net's architecture, or a module.
         model: The focus net.
 
     Returns:
         The baseline, frozen and in eval mode.
 
     Raises:
-        ValueError: There is no such model; or it has other classes or input channels than the focus net.
-        CheckpointError: Its weights cannot be read or do not fit.
+        ValueError: The baseline does not exist, or has another number of classes or input channels than the focus net.
+        CheckpointError: Its weights cannot be read or do not match.
     """
     focus = unwrap_model(model)
     name = getattr(focus, 'pretrained_cfg', {}).get('architecture', '')
@@ -51,7 +55,7 @@ def create_baseline(source: str | Path | nn.Module, model: nn.Module) -> Any:
         baseline = timm.create_model(label, pretrained=True)
     else:
         raise ValueError(
-            f"There is no baseline '{label}': neither a file or folder, nor a timm model."
+            f"There is no baseline '{label}': it is neither a file, a folder nor a timm model."
             f'{did_you_mean(label, list_models())}')
 
     for what in ('num_classes', 'in_chans'):
@@ -59,28 +63,27 @@ def create_baseline(source: str | Path | nn.Module, model: nn.Module) -> Any:
         if ours is not None and theirs is not None and ours != theirs:
             noun = 'classes' if what == 'num_classes' else 'input channels'
             raise ValueError(
-                f"The baseline '{label}' has {theirs} {noun}, the focus net has {ours}: both must be made for the same "
-                f'data. Give a baseline trained on it, or train one first with --focus-baseline scratch.')
+                f"The baseline '{label}' has {theirs} {noun}, the focus net has {ours}. They must be equal. Name "
+                f'another --focus-baseline, or train one first with --focus-baseline scratch.')
     return baseline.requires_grad_(False).eval()
 
 
 class FocusPickingTask(OneModuleTask):
-    """Train a focus net beside a frozen baseline.
+    """Train a focus net with a frozen baseline.
 
-    The baseline stays outside of what is wrapped, averaged, optimised and saved, and always in eval mode. It runs
-    without gradients in channels_last, under whatever autocast the task is called in; it sees the batch that the focus
-    net sees, normalised the way it was trained with. Only a fingerprint of its weights is kept in the task's state: a
-    run that is resumed beside another baseline is an error.
+    The baseline is not wrapped, averaged, optimised or saved, and is always in eval mode. It runs without gradients, in
+    channels_last, under the caller's autocast. It sees the same batch as the focus net, but with its own normalisation.
+    The task's state holds only a hash of its weights. Resuming with another baseline is an error.
 
     Args:
         model: Focus net.
-        baseline: What `create_baseline` takes.
-        criterion: Loss of (logits, target, baseline logits). With mixup, targets are soft.
-        mean: Channel means that batches are normalised with, as timm's data config has them (default: the model's).
-        std: Channel standard deviations, likewise.
+        baseline: See `source` of `create_baseline`.
+        criterion: Loss, called with logits, targets (soft with mixup) and baseline logits.
+        mean: Channel means that batches are normalised with, as in timm's data config (default: the model's).
+        std: Channel standard deviations that batches are normalised with (default: the model's).
         device: Device of the task.
         dtype: Dtype of the task.
-        verbose: Log what is used.
+        verbose: Log the baseline, the loss, and whether batches are renormalised.
     """
 
     def __init__(
@@ -122,7 +125,7 @@ class FocusPickingTask(OneModuleTask):
             mode: str | None = None,
             **compile_kwargs: Any,
     ) -> nn.Module:
-        """Compile both nets."""
+        """Compile the focus net and the baseline."""
         self.baseline = torch.compile(self.baseline, backend=backend, mode=mode, **compile_kwargs)
         self.frozen = (self.baseline,)
         self.eval_model = super().compile(backend, mode, **compile_kwargs)
@@ -141,8 +144,8 @@ class FocusPickingTask(OneModuleTask):
         saved = (state or {}).get('baseline_hash')
         if strict and saved is not None and saved != self.baseline_hash:
             raise ValueError(
-                f'This run was trained beside another baseline (weights {saved}, given now {self.baseline_hash}): '
-                'resume it with the one it began with.')
+                f'The baseline has other weights (hash {self.baseline_hash}) than the one this run was started with '
+                f'({saved}). Resume it with the same --focus-baseline.')
 
     def baseline_logits(self, input: torch.Tensor) -> torch.Tensor:
         """Run the baseline.
@@ -151,15 +154,15 @@ class FocusPickingTask(OneModuleTask):
             input: Images [B, C, H, W], normalised for the focus net.
 
         Returns:
-            Logits [B, num_classes], no gradient.
+            Logits [B, num_classes], without gradient.
         """
         if self.baseline_size is not None and tuple(input.shape[-2:]) != self.baseline_size:
             raise ValueError(
-                f'The baseline takes images of {self.baseline_size} only, training has {tuple(input.shape[-2:])}: '
-                'choose the same --img-size, or another baseline.')
+                f'The baseline needs images of size {self.baseline_size}, but training uses {tuple(input.shape[-2:])}. '
+                'Change --img-size or --focus-baseline.')
         with torch.inference_mode():
             logits = self.baseline(self.renormalize(input).contiguous(memory_format=torch.channels_last))
-        return logits.clone()  # an ordinary tensor again: autograd refuses to keep those of inference mode
+        return logits.clone()  # autograd cannot save tensors of inference mode
 
     def forward(self, input: torch.Tensor, target: torch.Tensor) -> dict[str, torch.Tensor]:
         """Compute the loss.
@@ -174,3 +177,55 @@ class FocusPickingTask(OneModuleTask):
         output = self.trainable_module(input)
         terms = self.criterion.terms(output, target, self.baseline_logits(input))
         return {'loss': self.criterion.total(terms), 'output': output, **terms._asdict()}
+
+
+# The recipe
+
+def create_focus_task(model: nn.Module, args: argparse.Namespace, context: StageContext) -> TrainingTask:
+    """Create the task with `--focus-baseline`, or with the net of the stage 'baseline'."""
+    baseline = args.focus_baseline
+    if baseline == 'scratch':
+        baseline = str(context.stage_weights['baseline'])
+    criterion = FocusPickingLoss(
+        smoothing=args.smoothing, temperature=args.focus_temperature,
+        attention_weight=args.focus_attention_weight, negentropy_weight=args.focus_negentropy_weight)
+    return FocusPickingTask(
+        model, baseline, criterion, mean=context.data_config.get('mean'), std=context.data_config.get('std'),
+        device=context.device, dtype=context.dtype, verbose=context.verbose)
+
+
+# Settings of the paper: SGD without Nesterov momentum, weight decay on all parameters, only crops and flips.
+_FOCUS_PAPER = dict(
+    epochs=90, global_batch_size=256, opt='momentum', momentum=0.9, lr_base=0.1, lr_base_size=256, weight_decay=1e-4,
+    opt_kwargs={'filter_bias_and_bn': False}, sched='step', decay_epochs=30, decay_rate=0.1, warmup_epochs=0,
+    color_jitter=0., train_interpolation='bilinear',
+)
+# Settings for the embedded demo set, which train in minutes on a CPU. Digits must not be flipped or cropped away.
+_FOCUS_DEMO = dict(
+    epochs=5, global_batch_size=64, opt='adamw', lr=3e-3, weight_decay=0.05, sched='cosine', warmup_epochs=1,
+    warmup_lr=1e-3, color_jitter=0., train_interpolation='bilinear', hflip=0., scale=[0.75, 1.0], ratio=[0.9, 1.1],
+    demo_digit_scale=[24, 44], demo_clutter=0.5, workers=2, channels_last=True,
+)
+
+
+def create_focusnet_recipe(args: argparse.Namespace, demo: bool, model: Any) -> Recipe:
+    """Create the recipe: a focus net, and before it a baseline and a plain net if the options ask for them."""
+    if args.focus_baseline is None:
+        raise ValueError(
+            'The recipe focusnet needs a baseline: --focus-baseline MODEL (e.g. resnet18.tv_in1k), or '
+            '--focus-baseline scratch to train one first.')
+    defaults = _FOCUS_DEMO if demo else _FOCUS_PAPER
+    scratch = args.focus_baseline == 'scratch'
+    stages = []
+    if scratch:
+        stages.append(Stage(
+            'baseline', create_classification_task, defaults, label='baseline (frozen)', seed_offset=1))
+    if args.focus_plain:
+        stages.append(Stage('plain', create_classification_task, defaults, label='plain cross-entropy'))
+    for option in LOSS_OPTIONS:
+        if getattr(args, option) and not stages:
+            raise ValueError(
+                f"--{option.replace('_', '-')} has no effect on the focus net, which has another loss. Use it with "
+                '--focus-baseline scratch or --focus-plain.')
+    stages.append(Stage('focus', create_focus_task, defaults, label='focus net'))
+    return Recipe('focusnet', tuple(stages), {} if scratch else {'baseline (frozen)': args.focus_baseline})

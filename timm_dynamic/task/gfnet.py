@@ -1,4 +1,4 @@
-"""Training of glance-and-focus networks (GFNet): in three stages with a policy gradient, or all parts end to end.
+"""Training of glance-and-focus networks (GFNet): in three stages with a policy gradient, or end to end.
 
 Papers:
 * `Glance and Focus: a Dynamic Approach to Reducing Spatial Redundancy in Image Classification` - Wang et al.,
@@ -6,10 +6,10 @@ Papers:
 * `Glance and Focus Networks for Dynamic Visual Recognition` - Huang et al., T-PAMI 2023,
   https://arxiv.org/abs/2201.03014
 
-T steps of which S = T - 1 see a patch; B images, C classes, F features.
+Shapes: T steps, of which S = T - 1 see a patch; B images; C classes.
 """
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from timm.layers import get_device_dtype
 from timm.utils import unwrap_model
 from torch import nn
 
+from ..exits.collect import with_confidence
 from ..loss.policy_gradient import (
     PolicyGradientTerms,
     compute_log_prob,
@@ -32,19 +33,19 @@ from .base import OneModuleTask
 
 _logger = logging.getLogger(__name__)
 
-OWN_FIRST_HEADS = ('first', '1')  # of step classifiers that predict step 1 from the glance's features alone
+OWN_FIRST_HEADS = ('first', '1')  # names of heads that classify only the glance's features, for step 1
 
 
 class GlanceFocusModule(nn.Module):
-    """A GFNet and what only its training needs, as one module: whoever wraps it sees all that learns.
+    """A GFNet and the heads that only its training needs, in one module to wrap.
 
     Args:
         model: The network.
 
     Attributes:
-        heads: Linear layers. 'global_aux' and 'local_aux' classify the features of one encoder alone; where the
-            model predicts step 1 from the glance's features anyway, that head is the global one. 'critic' expects
-            returns from what the policy remembers.
+        heads: Linear layers. 'global_aux' and 'local_aux' classify the features of one encoder. There is no
+            'global_aux' if the model has a head for step 1 that does the same. 'critic' predicts returns from the patch
+            policy's hidden state.
     """
 
     def __init__(self, model: GFNet) -> None:
@@ -60,57 +61,57 @@ class GlanceFocusModule(nn.Module):
         return {f'model.{name}' for name in self.model.no_weight_decay()}
 
     def classifier_parameters(self) -> Iterable[nn.Parameter]:
-        """Parameters of the step classifier, which learn faster than the encoders, to which their own heads belong."""
+        """Parameters of the step classifier, which have another learning rate than the encoders and their heads."""
         classifier = self.model.classifier
-        own = set(classifier.heads[classifier.head_name(0)].parameters()) if self.own_first_head else set()
-        return [p for p in classifier.parameters() if p not in own]
+        first = set(classifier.heads[classifier.head_name(0)].parameters()) if self.own_first_head else set()
+        return [p for p in classifier.parameters() if p not in first]
 
     def forward(self, x: torch.Tensor, **kwargs: Any) -> dict[str, torch.Tensor]:
-        """Run all steps, see `GFNet.forward_all`.
+        """Run all steps, or only the patch policy.
 
         Args:
-            x: Images [B, in_chans, S, S]; or the 'maps' that the policy saw [S, B, C, h, w], to ask only the policy
-                again.
-            **kwargs: For `GFNet.forward_all`.
+            x: Images [B, in_chans, height, width] to run all steps; or the 'maps' of an earlier call [S, B, channels,
+                h, w] to run only the patch policy on them.
+            **kwargs: Arguments of `GFNet.forward_all`.
 
         Returns:
-            What that gives, and 'aux_logits' [T, B, C]; where the policy has run, the critic's 'values' [S, B].
-            With maps only 'action_means' [S, B, 2] and 'values'.
+            For images the outputs of `GFNet.forward_all`, 'aux_logits' [T, B, C] and, if the patch policy has run, the
+            critic's 'values' [S, B]. For maps 'action_means' [S, B, 2] and 'values'.
         """
         if x.ndim == 5:
-            return self._propose(x)
+            return self._run_policy(x)
         out = self.model(x, all_steps=True, **kwargs)
         glance, patches = out['features'][:1], out['features'][1:]
         first = out['logits'][:1] if self.own_first_head else self.heads['global_aux'](glance)
         out['aux_logits'] = torch.cat([first, self.heads['local_aux'](patches)])
         if 'policy_hidden' in out:
-            out['values'] = self._expect(out['policy_hidden'])
+            out['values'] = self._compute_values(out['policy_hidden'])
         return out
 
-    def _propose(self, maps: torch.Tensor) -> dict[str, torch.Tensor]:
+    def _run_policy(self, maps: torch.Tensor) -> dict[str, torch.Tensor]:
         hidden, means, states = None, [], []
         for feature_map in maps:
             mean, hidden = self.model.policy(feature_map, hidden)
             means.append(mean)
             states.append(hidden)
-        return {'action_means': torch.stack(means), 'values': self._expect(torch.stack(states))}
+        return {'action_means': torch.stack(means), 'values': self._compute_values(torch.stack(states))}
 
-    def _expect(self, hidden: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(hidden.device.type, enabled=False):  # float32, as the policy is
+    def _compute_values(self, hidden: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(hidden.device.type, enabled=False):  # float32, like the patch policy
             critic: Any = self.heads['critic']
             return critic(hidden.to(critic.weight.dtype)).squeeze(-1)
 
 
 class _GlanceFocusTask(OneModuleTask):
-    """What the stages have in common: one module to train, some parts of it frozen.
+    """Base class of the tasks: trains some parameters of a `GlanceFocusModule`.
 
     Args:
         model: The network.
-        trains: What learns, by the first parts of parameter names of `GlanceFocusModule`.
+        trains: Prefixes of the names of the trained parameters.
         smoothing: Label smoothing.
         device: Device of the task.
         dtype: Dtype of the task.
-        verbose: Log what is used.
+        verbose: Log which parameters are trained.
     """
 
     def __init__(
@@ -124,37 +125,43 @@ class _GlanceFocusTask(OneModuleTask):
     ) -> None:
         super().__init__(device=device, dtype=dtype, verbose=verbose)
         if not isinstance(model, GFNet):
-            raise ValueError(f'Glance-and-focus training is for GFNet models, got {type(model).__name__}.')
+            raise ValueError(f'Expected a GFNet model, got {type(model).__name__}.')
         if not model.num_classes:
-            raise ValueError('Glance-and-focus training needs a model with classes, got num_classes=0.')
+            raise ValueError('GFNet training needs a model with a classifier, got num_classes=0.')
         self.smoothing = smoothing
         self.trainable_module = GlanceFocusModule(model)
         for name, parameter in self.trainable_module.named_parameters():
             parameter.requires_grad_(name.startswith(trains))
+
+    def _log_trained(self) -> None:
+        """Log which parameters are trained. Call this after all others are frozen."""
         if self.verbose:
-            learning = sum(p.numel() for p in self.trainable_module.parameters() if p.requires_grad)
-            _logger.info(f'{type(self).__name__}: {learning / 1e6:.2f} M parameters learn: {", ".join(trains)}.')
+            trained = {name: p.numel() for name, p in self.trainable_module.named_parameters() if p.requires_grad}
+            parts = dict.fromkeys('.'.join(name.split('.')[:2]) for name in trained)
+            _logger.info(
+                f'{type(self).__name__}: {sum(trained.values()) / 1e6:.2f} M parameters are trained: '
+                f'{", ".join(parts)}.')
 
     @property
     def module(self) -> GlanceFocusModule:
-        """The module to train, without what it is wrapped in."""
+        """The trained module, unwrapped."""
         return unwrap_model(self.trainable_module)
 
     def get_eval_model(self, module: nn.Module | None = None, ema: bool = False) -> Any:
-        """The network, without auxiliary heads."""
+        """Return the network, without auxiliary heads."""
         module = module if module is not None else self.get_trainable_module(ema=ema)
         return unwrap_model(module).model if module is not None else None
 
     def get_clip_parameters(self, exclude_head: bool = False) -> Any:
-        """Parameters whose gradients are clipped; without the classifiers' for those who ask."""
+        """Return the parameters whose gradients are clipped, without those of classifiers if `exclude_head`."""
         module = self.module
         return [p for name, p in module.named_parameters()
                 if p.requires_grad and not (exclude_head and name.startswith(('heads.', 'model.classifier.')))]
 
     def get_task_state(self, module: nn.Module | None = None, ema: bool = False) -> dict[str, Any]:
-        """Auxiliary heads and critic, as {name: {'weight', 'bias'}}."""
+        """Return auxiliary heads and critic as {name: {'weight', 'bias'}}."""
         module = module if module is not None else self.get_trainable_module(ema=ema)
-        if module is None:  # a compiled one has no truth value
+        if module is None:  # a compiled module has no truth value
             return {}
         return {name: head.state_dict() for name, head in unwrap_model(module).heads.items()}
 
@@ -165,13 +172,13 @@ class _GlanceFocusTask(OneModuleTask):
             module: nn.Module | None = None,
             ema: bool = False,
     ) -> None:
-        """Load auxiliary heads and critic. Where not strict, what is missing keeps its initial values."""
+        """Load auxiliary heads and critic. Unless `strict`, a missing one keeps its initial values."""
         heads = unwrap_model(module if module is not None else self.get_trainable_module(ema=ema)).heads
         for name, head in heads.items():
             if state and name in state:
                 head.load_state_dict(state[name])
             elif strict:
-                raise RuntimeError(f"the task's state has no '{name}'")
+                raise RuntimeError(f"the task state has no '{name}'")
 
     def _classification_terms(
             self,
@@ -179,7 +186,7 @@ class _GlanceFocusTask(OneModuleTask):
             target: torch.Tensor,
             aux_weight: float,
     ) -> dict[str, torch.Tensor]:
-        # Where step 1 has a head of its own, the recurrent classifier learns from the glance beside it.
+        # If step 1 has a separate head, the recurrent classifier is trained on the glance in addition.
         logits = out['logits']
         if 'rnn_logits' in out:
             logits = torch.cat([out['rnn_logits'][None], logits[1:]])
@@ -193,11 +200,11 @@ class _GlanceFocusTask(OneModuleTask):
         }
 
     def _cross_entropy(self, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        """Mean cross-entropy of each step [T]; targets are indices, or probabilities as mixup gives them."""
+        """Mean cross-entropy of each step [T]. Targets are class indices, or probabilities (mixup)."""
         repeated = target.expand(len(logits), *target.shape).flatten(0, 1)
         ce = F.cross_entropy(
             logits.flatten(0, 1).float(), repeated, reduction='none',
-            label_smoothing=0. if target.is_floating_point() else self.smoothing)  # mixup has smoothed already
+            label_smoothing=0. if target.is_floating_point() else self.smoothing)  # mixup has already smoothed them
         return ce.unflatten(0, logits.shape[:2]).mean(dim=1)
 
 
@@ -218,16 +225,16 @@ class GlanceFocusTask(_GlanceFocusTask):
 
     Args:
         model: The network.
-        positions: Where patches are cut: 'random' (uniformly, stage 1) or 'policy' (drawn around what the policy
-            proposes, which does not learn, stage 3).
+        positions: Positions of the patches: 'random' (uniform, stage 1) or 'policy' (sampled around the means of the
+            frozen patch policy, stage 3).
         aux_weight: Weight of the auxiliary losses.
-        freeze_global: The global encoder does not learn, and stays in eval mode; nor does its own classifier, if it
-            comes with the encoder's published weights: as many classes as those have.
-        std: Standard deviation of the policy's actions.
+        freeze_global: Freeze the global encoder, in eval mode. Its classifier is frozen, too, if the model has the
+            classes of the encoder's pretrained weights.
+        std: Standard deviation of the patch policy's actions.
         smoothing: Label smoothing.
         device: Device of the task.
         dtype: Dtype of the task.
-        verbose: Log what is used.
+        verbose: Log which parameters are trained.
     """
 
     def __init__(
@@ -255,8 +262,9 @@ class GlanceFocusTask(_GlanceFocusTask):
                     heads[model.classifier.head_name(0)] if module.own_first_head else module.heads['global_aux'],)
             for part in self.frozen:
                 part.requires_grad_(False)
+        self._log_trained()
 
-    def _look(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+    def _sample_positions(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
         shape = (self.module.model.num_steps - 1, len(x), 2)
         if self.positions == 'random':
             return {'actions': torch.rand(shape, device=x.device)}
@@ -270,29 +278,32 @@ class GlanceFocusTask(_GlanceFocusTask):
             target: Class indices [B], int64, or probabilities [B, C].
 
         Returns:
-            'loss', 'output' (logits of the last step [B, C]), and for the record by step: 'step_ce', 'step_aux' and
-            'step_top1' (%) [T].
+            'loss', 'output' (logits of the last step [B, C]), and for logging, per step [T]: 'step_ce', 'step_aux' and
+            'step_top1' (%).
         """
         return self._classification_terms(
-            self.trainable_module(input, **self._look(input)), target, self.aux_weight)
+            self.trainable_module(input, **self._sample_positions(input)), target, self.aux_weight)
 
-    def forward_eval(self, model: GFNet, x: torch.Tensor) -> torch.Tensor:
-        """Logits of all steps [T, B, C] to validate by: in stage 1, too, there is no policy yet."""
-        actions = self._look(x)['actions'] if self.positions == 'random' else None
-        return model.forward_all(x, actions)['logits']
+    def predict(self, model: nn.Module, x: Any) -> dict[str, torch.Tensor]:
+        """See `TaskHooks.predict`. In stage 1 the patch policy is not trained yet, so positions are random."""
+        if self.positions != 'random':
+            return super().predict(model, x)
+        return with_confidence(model.forward_all(x, **self._sample_positions(x))['logits'])  # type: ignore[operator]
 
 
 class EndToEndTask(_GlanceFocusTask):
-    """Train all parts together: the policy learns through patches cut between pixels, without policy gradient.
+    """Train all parts together, without policy gradient.
+
+    Patches are cut with bilinear interpolation, so that the gradient of the loss reaches the patch policy.
 
     Args:
         model: The network.
         aux_weight: Weight of the auxiliary losses.
-        std: Standard deviation of noise on the actions, to see more than one place; 0 for none.
+        std: Standard deviation of noise on the actions, for exploration; 0 for none.
         smoothing: Label smoothing.
         device: Device of the task.
         dtype: Dtype of the task.
-        verbose: Log what is used.
+        verbose: Log which parameters are trained.
     """
 
     def __init__(
@@ -307,6 +318,7 @@ class EndToEndTask(_GlanceFocusTask):
     ) -> None:
         super().__init__(model, (*_CLASSIFICATION, 'model.policy'), smoothing, device, dtype, verbose)
         self.aux_weight, self.std = aux_weight, std
+        self._log_trained()
 
     def forward(self, input: torch.Tensor, target: torch.Tensor) -> dict[str, torch.Tensor]:
         """Compute the loss, see `GlanceFocusTask.forward`."""
@@ -318,23 +330,23 @@ class EndToEndTask(_GlanceFocusTask):
 
 
 class PatchPolicyTask(_GlanceFocusTask):
-    """Train the patch policy by proximal policy optimisation: stage 2 ('policy'). All else is in eval mode.
+    """Train the patch policy with proximal policy optimisation (PPO): stage 2 ('policy'). All other parts are frozen.
 
-    The reward of an action is how much more probable the true class has become. Returns are normalised over all
-    actions and images of all processes. The first update on a batch has a ratio of 1 everywhere; `num_updates` > 1
-    goes on with what the policy saw, without running the encoders again.
+    The reward of an action is the increase of the true class's probability. Returns are normalised over all actions
+    and over the images of all processes. In the first update on a batch, all ratios are 1. Further updates
+    (`num_updates` > 1) reuse the recorded feature maps. The encoders run only once per batch.
 
     Args:
         model: The network.
-        num_updates: Updates per batch (K of the paper).
+        num_updates: Updates per batch (K in the paper).
         gamma: Discount of later rewards.
-        std: Standard deviation of the policy's actions.
+        std: Standard deviation of the patch policy's actions.
         epsilon: See `compute_ppo_terms`.
         value_coeff: See `compute_ppo_terms`.
         entropy_coeff: See `compute_ppo_terms`.
         device: Device of the task.
         dtype: Dtype of the task.
-        verbose: Log what is used.
+        verbose: Log which parameters are trained.
     """
 
     def __init__(
@@ -358,21 +370,23 @@ class PatchPolicyTask(_GlanceFocusTask):
         self.epsilon, self.value_coeff, self.entropy_coeff = epsilon, value_coeff, entropy_coeff
         self.frozen += (self.module,)
         self._memory: dict[str, torch.Tensor] = {}
+        self._log_trained()
 
     def forward(self, input: torch.Tensor, target: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Act, and compute the loss of the first update.
+        """Sample actions, and compute the loss of the first update.
 
         Args:
             input: Images [B, in_chans, S, S].
             target: Class indices [B], int64.
 
         Returns:
-            'loss', 'output' (logits of the last step [B, C]), and for the record 'entropy' and 'value' (the critic's
-            error), 'spread' (standard deviation over images of where the policy looks: near 0 it looks at the same
-            place in all), by step 'step_top1' (%) [T] and 'patch_reward' [S].
+            'loss', 'output' (logits of the last step [B, C]), and for logging: 'entropy', 'value' (the critic's error),
+            'spread' (standard deviation of the action means over images; near 0, the patch policy selects the same
+            positions in all images), 'step_top1' (%) [T] and 'patch_reward' [S].
         """
         if target.is_floating_point():
-            raise ValueError('The policy is rewarded for one true class: mixup and cutmix do not go with this stage.')
+            raise ValueError(
+                "The stage 'policy' needs one true class per image. It cannot be combined with mixup or cutmix.")
         noise = self.std * torch.randn(self.module.model.num_steps - 1, len(input), 2, device=input.device)
         out = self.trainable_module(input, noise=noise)
         rewards = compute_rewards(out['logits'], target)
@@ -391,18 +405,20 @@ class PatchPolicyTask(_GlanceFocusTask):
             **_step_accuracy(out['logits'], target),
         }
 
-    def replay(self) -> torch.Tensor:
-        """Loss of a further update on the last batch, a scalar."""
-        return self._ask_again().loss
+    def further_losses(self) -> Iterator[torch.Tensor]:
+        """See `TaskHooks.further_losses`."""
+        for _ in range(self.num_updates - 1):
+            yield self._recompute_terms().loss
 
     @torch.no_grad()
     def diagnose(self) -> dict[str, torch.Tensor]:
-        """How far the updates on the last batch have moved the policy: 'approx_kl' and 'clip_fraction', scalars."""
-        terms = self._ask_again()
+        """Measure how far the updates on the last batch moved the policy: 'approx_kl' and 'clip_fraction', scalars."""
+        terms = self._recompute_terms()
         self._memory = {}
         return {'approx_kl': terms.approx_kl, 'clip_fraction': terms.clip_fraction}
 
-    def _ask_again(self) -> PolicyGradientTerms:
+    def _recompute_terms(self) -> PolicyGradientTerms:
+        """Run the patch policy on the recorded feature maps."""
         out = self.trainable_module(self._memory['maps'])
         return self._terms(compute_log_prob(self._memory['actions'], out['action_means'], self.std), out['values'])
 

@@ -2,7 +2,6 @@
 import argparse
 import logging
 import math
-import shutil
 import signal
 import time
 from collections.abc import Mapping
@@ -13,11 +12,16 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
-from timm.task import TrainingTask, evaluation_sample_limit
+from timm.task import TrainingTask
 from timm.utils import dispatch_clip_grad, distribute_bn, unwrap_model
 from torch import nn
+from torchvision.utils import save_image
 
+from ..evaluation.metrics import evaluate
+from ..evaluation.pictures import ImagePicker, draw_patches
+from ..exits.collect import Outputs
 from ..launch.accelerator import create_control_channel
 from ..launch.build import (
     build_eval_loader,
@@ -30,52 +34,21 @@ from ..launch.build import (
     resolve_learning_rate,
     training_data_config,
 )
-from ..models.builder import checkpoint_filter_of
+from ..models.builder import load_checkpoint
 from ..models.dynamic_net import DynamicNet
 from ..task import Stage, StageContext
 from ..utils import (
     CheckpointError,
-    UserError,
-    copy_pretrained,
-    load_weights,
+    did_you_mean,
     read_checkpoint,
-    read_task_state,
-    save_pretrained,
     seeded,
 )
-from ..utils.report import plot_curve, read_rows, write_rows, write_yaml
+from ..utils.report import write_yaml
 from ..utils.signals import Stopped, StopRequest
-from .evaluate import StepRecorder, evaluate, progress_bar
-from .patches import draw_patches
-from .state import StateStore
+from .progress import LossGuard, NonFiniteLoss, RunningMeans, TrainingLog
+from .run_folder import CheckpointManager, StageResults, check_identity
 
 _logger = logging.getLogger(__name__)
-
-
-class NonFiniteLoss(UserError, RuntimeError):
-    """The loss is NaN or infinite."""
-
-
-def check_identity(state: Mapping[str, Any], identity: Mapping[str, Any], folder: Path) -> None:
-    """Raise a ValueError if a state belongs to something else; what differs is named."""
-    saved = state['identity']
-    differ = [f'{k} {saved.get(k)!r} (here: {v!r})' for k, v in identity.items() if saved.get(k) != v]
-    if differ:
-        raise ValueError(f"The state at '{folder}' cannot be continued here: it has {', '.join(differ)}.")
-
-
-def _show(value: torch.Tensor) -> str:
-    return '/'.join(f'{v:.4g}' for v in value.reshape(-1).tolist())
-
-
-def _numbered(key: str, number: int) -> str:
-    """'step_top1' -> 'top1_step1'."""
-    unit, _, name = key.partition('_')
-    return f'{name}_{unit}{number}'
-
-
-def _forward_steps(model: DynamicNet, x: Any) -> torch.Tensor:
-    return torch.stack(list(model.forward_steps(x)))
 
 
 class Trainer:
@@ -89,7 +62,7 @@ class Trainer:
         args: Its options, resolved. `batch_size` is per process.
         accelerator: Processes, device, precision.
         folder: Where results go: last/, best/, checkpoints/, summary.csv, stage.yaml, curve.png.
-        store: Where the state of the run goes.
+        checkpoints: Where the state of the run goes.
         identity: What a state must agree with to be continued: recipe, stage, model.
         context: For the task: weights of earlier stages.
         run_state: State of the run beside this stage's, saved along (earlier stages' results).
@@ -101,13 +74,13 @@ class Trainer:
             args: argparse.Namespace,
             accelerator: Accelerator,
             folder: Path,
-            store: StateStore,
+            checkpoints: CheckpointManager,
             identity: Mapping[str, Any],
             context: StageContext,
             run_state: dict[str, Any],
     ) -> None:
         self.stage, self.args, self.accelerator = stage, args, accelerator
-        self.folder, self.store, self.run_state = folder, store, run_state
+        self.folder, self.states, self.run_state = folder, checkpoints, run_state
         self.device, self.main = accelerator.device, accelerator.is_main_process
         self.rank, self.world_size = accelerator.process_index, accelerator.num_processes
         self.accum = accelerator.gradient_accumulation_steps
@@ -133,6 +106,10 @@ class Trainer:
             samples=args.val_num_samples) if args.val_split else None
         if self.eval_loader is not None:
             check_same_classes(self.loader.class_to_idx, self.eval_loader.class_to_idx)
+        val_batch = args.validation_batch_size or args.batch_size
+        if args.tta > 1 and val_batch % args.tta:
+            raise ValueError(
+                f'--tta {args.tta} averages neighbouring images: expected batches of a multiple, got {val_batch}.')
         if not self.loader.resumable and self.main:
             _logger.info('This dataset can only be iterated: a run killed within an epoch repeats it from its start.')
 
@@ -158,25 +135,36 @@ class Trainer:
         self.optimizer = accelerator.prepare(self.raw_optimizer)
         self.task.trainable_module = accelerator.prepare(trainable)
         self.updates_per_epoch = math.ceil(len(self.loader) / self.accum)
-        self.metric = args.eval_metric if self.eval_loader is not None else 'loss'
+        self.metric = self._check_metric(args.eval_metric) if self.eval_loader is not None else 'loss'
         self.decreasing = self.metric == 'loss'
         self.scheduler, self.num_epochs = create_scheduler_v2(
             self.raw_optimizer, **scheduler_kwargs(args, decreasing_metric=self.decreasing),
             updates_per_epoch=self.updates_per_epoch)
 
         self.epoch = self.batch = self.updates = 0
-        self.best: dict[str, Any] = {'value': None, 'epoch': None}
-        self.checkpoints: list[list[Any]] = []  # [metric, epoch] of the weights kept
-        self.totals: dict[str, torch.Tensor] = {}  # sums over the epoch's samples so far
-        self.first_bad = torch.full((), -1, dtype=torch.int64, device=self.device)
+        self.results = StageResults(folder, self.metric, self.decreasing, args.checkpoint_hist)
+        self.log = TrainingLog(stage.name, accelerator)
+        self.means = RunningMeans()  # over the epoch's samples so far
+        self.guard = LossGuard(self.device)
 
     def _start_from(self, model: nn.Module, folder: Path) -> Mapping[str, Any]:
         if not folder.exists():
             raise ValueError(
                 f"Stage '{self.stage.name}' starts from the weights of stage '{self.stage.starts_from}', which are not "
                 f"at '{folder}': run that stage first, or give weights with --init-from.")
-        load_weights(model, folder)
-        return read_task_state(folder)
+        return load_checkpoint(model, folder)
+
+    def _check_metric(self, metric: str) -> str:
+        """Raise a ValueError, before training, if validation gives no such metric."""
+        task: Any = self.task
+        names = list(task.create_evaluator().metric_names)
+        steps = task.num_predictions(self.model)
+        names += [f'top1_step{t}' for t in range(1, steps + 1) if steps > 1]
+        if metric not in names:
+            raise ValueError(
+                f"--eval-metric {metric}: there is no such metric. Choose from {', '.join(names)}."
+                f'{did_you_mean(metric, names)}')
+        return metric
 
     # state
 
@@ -196,9 +184,9 @@ class Trainer:
             'optimizer': self.raw_optimizer.state_dict(),
             'scheduler': {k: v for k, v in scheduler.items() if not callable(v)},
             'scaler': self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None,
-            'best': self.best,
-            'checkpoints': self.checkpoints,
-            'totals': self.totals,
+            'best': self.results.best,
+            'checkpoints': self.results.kept,
+            'totals': self.means.sums,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -207,7 +195,7 @@ class Trainer:
         Raises:
             ValueError: It belongs to something else; what differs is named.
         """
-        check_identity(state, self.identity, self.store.folder)
+        check_identity(state, self.identity, self.states.folder)
         try:
             self.task.load_checkpoint_state(state['model']['state_dict'], state['model'].get('task_state'))
             if state['ema'] is not None and self.task.has_ema():
@@ -226,7 +214,7 @@ class Trainer:
                         self._schedule(state['progress']['epoch'], state['progress']['updates'])
         except (RuntimeError, KeyError) as e:
             reason = str(e).splitlines()[0]
-            raise ValueError(f"The state at '{self.store.folder}' does not fit this model: {reason}") from e
+            raise ValueError(f"The state at '{self.states.folder}' does not fit this model: {reason}") from e
         progress = state['progress']
         self.epoch, self.batch, self.updates = (progress[k] for k in ('epoch', 'batch', 'updates'))
         per_batch = self.args.batch_size * self.world_size
@@ -238,8 +226,8 @@ class Trainer:
                 f'epoch {self.epoch} goes on from batch {self.batch}.')
         if not self.loader.resumable:
             self.batch = 0
-        self.best, self.checkpoints = dict(state['best']), [list(c) for c in state['checkpoints']]
-        self.totals = {k: v.to(self.device) for k, v in state['totals'].items()} if self.batch else {}
+        self.results.best, self.results.kept = dict(state['best']), [list(c) for c in state['checkpoints']]
+        self.means = RunningMeans({k: v.to(self.device) for k, v in state['totals'].items()} if self.batch else {})
         self._override_start_epoch()
 
     def load_timm_checkpoint(self, path: str) -> None:
@@ -247,11 +235,9 @@ class Trainer:
         checkpoint = read_checkpoint(path)
         if not isinstance(checkpoint, Mapping):
             raise CheckpointError(f"'{path}' holds no training checkpoint.")
-        model = unwrap_model(self.task.get_eval_model())
-        filter_fn = checkpoint_filter_of(model.pretrained_cfg['architecture'])
-        load_weights(model, path, filter_fn, use_ema=False)
+        load_checkpoint(unwrap_model(self.task.get_eval_model()), path, use_ema=False)
         if self.task.has_ema():
-            load_weights(unwrap_model(self.task.get_eval_model(ema=True)), path, filter_fn)
+            load_checkpoint(unwrap_model(self.task.get_eval_model(ema=True)), path)
         if not self.args.no_resume_opt and 'optimizer' in checkpoint:
             self.raw_optimizer.load_state_dict(checkpoint['optimizer'])
             if self.accelerator.scaler is not None and 'amp_scaler' in checkpoint:
@@ -264,7 +250,7 @@ class Trainer:
 
     def _override_start_epoch(self) -> None:
         if self.args.start_epoch is not None and self.args.start_epoch != self.epoch:
-            self.epoch, self.batch, self.totals = self.args.start_epoch, 0, {}
+            self.epoch, self.batch, self.means = self.args.start_epoch, 0, RunningMeans()
             self.updates = self.epoch * self.updates_per_epoch
             self._schedule(self.epoch, self.updates)
 
@@ -274,10 +260,14 @@ class Trainer:
             self.scheduler.step(epoch)
 
     def save_state(self) -> None:
-        """Write the state (main process only)."""
+        """Write the state, in the main process. All processes call it.
+
+        Raises:
+            NonFiniteLoss: The loss of some process went wrong; the last good state is kept.
+        """
         self._check_finite()
         if self.main:
-            self.store.save(self.state_dict(), f'{self.stage.name}-{self.epoch:04d}-{self.batch:07d}')
+            self.states.save(self.state_dict(), f'{self.stage.name}-{self.epoch:04d}-{self.batch:07d}')
 
     # training
 
@@ -300,9 +290,8 @@ class Trainer:
         while self.epoch < self.num_epochs:
             row = self._run_epoch(stop)
         if not row and self.main:  # nothing was left to do
-            rows = read_rows(self.folder / 'summary.csv')
-            row = rows[-1] if rows else {}
-        return {**row, 'best': self.best['value'], 'best_epoch': self.best['epoch']}
+            row = self.results.last_row()
+        return {**row, 'best': self.results.best['value'], 'best_epoch': self.results.best['epoch']}
 
     def _run_epoch(self, stop: StopRequest) -> dict[str, Any]:
         epoch, began = self.epoch, time.time()
@@ -324,8 +313,6 @@ class Trainer:
             if ema:
                 metrics = self.evaluate(ema=True)
                 row.update({f'eval_ema_{k}': v for k, v in metrics.items() if k != 'count'})
-        if validated and self.metric not in metrics:
-            raise ValueError(f"--eval-metric {self.metric}: there is no such metric. Choose from {', '.join(metrics)}.")
         value = metrics.get(self.metric) if self.eval_loader is not None else train_metrics['loss']
         row['lr'] = sum(rates) / len(rates)  # as timm has it
         if min(rates) < max(rates):
@@ -334,10 +321,10 @@ class Trainer:
 
         if self.scheduler is not None:
             self.scheduler.step(epoch + 1, value)
-        self.epoch, self.batch, self.totals = epoch + 1, 0, {}
+        self.epoch, self.batch, self.means = epoch + 1, 0, RunningMeans()
         if self.main:
             self._write_results(row, value, ema)
-        self._log(row)
+        self.log.end_epoch(row, self.updates, self.loader.skipped)
         if self.epoch == self.num_epochs:
             return row  # whoever called `fit` notes the result and saves
         self.save_state()
@@ -354,9 +341,7 @@ class Trainer:
         module: Any = self.task.get_trainable_module()
         tail = num_batches % self.accum
         self.optimizer.zero_grad()
-        bar = progress_bar(
-            None, self.accelerator, total=num_batches, initial=self.batch, desc=f'{self.stage.name} epoch {epoch}',
-            unit='batch', leave=False)
+        self.log.start_epoch(epoch, self.batch, num_batches)
         batches = iter(self.loader)
         while self.batch < num_batches:
             try:
@@ -366,8 +351,8 @@ class Trainer:
             except RuntimeError:
                 if not stop:
                     raise
-                # The signal went to the loader's workers, too.
-                if self.batch % self.accum == 0:
+                # The signal went to the loader's workers, too. Other processes cannot be asked about their losses.
+                if self.batch % self.accum == 0 and self.world_size == 1:
                     self.save_state()
                 raise Stopped(stop.signum or signal.SIGTERM) from None
             window = tail if tail and self.batch >= num_batches - tail else self.accum
@@ -380,14 +365,17 @@ class Trainer:
                     continue
                 if self.device.type == 'cpu':
                     self._check_finite()
-                self._update(module)
-                if hasattr(self.task, 'replay'):
-                    self._replay(module, len(input))
-            bar.update(self.batch - bar.n)
-
+                self._update(len(input))
+            self.log.advance(self.batch)
             number = math.ceil(self.batch / self.accum)  # of this update within the epoch
             if (number - 1) % args.log_interval == 0 or self.batch == num_batches:
-                self._log_progress(number, bar, input)
+                if self.device.type != 'cpu':
+                    self._check_finite()
+                lr = self.raw_optimizer.param_groups[0]['lr']
+                self.log.update(f'{number}/{self.updates_per_epoch}', self.means, lr, self.updates)
+                if args.save_images and self.main:
+                    save_image(
+                        input, self.folder / f'train-batch-{self.batch - 1}.jpg', padding=0, normalize=True)
             if self.scheduler is not None:
                 self.scheduler.step_update(num_updates=self.updates)
             stopping = self.any_process(bool(stop))
@@ -396,14 +384,14 @@ class Trainer:
                 self.save_state()
                 if stopping:
                     raise Stopped(stop.signum or signal.SIGTERM)
-        bar.close()
+        self.log.end_batches()
         if self.loader.resumable:
             for _ in batches:  # let the loader see its end
                 pass
         if hasattr(self.raw_optimizer, 'sync_lookahead'):
             self.raw_optimizer.sync_lookahead()
         self._check_finite()
-        return self._mean_totals()
+        return self.means.reduce(self.accelerator)
 
     def _forward_backward(self, input: torch.Tensor, target: torch.Tensor, scale: float) -> None:
         args = self.args
@@ -422,38 +410,32 @@ class Trainer:
         self.accelerator.backward(loss * scale, **(
             {'create_graph': True} if getattr(self.raw_optimizer, 'is_second_order', False) else {}))
 
-        # On the device, so that nothing waits for it: sums for the epoch, and the first batch that went wrong.
+        self.guard.watch(loss, self.batch)
         with torch.no_grad():
-            bad = ~torch.isfinite(loss.detach())
-            self.first_bad = torch.where(bad & (self.first_bad < 0), self.batch, self.first_bad)
             for key, value in result.items():
                 if key != 'output' and isinstance(value, torch.Tensor) and (value.ndim < 2 or value.numel() == 1):
-                    self._add(key, value, input.shape[0])
-            self._add('count', loss.new_ones(()), input.shape[0])
+                    self.means.add(key, value, input.shape[0])
+            self.means.add('count', loss.new_ones(()), input.shape[0])
 
-    def _add(self, key: str, value: torch.Tensor, count: int) -> None:
-        """Add what holds for `count` samples; a tensor [n] has a value per step."""
-        value = value.detach().double() * count
-        value = value if value.ndim == 1 and len(value) > 1 else value.reshape(())
-        self.totals[key] = self.totals[key] + value if key in self.totals else value
-
-    def _replay(self, module: nn.Module, count: int) -> None:
-        """Update again on the batch that was just learned from, as reinforcement learning may; then take stock."""
+    def _update(self, count: int) -> None:
+        """Update on the batch just learned from; again as often as the task asks, as reinforcement learning may."""
+        self._step()
+        self.updates += 1
+        self.task.update_ema(step=self.updates)
         task: Any = self.task
-        for _ in range(task.num_updates - 1):
+        losses = task.further_losses()
+        while True:
             with self.accelerator.autocast():
-                loss = task.replay()
+                loss = next(losses, None)
+            if loss is None:
+                break
             self.accelerator.backward(loss)
+            self.guard.watch(loss, self.batch - 1)
             self._step()
         with self.accelerator.autocast():
             diagnostics = task.diagnose()
         for key, value in diagnostics.items():
-            self._add(key, value, count)
-
-    def _update(self, module: nn.Module) -> None:
-        self._step()
-        self.updates += 1
-        self.task.update_ema(step=self.updates)
+            self.means.add(key, value, count)
 
     def _step(self) -> None:
         args = self.args
@@ -467,65 +449,45 @@ class Trainer:
             torch.accelerator.synchronize()
 
     def _check_finite(self) -> None:
-        batch = int(self.first_bad)
-        if batch < 0:
-            return
-        indices = self.loader.indices(self.epoch, batch)
-        names = ''
-        if indices is not None:
-            names = f', samples {indices[:8]}{"..." if len(indices) > 8 else ""}'
-            base = getattr(self.loader.dataset, 'dataset', None)
-            if base is not None and hasattr(base, 'filename'):
-                names += f' (first: {base.filename(indices[0])})'
-        lr = self.raw_optimizer.param_groups[0]['lr']
-        raise NonFiniteLoss(
-            f'The loss of stage {self.stage.name} is not finite: epoch {self.epoch}, batch {batch}, '
-            f'process {self.rank}, learning rate {lr:.3g}{names}. Terms so far, summed: '
-            + ', '.join(f'{k} {_show(v)}' for k, v in self.totals.items() if k != 'count')
-            + (f". The last good state is kept at '{self.store.folder}'." if self.store.exists() else '.'))
+        """Raise in every process if one of them has seen a loss that is not finite. All of them call it alike.
 
-    def _mean_totals(self) -> dict[str, float]:
-        sums = torch.cat([v.reshape(-1) for v in self.totals.values()])
-        names = [
-            name for k, v in self.totals.items()
-            for name in ([k] if v.ndim == 0 else [_numbered(k, i) for i in range(1, len(v) + 1)])
-        ]
-        sums = self.accelerator.reduce(sums, 'sum')
-        means = dict(zip(names, sums.tolist()))
-        count = means.pop('count')
-        return {k: v / count for k, v in means.items()}
+        Gradients are averaged over the processes, so that one bad loss spoils the weights of all.
+        """
+        if not self.any_process(self.guard.is_bad()):
+            return
+        where = self.guard.describe(self.loader, self.epoch, self.rank)
+        found = f'{where}. Terms so far: {self.means}.' if where else ''
+        first = next(text for text in gather_object([found]) if text)
+        lr = self.raw_optimizer.param_groups[0]['lr']
+        kept = f" The last good state is kept at '{self.states.folder}'." if self.states.exists() else ''
+        raise NonFiniteLoss(
+            f'The loss of stage {self.stage.name} is not finite: {first} The learning rate was {lr:.3g}.{kept}')
 
     # results
 
     def evaluate(self, ema: bool = False) -> dict[str, float]:
         """Evaluate the model, or its moving average, on the validation split."""
-        model = unwrap_model(self.task.get_eval_model(ema=ema))
+        model: Any = unwrap_model(self.task.get_eval_model(ema=ema))
         model.eval()
-        forward: Any = model
-        if isinstance(model, DynamicNet):
-            all_steps = getattr(self.task, 'forward_eval', None) or _forward_steps
-            forward = steps = StepRecorder(partial(all_steps, model), keep=self.args.save_patches if self.main else 0)
+        task: Any = self.task
+        picker = ImagePicker(self.args.save_patches if self.main else 0)
+
+        def on_batch(output: torch.Tensor, target: torch.Tensor, outputs: Outputs, x: Any) -> None:
+            picker.add(x, target)
+
         with seeded(self.args.seed, 'validation', self.rank, device=self.device):
-            metrics = evaluate(
-                forward, self.eval_loader, self.accelerator,
-                create_evaluator=lambda device, **kwargs: self.task.create_evaluator(**kwargs),
+            metrics, _ = evaluate(
+                model, self.eval_loader, self.accelerator, predict=partial(task.predict, model),
+                create_evaluator=lambda device, **kwargs: task.create_evaluator(**kwargs),
                 channels_last=self.args.channels_last, dtype=model_dtype(self.args), tta=self.args.tta,
-                desc='validation' + (' (EMA)' if ema else ''),
-                on_batch=steps.add if isinstance(model, DynamicNet) else None)
-        if isinstance(model, DynamicNet):
-            metrics.update(steps.accuracy(evaluation_sample_limit(self.eval_loader), self.accelerator))
-            if steps.images is not None and self.eval_loader is not None:
-                draw_patches(
-                    self.folder / 'patches.png', model, steps.images, steps.targets, self.data_config,
-                    self.eval_loader.class_to_idx)
+                desc='validation' + (' (EMA)' if ema else ''), on_batch=on_batch if self.args.save_patches else None)
+        if picker.images is not None and isinstance(model, DynamicNet) and self.eval_loader is not None:
+            draw_patches(
+                self.folder / 'patches.png', model, picker.images, picker.targets, self.data_config,
+                self.eval_loader.class_to_idx)
         return metrics
 
     def _write_results(self, row: dict[str, Any], value: float | None, ema: bool) -> None:
-        summary = self.folder / 'summary.csv'
-        rows = [r for r in read_rows(summary) if r['epoch'] < row['epoch']] if row['epoch'] else []
-        write_rows(summary, [*rows, row])
-        plot_curve(self.folder / 'curve.png', [*rows, row], self.metric)
-
         weights = unwrap_model(self.task.get_eval_model(ema=ema)).state_dict()
         state_dict = {k: v for k, v in weights.items() if '.aux_bn.' not in k}  # of --split-bn, for training only
         names = self.loader.class_to_idx
@@ -533,53 +495,6 @@ class Trainer:
         task_state = {
             k: v for k, v in self.task.get_task_state(ema=ema).items()
             if isinstance(v, Mapping) and all(isinstance(t, torch.Tensor) for t in v.values())}
-        save_pretrained(
-            self.model, self.folder / 'last', data_config=self.data_config, state_dict=state_dict,
-            task_state=task_state, **({'label_names': labels} if labels else {}))
-        if value is None:
-            return
-        best = self.best['value']
-        if best is None or (value < best if self.decreasing else value > best):
-            self.best = {'value': value, 'epoch': row['epoch']}
-            copy_pretrained(self.folder / 'last', self.folder / 'best')
-        if self.args.checkpoint_hist > 0:
-            self._keep_checkpoint(value, row['epoch'])
-
-    def _keep_checkpoint(self, value: float, epoch: int) -> None:
-        folder = self.folder / 'checkpoints'
-        copy_pretrained(self.folder / 'last', folder / f'epoch-{epoch:04d}')
-        kept = [c for c in self.checkpoints if c[1] != epoch] + [[value, epoch]]
-        kept.sort(key=lambda c: (c[0] if self.decreasing else -c[0], -c[1]))
-        self.checkpoints = kept[:self.args.checkpoint_hist]
-        names = {f'epoch-{e:04d}' for _, e in self.checkpoints}
-        for path in folder.iterdir():
-            if path.is_dir() and path.name not in names:
-                shutil.rmtree(path, ignore_errors=True)
-
-    def _log_progress(self, number: int, bar: Any, input: torch.Tensor) -> None:
-        if self.device.type != 'cpu':
-            self._check_finite()
-        if not self.main:
-            return
-        values = {k: v / self.totals['count'] for k, v in self.totals.items() if k != 'count'}
-        means = {k: v.item() for k, v in values.items() if v.ndim == 0}
-        lr = self.raw_optimizer.param_groups[0]['lr']
-        text = ' '.join(f'{k} {_show(v)}' for k, v in values.items()) + f' lr {lr:.3g}'
-        bar.set_postfix_str(text)
-        if bar.disable:
-            _logger.info(f'{self.stage.name}: epoch {self.epoch} update {number}/{self.updates_per_epoch} {text}')
-        self.accelerator.log({f'{self.stage.name}/{k}': v for k, v in {**means, 'lr': lr}.items()}, step=self.updates)
-        if self.args.save_images:
-            from torchvision.utils import save_image
-            self.folder.mkdir(parents=True, exist_ok=True)
-            save_image(input, self.folder / f'train-batch-{self.batch - 1}.jpg', padding=0, normalize=True)
-
-    def _log(self, row: Mapping[str, Any]) -> None:
-        if self.main:
-            numbers = {k: v for k, v in row.items() if k != 'epoch' and v is not None}
-            _logger.info(f"{self.stage.name}: epoch {row['epoch']} done: "
-                         + ', '.join(f'{k} {v:.4g}' for k, v in numbers.items()))
-            if self.loader.skipped:
-                _logger.warning(f'{self.loader.skipped} images could not be read so far; others took their place.')
-            self.accelerator.log({f'{self.stage.name}/{k}': v for k, v in numbers.items()}, step=self.updates)
-
+        self.results.write(
+            row, value, self.model, data_config=self.data_config, state_dict=state_dict, task_state=task_state,
+            **({'label_names': labels} if labels else {}))

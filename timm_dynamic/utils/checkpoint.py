@@ -147,7 +147,9 @@ def describe_mismatch(missing: Sequence[str], unexpected: Sequence[str], shapes:
     """Describe how keys differ, with the first of each kind."""
     parts = []
     if missing:
-        parts.append(f"{len(missing)} keys are missing (first: '{missing[0]}')")
+        modules = {key.partition('.')[0] for key in missing}
+        where = f", all in '{modules.pop()}'" if len(modules) == 1 and len(missing) > 1 else ''
+        parts.append(f"{len(missing)} keys are missing{where} (first: '{missing[0]}')")
     if unexpected:
         parts.append(f"{len(unexpected)} are unexpected (first: '{unexpected[0]}')")
     if shapes:

@@ -1,12 +1,13 @@
-"""Weights from the Hugging Face Hub, compared with the hash that stands in their config.json.
+"""Download weights from the Hugging Face Hub and compare them with the hash in their config.json.
 
-The client checks a file's size, not its content: wrong bytes of the right length would be taken, and kept.
+huggingface_hub compares sizes, not contents: without this comparison, damaged files of the right size would be loaded.
 """
 import logging
 import time
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import (
@@ -19,114 +20,145 @@ from huggingface_hub.errors import (
 )
 
 from .checkpoint import CheckpointError
+from .export import CONFIG, WEIGHTS
 from .files import read_json, sha256_of
 
 _logger = logging.getLogger(__name__)
 
-_CONFIG = 'config.json'
-_WAITS = (1, 4)  # seconds before a server's error is taken for its last word
-_TRANSIENT = (408, 429, 500, 502, 503, 504)
+T = TypeVar('T')
+
+# 412: the branch has moved since the request was prepared. 429: too many requests. The others are faults of the server.
+_TRANSIENT = (408, 412, 429, 500, 502, 503, 504)
+# Transport errors belong to the client's HTTP library, which has changed with its versions: requests, httpx, httpx2.
+_TRANSPORT_ERRORS = (
+    'ConnectError', 'ReadError', 'WriteError', 'RemoteProtocolError', 'ConnectTimeout', 'ReadTimeout')
+
+
+def status_of(error: BaseException | None) -> int:
+    """HTTP status that an error of huggingface_hub reports; 0 if it reports none."""
+    response = error.response if isinstance(error, HfHubHTTPError) else None
+    return response.status_code if response is not None else 0
+
+
+def first_line(error: BaseException) -> str:
+    """First line of an error's message without its full stop, or its type if it has no message."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip('.')
 
 
 def is_transient(error: BaseException | None) -> bool:
-    """Whether a request to the Hub may succeed if it is made again."""
+    """Whether a request to the Hub may succeed if it is repeated."""
+    if isinstance(error, EntryNotFoundError):  # also if the Hub cannot be reached: the client has repeated its request
+        return False
     while error is not None:
         if isinstance(error, HfHubHTTPError):
-            return error.response is not None and error.response.status_code in _TRANSIENT
-        # Transport errors are those of the client's HTTP library, of which it has had three.
-        if isinstance(error, (ConnectionError, TimeoutError)) or type(error).__name__ in (
-                'ConnectError', 'ReadError', 'WriteError', 'RemoteProtocolError', 'ConnectTimeout', 'ReadTimeout'):
+            return status_of(error) in _TRANSIENT
+        if isinstance(error, (ConnectionError, TimeoutError)) or type(error).__name__ in _TRANSPORT_ERRORS:
             return True
         error = error.__cause__
     return False
 
 
+def retry(request: Callable[[], T], what: str, waits: Sequence[float] = (1, 4)) -> T:
+    """Make a request to the Hub, and repeat it after transient errors. The client itself repeats only some requests.
+
+    Args:
+        request: Makes the request.
+        what: Names the request in the log.
+        waits: Seconds to wait before each repetition.
+
+    Raises:
+        ConnectionError: The last error was transient, too. Its cause is that error.
+        Exception: The request's own error, if it is not transient.
+    """
+    for wait in (*waits, None):
+        try:
+            return request()
+        except Exception as e:
+            if not is_transient(e):
+                raise
+            if wait is None:
+                raise ConnectionError(first_line(e)) from e
+            _logger.warning(f'{what}: {first_line(e)}; trying again in {wait} s.')
+            time.sleep(wait)
+    raise AssertionError('unreachable')
+
+
 def fetch_weights(
         repo: str,
-        filename: str = 'model.safetensors',
+        filename: str = WEIGHTS,
         cache_dir: str | Path | None = None,
 ) -> Path:
-    """Download weights and the config.json of the same revision; compare the weights with the hash given there.
+    """Download weights and the config.json of the same revision, and compare the weights with the hash in config.json.
 
-    A file whose content is wrong is removed from the cache and fetched once more. Repositories whose config.json gives
-    no `weights_sha256` are not checked.
+    If the hash differs, the file is removed from the cache and downloaded once more. Weights of repositories whose
+    config.json has no `weights_sha256` are not compared.
 
     Args:
         repo: 'ORG/NAME' or 'ORG/NAME@REVISION'.
-        filename: Of the weights.
-        cache_dir: Of downloads. Default: the client's.
+        filename: Name of the weights in the repository.
+        cache_dir: Folder for downloads. Default: huggingface_hub's.
 
     Returns:
-        Path of the weights, in the folder where config.json is, too.
+        Path of the weights. config.json lies in the same folder.
 
     Raises:
-        CheckpointError: There is no such repository, revision or file; it cannot be reached; or its content is wrong.
+        CheckpointError: The repository, revision or file does not exist or cannot be reached, or its content is wrong.
     """
     repo, _, revision = repo.partition('@')
     fetch = partial(download_file, repo, cache_dir=cache_dir)
     try:
         for _ in range(2):
             path = fetch(filename, revision or None)
-            # of the very snapshot that the weights are from
-            revision = path.parents[filename.count('/')].name
-            config = _read_config(fetch, repo, revision, cache_dir)
-            expected = config.get('weights_sha256')
+            revision = path.parents[filename.count('/')].name  # config.json must come from the same snapshot
+            expected = _read_config(fetch, repo, revision, cache_dir).get('weights_sha256')
             if expected is None or sha256_of(path) == expected:
                 return path
             _evict(path)
-            _logger.warning(f"'{filename}' of '{repo}' is not what its config.json says; fetching it once more.")
-    except LocalEntryNotFoundError as e:  # first: it is an EntryNotFoundError, too
-        refused = isinstance(e.__cause__, HfHubHTTPError) and not is_transient(e.__cause__)
-        why = f'answers: {_first_line(e.__cause__)}' if refused and e.__cause__ else \
-            'cannot be reached. Try again when online'
-        raise CheckpointError(f"'{repo}' is not in the local cache, and the Hugging Face Hub {why}.") from e
-    except EntryNotFoundError as e:
-        raise CheckpointError(f"'{repo}' on the Hugging Face Hub holds no {filename}.") from e
-    except RevisionNotFoundError as e:
-        raise CheckpointError(f"'{repo}' on the Hugging Face Hub has no revision '{revision}'.") from e
-    except GatedRepoError as e:  # it is a RepositoryNotFoundError, too
-        raise CheckpointError(
-            f"'{repo}' on the Hugging Face Hub is open only to those whom its owners let in: ask there, and log in "
-            '(`hf auth login`).') from e
-    except (HfHubHTTPError, OSError, ValueError) as e:
-        if isinstance(e, HfHubHTTPError) and (e.response.status_code == 401 or isinstance(e, RepositoryNotFoundError)):
-            raise CheckpointError(
-                f"The Hugging Face Hub has no repository '{repo}' (yet), or it is private and you are not logged in "
-                '(`hf auth login`).') from e
-        raise CheckpointError(f"'{repo}' could not be fetched from the Hugging Face Hub: {_first_line(e)}.") from e
+            _logger.warning(f"'{filename}' of '{repo}' differs from the hash in config.json; downloading it again.")
+    except (EntryNotFoundError, HfHubHTTPError, OSError, ValueError) as e:
+        raise CheckpointError(_explain(e, repo, revision, filename)) from e
     raise CheckpointError(
-        f"'{filename}' of '{repo}' arrived twice with a content whose SHA-256 is not the one in its config.json "
-        f'({expected}). It was removed from the cache and not loaded.')
+        f"The SHA-256 of '{filename}' from '{repo}' differed twice from the one in config.json ({expected}). The file "
+        'was removed from the cache and not loaded.')
+
+
+def _explain(error: BaseException, repo: str, revision: str, filename: str) -> str:
+    # Subclasses come first: LocalEntryNotFoundError is an EntryNotFoundError, GatedRepoError a RepositoryNotFoundError.
+    if isinstance(error, LocalEntryNotFoundError):
+        cause = error.__cause__
+        refused = isinstance(cause, HfHubHTTPError) and not is_transient(cause)
+        why = f'answers: {first_line(cause)}' if refused and cause else 'cannot be reached. Try again when online'
+        return f"'{repo}' is not in the local cache, and the Hugging Face Hub {why}."
+    if isinstance(error, EntryNotFoundError):
+        return f"'{repo}' on the Hugging Face Hub has no file {filename}."
+    if isinstance(error, RevisionNotFoundError):
+        return f"'{repo}' on the Hugging Face Hub has no revision '{revision}'."
+    if isinstance(error, GatedRepoError):
+        return (f"Access to '{repo}' on the Hugging Face Hub is restricted. Request access on its page, then log in "
+                '(`hf auth login`).')
+    if isinstance(error, RepositoryNotFoundError) or status_of(error) == 401:
+        return (f"The Hugging Face Hub has no repository '{repo}' (yet), or it is private and you are not logged in "
+                '(`hf auth login`).')
+    return f"'{repo}' could not be downloaded from the Hugging Face Hub: {first_line(error)}."
 
 
 def download_file(repo: str, filename: str, revision: str | None, cache_dir: str | Path | None = None) -> Path:
-    """Download a file, again where the server fails: the client does so for some requests only.
+    """Download a file into the cache, see `retry`.
 
     Raises:
-        OSError: Among them the client's own errors: there is no such file, or it cannot be had.
+        OSError: The file cannot be downloaded. huggingface_hub's own errors are OSErrors.
     """
-    for wait in (*_WAITS, None):
-        try:
-            return Path(hf_hub_download(repo, filename, revision=revision, cache_dir=cache_dir))
-        except EntryNotFoundError:
-            raise
-        except Exception as e:
-            if not is_transient(e):
-                raise
-            if wait is None:
-                raise ConnectionError(_first_line(e)) from e
-            _logger.warning(f"'{filename}' of '{repo}': {_first_line(e)}; trying again in {wait} s.")
-            time.sleep(wait)
-    raise AssertionError('unreachable')
+    request = partial(hf_hub_download, repo, filename, revision=revision, cache_dir=cache_dir)
+    return Path(retry(request, f"'{filename}' of '{repo}'"))
 
 
-def _read_config(fetch: Any, repo: str, revision: str, cache_dir: str | Path | None) -> dict[str, Any]:
+def _read_config(fetch: Callable[..., Path], repo: str, revision: str, cache_dir: str | Path | None) -> dict[str, Any]:
     """Content of config.json; empty if the repository has none."""
     for again in (True, False):
         try:
-            path = fetch(_CONFIG, revision)
+            path = fetch(CONFIG, revision)
         except LocalEntryNotFoundError:
-            if try_to_load_from_cache(repo, _CONFIG, cache_dir, revision) is _CACHED_NO_EXIST:
+            if try_to_load_from_cache(repo, CONFIG, cache_dir, revision) is _CACHED_NO_EXIST:
                 return {}
             raise
         except EntryNotFoundError:
@@ -136,15 +168,11 @@ def _read_config(fetch: Any, repo: str, revision: str, cache_dir: str | Path | N
         except ValueError as e:
             _evict(path)
             if not again:
-                raise CheckpointError(f"config.json of '{repo}' is no JSON object: {_first_line(e)}.") from e
+                raise CheckpointError(f"config.json of '{repo}' is not a JSON object: {first_line(e)}.") from e
     raise AssertionError('unreachable')
 
 
 def _evict(path: Path) -> None:
-    """Remove a file from the cache: the content, and the link to it."""
+    """Remove a file from the cache: the content and the link to it."""
     path.resolve().unlink(missing_ok=True)
     path.unlink(missing_ok=True)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip('.')

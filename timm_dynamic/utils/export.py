@@ -1,5 +1,4 @@
 """Folders that `timm.create_model('local-dir:FOLDER', pretrained=True)` loads."""
-import json
 import os
 import shutil
 import tempfile
@@ -13,15 +12,15 @@ from timm.models import save_for_hf
 from torch import nn
 
 from .checkpoint import read_checkpoint
-from .files import atomic_write, write_json
+from .files import atomic_write, read_json, write_json
 
 WEIGHTS = 'model.safetensors'
 CONFIG = 'config.json'
-TASK_STATE = 'task.safetensors'  # what only training needs: heads, critics
+TASK_STATE = 'task.safetensors'  # state that only training needs: auxiliary heads, critics
 
 
 class _Exported:
-    """A model to timm's writer, with weights it can write: contiguous, on the CPU, sharing no memory."""
+    """Wraps a model for timm's writer, which needs contiguous weights on the CPU that share no memory."""
 
     def __init__(self, model: nn.Module, state_dict: dict[str, torch.Tensor] | None) -> None:
         self._model = model
@@ -44,14 +43,14 @@ def save_pretrained(
 ) -> None:
     """Write a model as model.safetensors and config.json.
 
-    Each file is replaced in one step, so that the folder can be loaded at any moment.
+    Each file is replaced in one step, so the folder can be loaded at any time.
 
     Args:
         model: A model made by `timm.create_model`, unwrapped.
-        folder: Made if needed.
-        data_config: Preprocessing that the model was trained with, as `timm.data.resolve_data_config` gives it.
-        state_dict: Weights to write in place of the model's own (e.g. their moving average).
-        task_state: State dicts of what only training needs, by name: written beside, as task.safetensors.
+        folder: Folder to write; created if needed.
+        data_config: Preprocessing that the model was trained with, from `timm.data.resolve_data_config`.
+        state_dict: Weights to write instead of the model's own, e.g. their moving average.
+        task_state: State dicts that only training needs, by name. They are written to task.safetensors.
         **config: Further entries of config.json that timm knows, e.g. `label_names`.
     """
     folder = Path(folder)
@@ -65,7 +64,7 @@ def save_pretrained(
             names.append(TASK_STATE)
             tensors = {f'{part}.{k}': v for part, state in task_state.items() for k, v in state.items()}
             save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, Path(tmp) / TASK_STATE)
-        mode = (Path(tmp) / CONFIG).stat().st_mode  # the user's umask; safetensors lets nobody else read what it writes
+        mode = (Path(tmp) / CONFIG).stat().st_mode  # follows the umask; safetensors files are the owner's only
         for name in names:
             (Path(tmp) / name).chmod(mode)
             with atomic_write(folder / name) as target:
@@ -73,15 +72,15 @@ def save_pretrained(
 
 
 def save_exit_cfg(folder: str | Path, exit_cfg: Mapping[str, Any]) -> None:
-    """Note in an exported folder what is known about stopping, see `DynamicNet.exit_cfg`."""
+    """Store `DynamicNet.exit_cfg` in the config.json of an exported folder."""
     path = Path(folder) / CONFIG
-    config = json.loads(path.read_text(encoding='utf-8'))
+    config = read_json(path)
     config.setdefault('model_args', {})['exit_cfg'] = dict(exit_cfg)
     write_json(path, config)
 
 
 def read_task_state(folder: str | Path) -> dict[str, dict[str, torch.Tensor]]:
-    """Read what `save_pretrained` wrote as `task_state`; empty if there is none."""
+    """Read the `task_state` that `save_pretrained` wrote; empty if there is none."""
     path = Path(folder) / TASK_STATE
     out: dict[str, dict[str, torch.Tensor]] = {}
     for key, value in (read_checkpoint(path) if path.is_file() else {}).items():
@@ -91,14 +90,15 @@ def read_task_state(folder: str | Path) -> dict[str, dict[str, torch.Tensor]]:
 
 
 def copy_pretrained(source: str | Path, folder: str | Path) -> None:
-    """Copy an exported folder, without taking disk space where the file system has hard links."""
+    """Copy an exported folder. On file systems with hard links the copy needs no disk space."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for name in (WEIGHTS, CONFIG, TASK_STATE):
-        if name == TASK_STATE and not (Path(source) / name).exists():
+        file = Path(source) / name
+        if name == TASK_STATE and not file.exists():
             continue
         with atomic_write(folder / name) as target:
             try:
-                os.link(Path(source) / name, target)
+                os.link(file, target)
             except OSError:
-                shutil.copyfile(Path(source) / name, target)
+                shutil.copyfile(file, target)

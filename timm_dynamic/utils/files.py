@@ -1,4 +1,4 @@
-"""Files that are either whole or not there."""
+"""Atomic writing of files: a file is complete, or does not exist."""
 import hashlib
 import json
 import os
@@ -11,7 +11,7 @@ _PARTIAL = '.partial-'
 
 
 def fsync_dir(folder: Path) -> None:
-    """Make renames inside `folder` survive a power cut (no-op where folders cannot be opened, e.g. on Windows)."""
+    """Write renames inside `folder` to the disk. Does nothing on Windows, which cannot open folders."""
     if os.name == 'nt':
         return
     fd = os.open(folder, os.O_RDONLY)
@@ -23,13 +23,13 @@ def fsync_dir(folder: Path) -> None:
 
 @contextmanager
 def atomic_write(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on success fsync it and rename it to `path`, on failure remove it.
+    """Yield a temporary path in the folder of `path`. On success, sync it and rename it to `path`; on error, remove it.
 
-    A reader sees the old file or the new one, never a part of one. A process killed inside leaves a
-    `.partial-*` file, which `clean_partial_files` removes.
+    A reader sees the old file or the new one, never a part of it. A killed process leaves a `.partial-*` file, which
+    `clean_partial_files` removes.
     """
     path = Path(path)
-    # The suffix is kept: pandas, matplotlib and others choose the format by it.
+    # Keep the extension: pandas, matplotlib and others choose the format by it.
     tmp = path.with_name(f'{_PARTIAL}{os.getpid()}-{path.name}')
     try:
         yield tmp
@@ -52,19 +52,19 @@ def read_json(path: str | Path) -> dict[str, Any]:
     """Read a JSON object.
 
     Raises:
-        ValueError: The file holds something else, or is damaged.
+        ValueError: The file is not JSON, or not a JSON object.
     """
     try:
         value = json.loads(Path(path).read_text(encoding='utf-8'))
     except (ValueError, RecursionError) as e:
-        raise ValueError(f"'{path}' is no JSON: {e}.") from e
+        raise ValueError(f"'{path}' is not valid JSON: {e}.") from e
     if not isinstance(value, dict):
-        raise ValueError(f"'{path}' is no JSON object, but {type(value).__name__}.")
+        raise ValueError(f"'{path}': expected a JSON object, got {type(value).__name__}.")
     return value
 
 
 def sha256_of(path: str | Path) -> str:
-    """SHA-256 of a file's content, in hexadecimal."""
+    """SHA-256 of a file, in hexadecimal."""
     with open(path, 'rb') as f:
         digest = hashlib.sha256()
         while block := f.read(1 << 20):
@@ -73,12 +73,12 @@ def sha256_of(path: str | Path) -> str:
 
 
 def partial_name(name: str) -> str:
-    """Name for something unfinished, which `clean_partial_files` will recognise."""
+    """Temporary name for an unfinished file or folder, which `clean_partial_files` removes."""
     return f'{_PARTIAL}{os.getpid()}-{name}'
 
 
 def clean_partial_files(folder: str | Path) -> None:
-    """Remove what a killed writer left behind in `folder` (not below it)."""
+    """Remove unfinished files and folders of killed processes in `folder`, not in its sub-folders."""
     import shutil
     for path in Path(folder).glob(f'{_PARTIAL}*'):
         if path.is_dir():

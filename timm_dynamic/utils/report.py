@@ -1,4 +1,4 @@
-"""What a run shows: tables in the terminal, CSV and JSON files, a learning curve."""
+"""Results as tables in the terminal, CSV, JSON and YAML files, and plots."""
 import csv
 import json
 import math
@@ -12,7 +12,7 @@ from .files import atomic_write, write_json
 
 
 def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Align rows of equal or similar keys as a table; missing values stay empty."""
+    """Format rows as an aligned table. Rows may have different keys; missing values stay empty."""
     columns = list(dict.fromkeys(k for row in rows for k in row))
     decimals = {c: _decimals([row.get(c) for row in rows]) for c in columns}
     cells = [[_show(row.get(c), decimals[c]) for c in columns] for row in rows]
@@ -26,9 +26,9 @@ def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _decimals(values: Sequence[Any]) -> int:
-    """Three, and up to six where that is less than three digits of the smallest value."""
-    least = min((abs(v) for v in values if isinstance(v, float) and v), default=1.)
-    return min(max(3, 2 - math.floor(math.log10(least))), 6) if least < math.inf else 3
+    """Number of decimals that shows three digits of the smallest value, from 3 to 6."""
+    smallest = min((abs(v) for v in values if isinstance(v, float) and v), default=1.)
+    return min(max(3, 2 - math.floor(math.log10(smallest))), 6) if smallest < math.inf else 3
 
 
 def _show(value: Any, decimals: int = 3) -> str:
@@ -43,9 +43,9 @@ def write_rows(path: str | Path, rows: Sequence[Mapping[str, Any]], fmt: str | N
     """Write rows as CSV or JSON, atomically.
 
     Args:
-        path: File to write.
-        rows: Rows with equal or similar keys. Lists become words in CSV.
-        fmt: 'csv' or 'json'; by default by the file's ending.
+        path: File to write. Its folder is created.
+        rows: Rows, which may have different keys. In CSV, list items are separated by spaces.
+        fmt: 'csv' or 'json'. Default: by the file's extension.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -56,7 +56,7 @@ def write_rows(path: str | Path, rows: Sequence[Mapping[str, Any]], fmt: str | N
     with atomic_write(path) as tmp, open(tmp, 'w', newline='', encoding='utf-8') as f:
         writer = csv.DictWriter(f, columns)
         writer.writeheader()
-        writer.writerows({k: _words(v) for k, v in row.items()} for row in rows)
+        writer.writerows({k: _join_items(v) for k, v in row.items()} for row in rows)
 
 
 def write_yaml(path: Path, values: Mapping[str, Any]) -> None:
@@ -65,12 +65,12 @@ def write_yaml(path: Path, values: Mapping[str, Any]) -> None:
         tmp.write_text(yaml.safe_dump(dict(values), default_flow_style=False), encoding='utf-8')
 
 
-def _words(value: Any) -> Any:
+def _join_items(value: Any) -> Any:
     return ' '.join(map(str, value)) if isinstance(value, (list, tuple)) else value
 
 
 def read_rows(path: str | Path) -> list[dict[str, Any]]:
-    """Read what `write_rows` wrote as CSV; numbers become numbers again."""
+    """Read a CSV file of `write_rows`, with numbers as numbers. An empty list if there is no file."""
     path = Path(path)
     if not path.exists():
         return []
@@ -89,8 +89,13 @@ def _number(text: str) -> Any:
 def plot_curve(path: str | Path, rows: Sequence[Mapping[str, Any]], metric: str) -> bool:
     """Draw training loss and validation metric over epochs.
 
+    Args:
+        path: Picture to write, atomically.
+        rows: Rows with 'epoch', 'train_loss' and 'eval_' + metric.
+        metric: Name of the validation metric.
+
     Returns:
-        Whether it was drawn: not without matplotlib (the extra `plot`).
+        False if matplotlib (the extra `plot`) is not installed, else True.
     """
     try:
         from matplotlib.figure import Figure  # no pyplot: no display, no global state
@@ -116,14 +121,14 @@ Curve = Sequence[tuple[float, float]]
 
 
 def check_plot(path: str | Path, option: str) -> None:
-    """See that a picture can be drawn, before hours are spent.
+    """Check early that a plot can be written.
 
     Args:
         path: File to write.
-        option: What asks for it, for the message.
+        option: Option that names the file, for the message.
 
     Raises:
-        ValueError: matplotlib is not installed, or it writes no files of this kind.
+        ValueError: matplotlib is not installed, or cannot write files with this extension.
     """
     try:
         from matplotlib.figure import Figure
@@ -143,13 +148,13 @@ def plot_accuracy_over_macs(
     """Draw accuracy over cost.
 
     Args:
-        path: Picture to write, atomically; its ending says of what kind.
-        curves: Lines, by label: (GMACs, top-1 in %).
-        points: Likewise, but drawn as markers only, e.g. static models.
-        title: Stands above.
+        path: Picture to write, atomically. The extension sets the format.
+        curves: Points (GMACs, top-1 in %) that are drawn as lines, by label.
+        points: Points (GMACs, top-1 in %) that are drawn as markers, by label, e.g. static models.
+        title: Title of the picture.
 
     Returns:
-        Whether it was drawn: not without matplotlib (the extra `plot`).
+        False if matplotlib (the extra `plot`) is not installed, else True.
     """
     try:
         from matplotlib.figure import Figure

@@ -1,8 +1,7 @@
-"""Random numbers as a function of where we are, not of what happened before.
+"""Random numbers that depend only on the position in a run, e.g. on (seed, epoch, index).
 
-A run that was killed and resumed can only repeat an uninterrupted one if no random number depends on hidden
-generator state. So every consumer (sample, batch, step) seeds itself from (seed, epoch, index, ...), and no
-generator state has to be saved.
+A resumed run must draw the same random numbers as an uninterrupted run. So every sample, batch and step derives its own
+seed from its position, and no generator state has to be saved.
 """
 import hashlib
 import random
@@ -14,10 +13,10 @@ import torch
 
 
 def derive_seed(*parts: int | str) -> int:
-    """Fold integers and words into one well-mixed 63 bit seed, the same on every platform.
+    """Derive a 63-bit seed from integers and words by hashing. It is the same on every platform.
 
     Args:
-        parts: E.g. seed, a word that names the consumer, epoch, index.
+        parts: E.g. the seed of the run, a word for the purpose, epoch, index.
     """
     digest = hashlib.blake2b('/'.join(map(str, parts)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, 'little') >> 1
@@ -26,20 +25,20 @@ def derive_seed(*parts: int | str) -> int:
 def _seed_all(seed: int, device: torch.device | None) -> None:
     random.seed(seed)
     np.random.seed(seed % 2 ** 32)
-    torch.default_generator.manual_seed(seed)  # torch.manual_seed formats a stack trace where CUDA is not in use
+    torch.default_generator.manual_seed(seed)  # faster than torch.manual_seed, which formats a stack trace without CUDA
     if device is not None and device.type != 'cpu':
         torch.get_device_module(device).manual_seed(seed)
 
 
 @contextmanager
 def seeded(*parts: int | str, device: torch.device | None = None, keep: bool = False) -> Iterator[None]:
-    """Run a block with Python's, numpy's and torch's global generators seeded from `parts`.
+    """Run a block with the global generators of Python, numpy and torch seeded from `parts`. Restore them afterwards.
 
     Args:
         parts: See `derive_seed`.
-        device: Accelerator whose generator the block may use. The CPU's is always seeded.
-        keep: Leave the generators as the block leaves them. Saves the copying of states where nobody relies on them
-            (workers; training steps, each of which begins with its own seed).
+        device: Accelerator whose generator is seeded, too. That of the CPU is always seeded.
+        keep: Do not restore the generators. This is faster, for code that seeds them again before the next use
+            (workers, training steps).
     """
     seed = derive_seed(*parts)
     if keep:

@@ -1,11 +1,14 @@
-"""Ctrl-C and SIGTERM as a request to stop at the next good place."""
+"""Handling of Ctrl-C and SIGTERM: a run stops after it has saved its state."""
 import signal
 import threading
 from typing import Any
 
 
 class StopRequest:
-    """Context in which SIGINT and SIGTERM set `signum` and do nothing else. A second one is taken at its word."""
+    """Context manager. The first SIGINT or SIGTERM only sets `signum`; the next one raises KeyboardInterrupt.
+
+    It is true once a signal has arrived.
+    """
 
     def __init__(self) -> None:
         self.signum: int | None = None
@@ -20,7 +23,7 @@ class StopRequest:
         self.signum = signum
 
     def __enter__(self) -> 'StopRequest':
-        if threading.current_thread() is threading.main_thread():  # signals can be handled in no other
+        if threading.current_thread() is threading.main_thread():  # other threads cannot set signal handlers
             for signum in (signal.SIGINT, signal.SIGTERM):
                 self._before[signum] = signal.signal(signum, self._handle)
         return self
@@ -31,7 +34,7 @@ class StopRequest:
 
 
 class Stopped(Exception):
-    """Training was stopped by a signal, its state saved."""
+    """A signal stopped the run. Its state is saved."""
 
     def __init__(self, signum: int) -> None:
         super().__init__(signal.Signals(signum).name)

@@ -1,0 +1,292 @@
+"""What is shown of a dynamic model: every step, budgets, thresholds, and what it keeps; as rows, tables and curves."""
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..exits import ExitPoint, ExitTable, geometric_thresholds, solve_curve
+from ..models.dynamic_net import DynamicNet
+from ..models.exit_cfg import policy_from_json
+from ..utils.report import Curve, format_table
+from .calibration import Calibration, same_split
+
+Row = dict[str, Any]
+
+
+@dataclass
+class Report:
+    """What is known of a model.
+
+    Attributes:
+        row: Row of the table of models; None if the model was not run.
+        points: Rows of its steps, budgets and so on.
+        text: These as tables, for the terminal.
+        curves: Lines of the picture, by label.
+        markers: Points of the picture that no line joins, by label.
+    """
+    row: Row | None
+    points: list[Row] = field(default_factory=list)
+    text: list[str] = field(default_factory=list)
+    curves: dict[str, Curve] = field(default_factory=dict)
+    markers: dict[str, Curve] = field(default_factory=dict)
+
+    def add(self, model: str, caption: str, rows: Sequence[Row], hide: Sequence[str] = ('split', 'fitted_on')) -> None:
+        """Add rows that belong together. Columns that the caption tells are hidden in the terminal."""
+        self.points += [{'model': model, **row} for row in rows]
+        shown = [{k: v for k, v in row.items() if k not in ('images', *hide)} for row in rows]
+        self.text.append(f'{caption}\n{format_table(shown)}')
+
+
+def short_name(name: str) -> str:
+    """A model's name for captions: of a folder, the last two parts."""
+    source, colon, path = name.partition(':')
+    return '/'.join(Path(path).parts[-2:]) if colon and source == 'local-dir' else name
+
+
+# Rows
+
+def point_row(label: str, point: ExitPoint, **more: Any) -> Row:
+    """Row of a table from a point.
+
+    Args:
+        label: Name of the point.
+        point: What `ExitTable.evaluate` gave.
+        **more: Further entries; 'budget' comes first.
+    """
+    row: Row = {'point': label}
+    if 'budget' in more:
+        row['budget'] = round(more.pop('budget'), 6)
+    row.update(gmacs=round(point.gmacs, 6), top1=round(point.top1, 4))
+    if point.top5 is not None:
+        row['top5'] = round(point.top5, 4)
+    row.update(images=len(point.steps_used), **more)
+    row['exit_shares'] = [round(share, 4) for share in point.exit_shares.tolist()]
+    if point.thresholds is not None:
+        row['thresholds'] = point.thresholds.tolist()
+    return row
+
+
+def step_rows(table: ExitTable, **more: Any) -> list[Row]:
+    """Rows of stopping all images after step 1, 2, ...: 'point', cumulative 'gmacs', 'top1', 'top5', 'images'.
+
+    Args:
+        table: The exit table.
+        **more: Further entries of every row, e.g. 'split'.
+    """
+    rows = [point_row(f'step {t}', point, **more) for t, point in enumerate(table.anytime(), 1)]
+    return [{k: v for k, v in row.items() if k not in ('exit_shares', 'thresholds')} for row in rows]
+
+
+def policy_row(table: ExitTable, policy: Any, label: str, strict: bool = False, **more: Any) -> Row:
+    """Row of what thresholds or an `ExitPolicy` give on a table, see `ExitTable.evaluate`."""
+    return point_row(label, table.evaluate(policy, strict), **more)
+
+
+def budget_rows(
+        calibration: Calibration,
+        budgets: Sequence[float] | None = None,
+        method: str = 'thresholds',
+        num: int = 12,
+) -> list[Row]:
+    """Solve exits for budgets, and evaluate them on other images.
+
+    Args:
+        calibration: Tables to solve on and to evaluate on.
+        budgets: Mean cost of an image, in 10⁹ multiply-adds. By default `num` evenly spaced ones.
+        method: 'thresholds', or 'value' for policies that look at the confidences of all steps so far.
+        num: Number of budgets, by default.
+
+    Returns:
+        For each budget 'point', 'budget', 'gmacs' (measured on the table to evaluate on), 'top1', 'top5', 'images',
+        'split', 'fitted_on', 'exit_shares' and 'thresholds' [T].
+
+    Raises:
+        ValueError: A budget is below the cost of the first step or above that of all.
+    """
+    table, names = calibration.evaluation, _names(calibration)
+    return [
+        point_row('budget', table.evaluate(point.policy), budget=budget, **names)
+        for budget, point in _solve(calibration.calibration, budgets, method, num)
+    ]
+
+
+def geometric_rows(calibration: Calibration) -> list[Row]:
+    """Fit the 39 points of GFNet's paper, and evaluate them on other images."""
+    return [
+        policy_row(
+            calibration.evaluation, geometric_thresholds(calibration.calibration, p), f'geometric p={p}',
+            **_names(calibration))
+        for p in range(1, 40)]
+
+
+def budgets_to_keep(
+        calibration: Calibration,
+        budgets: Sequence[float] | None = None,
+        method: str = 'thresholds',
+        num: int = 12,
+) -> list[Row]:
+    """Solve budgets as `budget_rows` does, for `DynamicNet.store_budgets`.
+
+    Returns:
+        For each budget 'gmacs', its cost on the images it was fitted on, its 'policy', 'confidence_range' if
+        confidences are not all between 0 and 1, and 'evaluated': what `budget_rows` says of it.
+    """
+    kept = []
+    confidence = calibration.calibration.confidence
+    low, high = confidence.min().item(), confidence.max().item()
+    scale = {'confidence_range': [low, high]} if low < 0 or high > 1 else {}  # to interpolate in
+    for _, point in _solve(calibration.calibration, budgets, method, num):
+        row = point_row('budget', calibration.evaluation.evaluate(point.policy), **_names(calibration))
+        evaluated = {k: v for k, v in row.items() if k not in ('point', 'thresholds')}
+        kept.append({'gmacs': point.gmacs, 'policy': point.policy, **scale, 'evaluated': evaluated})
+    return kept
+
+
+def _names(calibration: Calibration) -> Row:
+    return {'split': calibration.evaluated_on, 'fitted_on': calibration.fitted_on}
+
+
+def _solve(
+        table: ExitTable,
+        budgets: Sequence[float] | None,
+        method: str,
+        num: int,
+) -> list[tuple[float, ExitPoint]]:
+    """Budgets and what was solved for them. Of default ones, those that cost the same count once."""
+    points = solve_curve(table, budgets, num, method)
+    if budgets is not None:
+        return list(zip(budgets, points))
+    return list({point.gmacs: (point.gmacs, point) for point in points}.values())
+
+
+# Curves
+
+def budget_curve(calibration: Calibration, method: str = 'thresholds', num: int = 48) -> list[tuple[float, float]]:
+    """Solve a grid of budgets on one table and evaluate it on another: (GMACs, top-1 in %), by rising cost."""
+    solved = solve_curve(calibration.calibration, num=num, method=method)
+    points = [calibration.evaluation.evaluate(point.policy) for point in solved]
+    return sorted({(point.gmacs, point.top1) for point in points})
+
+
+def step_curve(table: ExitTable) -> list[tuple[float, float]]:
+    """(GMACs, top-1 in %) of stopping all images after step 1, 2, ..."""
+    return [(point.gmacs, point.top1) for point in table.anytime()]
+
+
+# Reports
+
+def report_steps(report: Report, name: str, table: ExitTable, split: str, note: str = '') -> None:
+    """Add accuracy and cost after every step."""
+    report.add(
+        name, f'{short_name(name)} on {split} ({len(table)} images), all of them stopped after the same step{note}:',
+        step_rows(table, split=split))
+    report.curves[f'{short_name(name)}: steps'] = step_curve(table)
+
+
+def report_points(
+        report: Report,
+        args: argparse.Namespace,
+        name: str,
+        table: ExitTable,
+        calibration: Calibration | None,
+        model: DynamicNet | None,
+) -> None:
+    """Add everything that the options ask for but the steps, and keep budgets in the model if they do.
+
+    Args:
+        report: Is added to.
+        args: Options.
+        name: Name of the model.
+        table: What was measured on `args.split`.
+        calibration: Tables to fit and evaluate on, if exits are fitted.
+        model: The model, for what it keeps.
+    """
+    label = short_name(name)
+    if args.stored_results and model is not None:
+        report.add(name, f'{label}, results kept in the model:', stored_rows(model, name), hide=())
+    given = [
+        policy_row(table, thresholds, 'thresholds', strict=args.strict, split=args.split, fitted_on='given')
+        for thresholds in args.thresholds or ()]
+    if args.stored_thresholds and model is not None:
+        given += stored_policies(model, table, args.split)
+    if given:
+        caption = f'{label}, given exits evaluated on {args.split} ({len(table)} images):'
+        if any(same_split(row['fitted_on'], args.split) for row in given):
+            caption += f'\nSome were fitted on a split {args.split}: on the same images they look better than they are.'
+        report.add(name, caption, given, hide=['split'])
+        report.markers[f'{label}: given exits'] = [(row['gmacs'], row['top1']) for row in given]
+    if calibration is None:
+        return
+    caption = (f'exits fitted on {calibration.fitted_on} ({len(calibration.calibration)} images), evaluated on '
+               f'{calibration.evaluated_on} ({len(calibration.evaluation)} images).{calibration.note}')
+    if args.budget or args.save_budgets:
+        rule = ', looking at all steps so far' if args.budget_rule == 'value' else ''
+        report.add(name, f'{label}, budgets{rule}: {caption}', budget_rows(calibration, args.budget, args.budget_rule))
+    if args.geometric:
+        rows = geometric_rows(calibration)
+        report.add(name, f"{label}, GFNet's geometric rule: {caption}", rows)
+        report.markers[f'{label}: geometric'] = [(row['gmacs'], row['top1']) for row in rows]
+    if args.curve:
+        fitted_on = calibration.fitted_on.partition(' of ')[0]
+        report.curves[f'{label}: steps'] = step_curve(calibration.evaluation)  # on the same half, if it is one
+        report.curves[f'{label}: budgets, fitted on {fitted_on}'] = budget_curve(calibration, args.budget_rule)
+    if args.save_budgets and model is not None:
+        model.store_budgets(budgets_to_keep(calibration, args.budget, args.budget_rule))
+
+
+# What a model keeps
+
+def stored_policies(model: DynamicNet, table: ExitTable, split: str) -> list[Row]:
+    """Rows of the exits that a model keeps, evaluated on a table."""
+    kept: Row = dict(split=split, fitted_on='kept in the model')
+    rows = []
+    if model.exit_policy is not None:
+        rows.append(policy_row(table, model.exit_policy, 'in use', **kept))
+    budgets = model.exit_cfg.get('budgets')
+    for budget in budgets or ():
+        policy, evaluated = policy_from_json(budget['policy']), budget.get('evaluated', {})
+        fitted_on = {k: evaluated[k] for k in ('fitted_on',) if k in evaluated}
+        rows.append(policy_row(table, policy, 'stored', budget=budget['gmacs'], **{**kept, **fitted_on}))
+    if not budgets:  # an authors' file that does not tell what its thresholds cost
+        for thresholds in model.exit_cfg.get('origin', {}).get('dynamic_threshold', ()):
+            rows.append(policy_row(table, thresholds, 'stored', **kept))
+    return rows
+
+
+def check_stored(model: DynamicNet, name: str) -> None:
+    """Raise a ValueError if a model keeps no exits."""
+    origin = model.exit_cfg.get('origin', {})
+    if model.exit_policy is None and not model.exit_cfg.get('budgets') and not origin.get('dynamic_threshold'):
+        raise ValueError(
+            f'--stored-thresholds: {name} keeps no exits. Fit some with --budget, and keep them with --save-budgets.')
+
+
+def stored_rows(model: DynamicNet, name: str) -> list[Row]:
+    """Rows of the results that are kept in a model; nothing is run.
+
+    Raises:
+        ValueError: There are none.
+    """
+    origin, rows = model.exit_cfg.get('origin', {}), []
+    costs, accuracies = origin.get('flops'), origin.get('anytime_classification')
+    authors = {'split': "the authors'", 'fitted_on': "the authors'"}
+    if accuracies:
+        scale = 1e-9 if costs and costs[-1] > 1e6 else 1.  # multiply-adds, or 10⁹ of them
+        for t, top1 in enumerate(accuracies):
+            row: Row = {'point': f'step {t + 1}'}
+            if costs and t < len(costs):
+                row['gmacs'] = round(costs[t] * scale, 6)
+            rows.append({**row, 'top1': top1, 'split': authors['split']})
+    for budget in model.exit_cfg.get('budgets', ()):
+        gmacs, policy = round(budget['gmacs'], 6), budget['policy']
+        row = {'point': 'budget', 'budget': gmacs, 'gmacs': gmacs}
+        row.update({k: budget[k] for k in ('top1', 'top5') if k in budget})
+        row.update(budget.get('evaluated') or (authors if origin else {}))
+        if isinstance(policy, list):
+            row['thresholds'] = policy
+        rows.append(row)
+    if not rows:
+        raise ValueError(
+            f"--stored-results: {name} keeps no results. The authors' checkpoints and models of --save-budgets do.")
+    return rows

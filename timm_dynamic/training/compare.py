@@ -1,0 +1,123 @@
+"""The end of a run: the best weights of every stage on the same images, and budgets for the result."""
+import argparse
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import timm
+from accelerate import Accelerator
+
+from ..evaluation.exit_report import Row
+from ..evaluation.model_evaluator import ModelEvaluator, OutOfFold
+from ..exits import ExitTable
+from ..launch.build import training_data_config, uses_demo_data
+from ..launch.settings import TrainOptions, validation_options
+from ..models.dynamic_net import DynamicNet
+from ..task import Recipe, Stage, create_baseline
+from ..task.clcnet import CALIBRATION, train_confidence
+from ..utils import save_exit_cfg
+from ..utils.report import plot_accuracy_over_macs, write_rows
+
+_logger = logging.getLogger(__name__)
+
+
+def compare_stages(
+        recipe: Recipe,
+        stages: Sequence[Stage],
+        options: TrainOptions,
+        accelerator: Accelerator,
+        folder: Path,
+        weights: Mapping[str, Path],
+        results: Mapping[str, Mapping[str, Any]],
+) -> list[Row]:
+    """Evaluate the best weights of every stage, and the recipe's references, on the same images.
+
+    The last model, if it is a dynamic one, gets budgets: exits are fitted on the validation split, and kept in its
+    config.json.
+
+    Args:
+        recipe: The recipe.
+        stages: The stages that were run.
+        options: Options of the run.
+        accelerator: Processes, device, precision.
+        folder: Folder of the run; results.csv/json and budgets.csv/json are written there.
+        weights: Folder of the best weights, by stage.
+        results: Results of the stages, by stage.
+
+    Returns:
+        A row for each model.
+    """
+    args = options.for_stage(stages[-1], accelerator.num_processes)
+    split = args.test_split or ('test' if uses_demo_data(args) else args.val_split)
+    if not split:
+        return []
+    models: list[tuple[str, Any, argparse.Namespace]] = [
+        (s.label or s.name, timm.create_model(f'local-dir:{weights[s.name]}', pretrained=True),
+         options.for_stage(s, accelerator.num_processes))
+        for s in stages if s.shown and (weights[s.name] / 'config.json').exists()]
+    if not models:
+        return []
+    references = [
+        (label, create_baseline(source, models[-1][1]), args) for label, source in recipe.references.items()]
+    out_of_fold = _out_of_fold(stages[-1], folder, results, args)
+    rows, reports = [], []
+    for label, model, own in [*references, *models]:
+        last = model is models[-1][1]
+        budgets = last and isinstance(model, DynamicNet)
+        evaluator = ModelEvaluator(
+            model, label, validation_options(own, split, save_budgets=budgets, curve=budgets), accelerator,
+            training_data_config(own, model), out_of_fold if last else None,
+            fit_splits=[own.val_split] if own.val_split else [], compared=not budgets)
+        report = evaluator.run()
+        rows.append(_result_row(report.row or {}, evaluator, split))
+        reports.append(report)
+    if accelerator.is_main_process:
+        for name in ('results.csv', 'results.json'):
+            write_rows(folder / name, rows)
+        if isinstance(models[-1][1], DynamicNet):
+            markers = {label: points for report in reports[:-1] for label, points in report.markers.items()}
+            _keep_budgets(models[-1][1], reports[-1], markers, split, folder)
+    return rows
+
+
+def _out_of_fold(
+        stage: Stage,
+        folder: Path,
+        results: Mapping[str, Mapping[str, Any]],
+        args: argparse.Namespace,
+) -> OutOfFold | None:
+    """What a cascade's confidence stage left."""
+    if stage.run is not train_confidence or not (folder / CALIBRATION).exists():
+        return None
+    return OutOfFold(ExitTable.load(folder / CALIBRATION), results[stage.name].get('split', args.val_split))
+
+
+def _result_row(row: Row, evaluator: ModelEvaluator, split: str) -> Row:
+    gmacs = {} if row.get('gmacs') is None else {'gmacs': row['gmacs']}
+    return {
+        'model': row['model'], **{k: row[k] for k in ('loss', 'top1', 'top5') if k in row},
+        'split': row.get('split', split), 'images': row['images'],
+        'params_m': round(evaluator.params / 1e6, 3), **gmacs}
+
+
+def _keep_budgets(
+        model: DynamicNet,
+        report: Any,
+        markers: Mapping[str, Any],
+        split: str,
+        folder: Path,
+) -> None:
+    """Show and write what every step and budget gives; budgets go into the exported folder, too."""
+    text = '\n\n'.join(report.text)
+    if model.exit_cfg.get('budgets'):
+        save_exit_cfg(folder / 'best', model.exit_cfg)
+    else:
+        text += (f"\n\nFor budgets, exits must be fitted on other images than '{split}': "
+                 f"validate.py --model local-dir:{folder / 'best'} --budget G ... --calibrate-split NAME")
+    for name in ('budgets.csv', 'budgets.json'):
+        write_rows(folder / name, report.points)
+    picture = folder / 'accuracy_over_macs.png'
+    if plot_accuracy_over_macs(picture, report.curves, {**report.markers, **markers}, f'evaluated on {split}'):
+        text += f'\n\nAccuracy over multiply-adds: {picture}'
+    _logger.info('\n' + text)
