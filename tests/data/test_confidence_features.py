@@ -94,7 +94,7 @@ def test_names_may_be_long(features, tmp_path):
 
 @pytest.mark.parametrize(('change', 'message'), [
     (lambda f: setattr(f, 'correct', f.correct.long()), "'correct' is torch.int64, not bool"),
-    (lambda f: f.probabilities.copy_(f.probabilities.flip(1)), 'sorted falling'),
+    (lambda f: f.probabilities.copy_(f.probabilities.flip(1)), 'descending order'),
     (lambda f: f.probabilities.mul_(2), 'summing to 1'),
     (lambda f: setattr(f, 'names', 5), "'names' is no list of texts"),
     (lambda f: setattr(f, 'names', [1, 2, 3, 4, 5]), "'names' is no list of texts"),

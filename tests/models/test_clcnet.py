@@ -456,7 +456,7 @@ class TestWeights:
             create(pretrained_cfg_overlay=dict(file=files), num_classes=7)
         with pytest.raises(CheckpointError, match='has the parts 7; expected confidence_net'):
             create(pretrained_cfg_overlay=dict(file={**files, '7': files['0']}))
-        with pytest.raises(CheckpointError, match=r"missing \(first: 'members.1.conv1.0.weight'\)"):
+        with pytest.raises(CheckpointError, match=r"missing, all in 'members' \(first: 'members.1.conv1.0.weight'\)"):
             create(pretrained_cfg_overlay=dict(file={**files, '1': files['0']}))
         with pytest.raises(CheckpointError, match='holds no confidence_net'):
             create(pretrained_cfg_overlay=dict(file={'0': files['0']}))

@@ -335,9 +335,10 @@ class TestExits:
 
     def test_damaged_results_of_the_authors(self):
         model = FAMILIES['gfnet']()
+        checkpoint = authors_checkpoint(FAMILIES['gfnet'](), 'test_resnet', steps=3, flops=7)
         before = weights(model)
         with pytest.raises(CheckpointError, match=r'The results in The backup are damaged \(TypeError'):
-            load_checkpoint(model, authors_checkpoint(model, 'test_resnet', steps=3, flops=7), label='The backup')
+            load_checkpoint(model, checkpoint, label='The backup')
         assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
     def test_create_model_takes_the_callers(self, folder):

@@ -5,8 +5,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from accelerate import PartialState
 from accelerate.utils import gather_object
 
+import timm_dynamic.training.progress as progress_module
 import timm_dynamic.training.trainer as trainer_module
 from timm_dynamic.training import train_main
 
@@ -68,7 +70,7 @@ def report_batch_norm(args: list[str]) -> int:
     """
     layers: list[torch.nn.Module] = []
     seen: list[float] = []
-    forward, log = torch.nn.BatchNorm2d.forward, trainer_module.Trainer._log
+    forward, end_epoch = torch.nn.BatchNorm2d.forward, progress_module.TrainingLog.end_epoch
 
     def recording_forward(self, x):
         if not self.training or (layers and self is not layers[0]):
@@ -79,13 +81,13 @@ def report_batch_norm(args: list[str]) -> int:
         seen.append(self.running_mean.sum().item())
         return out
 
-    def reporting_log(self, row):
-        log(self, row)
+    def reporting_end_epoch(self, row, *counts):
+        end_epoch(self, row, *counts)
         end = layers[0].running_mean.sum().item()
         ranks = gather_object([{'after': seen[1], 'before': seen[2], 'last': seen[-1], 'end': end}])
-        if self.main:
+        if PartialState().is_main_process:
             Path(args[0]).write_text(json.dumps({key: [rank[key] for rank in ranks] for key in ranks[0]}))
 
     torch.nn.BatchNorm2d.forward = recording_forward
-    trainer_module.Trainer._log = reporting_log
+    progress_module.TrainingLog.end_epoch = reporting_end_epoch
     return train_main(args[1:])

@@ -340,10 +340,10 @@ def interrupted(lab, *options):
         pass
 
     def prepare(trainer):
-        def log(row):
+        def end_epoch(*args):
             trainer.save_state()
             raise Killed
-        trainer._log = log
+        trainer.log.end_epoch = end_epoch
 
     with pytest.raises(Killed):
         lab.ran('--output', '{tmp}/kept', *options, prepare=prepare)
@@ -558,7 +558,7 @@ def recipe(lab, flag):
     assert lab.built(flag, 'classification').identity['recipe'] == 'classification'
     with pytest.raises(ValueError, match='needs a baseline: --focus-baseline MODEL'):
         lab.built(flag, 'focusnet')
-    with pytest.raises(ValueError, match='choose from classification, focusnet'):
+    with pytest.raises(ValueError, match=r'no recipe .focus.\. Choose from classification, focusnet'):
         lab.built(flag, 'focus')
 
 

@@ -435,9 +435,9 @@ def exit_cfg_from_checkpoint(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
         return plain_json(out)
     # The cost may be the first or the second coordinate. It lies between the cost of one step and that of all.
     costs = next((r for r in results if all(0.99 * steps[0] <= v <= 1.01 * steps[-1] for v in r)), None)
-    if costs is not None:
+    heads = [v for k, v in (checkpoint.get('fc') or {}).items() if k.startswith('fc') and k.endswith('.bias')]
+    if costs is not None and heads:
         accuracies = results[1] if costs is results[0] else results[0]
-        heads = [v for k, v in checkpoint['fc'].items() if k.startswith('fc') and k.endswith('.bias')]
         scale = 1e-9 if steps[-1] > 1e6 else 1.  # multiply-adds, or 10⁹ of them
         budgets = [
             {'gmacs': float(cost * scale), 'top1': accuracy, 'policy': policy}
