@@ -1,15 +1,16 @@
+import copy
 from functools import partial
+from typing import ClassVar
 
 import pytest
 import timm
 import torch
+from models.model_tester import DynamicModelTester, ModelTester, StepTester
 from timm.models import group_parameters, save_for_hf
-from torch.utils.flop_counter import FlopCounterMode
 
 import timm_dynamic  # noqa: F401
-from timm_dynamic.exits import early_exit
 from timm_dynamic.layers import crop_patches, get_glance
-from timm_dynamic.utils import CheckpointError, save_pretrained
+from timm_dynamic.utils import CheckpointError
 
 create_small = partial(timm.create_model, 'test_anchornet_patch', num_classes=7)
 
@@ -18,6 +19,35 @@ create_small = partial(timm.create_model, 'test_anchornet_patch', num_classes=7)
 def tiny():
     torch.manual_seed(0)
     return timm.create_model('test_anchornet_patch').eval()
+
+
+class TestAnchorNet(ModelTester):
+    name = 'anchornet'
+    kwargs: ClassVar = dict(num_classes=10)
+
+
+class TestAnchorNetPatch(DynamicModelTester):
+    name = 'test_anchornet_patch'
+
+    def expected_head_output(self, model, x):
+        return next(model.forward_steps(x))  # `forward_features` sees the scaled image only
+
+    def test_groups_are_those_of_both_classifiers(self, model):
+        groups = group_parameters(model, model.group_matcher(), reverse=True)
+        for name, group in groups.items():
+            if name.startswith('resized.'):
+                assert groups[name.replace('resized', 'patch')] == group
+        first, later = (groups[f'localizer.blocks.{i}.project.0.weight'] for i in (0, 3))
+        assert 0 < first < later < max(groups.values())
+
+
+class TestTimmLocalizer(StepTester):
+    name = 'test_anchornet_patch'
+    kwargs: ClassVar = dict(localizer='test_focusnet', localizer_stride=32)
+    other_size = 128
+
+    def expected_head_output(self, model, x):
+        return next(model.forward_steps(x))
 
 
 @pytest.mark.parametrize(('name', 'millions'), [
@@ -56,29 +86,6 @@ def test_anchornet_sees_windows():
     assert model(x).shape == (1, 5)
 
 
-def test_as_timm_expects():
-    model = create_small()
-    x = torch.randn(2, 3, 96, 96)
-    out = model(x)
-    assert out.shape == (2, 7)
-    out.mean().backward()
-    assert [n for n, p in model.named_parameters() if p.grad is None] == []
-    model.eval()
-    with torch.no_grad():
-        features = model.forward_features(x)
-        assert features.shape[1] == model.num_features
-        assert model.forward_head(features, pre_logits=True).shape == (2, model.head_hidden_size)
-        torch.testing.assert_close(model.forward_head(features), next(model.forward_steps(x)))
-        model.reset_classifier(5)
-        assert model(x).shape == (2, 5)
-    assert [c.out_features for c in model.get_classifier()] == [5, 5, 5]
-    model.set_grad_checkpointing()
-    model.train()(x).sum().backward()
-    assert create_small(in_chans=1)(torch.randn(2, 1, 96, 96)).shape == (2, 7)
-    with pytest.raises(RuntimeError, match='features_only is not implemented'):
-        create_small(features_only=True)
-
-
 def test_a_step_adds_a_window(tiny):
     x = torch.randn(3, 3, 96, 96)
     with torch.inference_mode():
@@ -96,21 +103,6 @@ def test_a_step_adds_a_window(tiny):
     assert ((state['windows'] >= 0) & (state['windows'] <= 48)).all()
 
 
-def test_exit_costs_what_the_steps_say(tiny):
-    x = torch.randn(8, 3, 96, 96)
-    with torch.inference_mode():
-        steps = torch.stack(list(tiny.forward_steps(x)))
-        confidence = steps.softmax(dim=-1).amax(dim=-1)
-        thresholds = [confidence[0].median().item(), confidence[1].quantile(0.75).item(), 0.]
-        with FlopCounterMode(display=False) as counter:
-            result = early_exit(tiny, x, thresholds)
-    assert set(result.steps_used.tolist()) > {1}
-    expected = steps[result.steps_used - 1, torch.arange(8)]
-    torch.testing.assert_close(result.logits, expected, rtol=0, atol=1e-5)
-    predicted = sum(tiny.step_macs[t - 1] for t in result.steps_used.tolist())
-    assert counter.get_total_flops() / 2 == pytest.approx(predicted, rel=1e-3)
-
-
 def test_any_localizer_and_backbone():
     model = timm.create_model(
         'anchornet_patch', backbone='test_efficientnet', patch_size=64, num_steps=3, num_classes=4, img_size=128,
@@ -125,19 +117,13 @@ def test_any_localizer_and_backbone():
         timm.create_model('anchornet_patch', backbone='test_resnet', localizer='test_resnet')
 
 
-def test_keeps_itself(tiny, tmp_path):
-    save_pretrained(tiny, tmp_path)
-    again = timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()
+def test_folders_that_timm_has_written(tiny, tmp_path):
+    save_for_hf(tiny, tmp_path)  # without safetensors
     x = torch.randn(2, 3, 96, 96)
-    assert torch.equal(again(x), tiny(x))
-    other = timm.create_model(f'local-dir:{tmp_path}', pretrained=True, num_classes=4, in_chans=1)
-    assert other(torch.randn(2, 1, 96, 96)).shape == (2, 4)
-    save_for_hf(tiny, tmp_path / 'timm')  # which writes no safetensors by default
-    assert torch.equal(timm.create_model(f"local-dir:{tmp_path / 'timm'}", pretrained=True).eval()(x), tiny(x))
+    assert torch.equal(timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()(x), tiny(x))
 
 
 @pytest.mark.parametrize(('arguments', 'message'), [
-    (dict(img_size=(96, 80)), 'square images, got img_size 96x80'),
     (dict(patch_size=97), 'Images of 96 pixels have no windows of 97'),
     (dict(num_steps=1), 'num_steps must be at least 2'),
     (dict(iou_thresholds=[0.3, 0.3]), '3 steps have 2 windows, which need 1 iou_thresholds, got 2'),
@@ -166,7 +152,6 @@ def test_bad_arguments(arguments, message):
     ((2, 3, 40, 40), 'Images of 40 pixels have no windows of 48'),
     ((2, 3, 70, 70), "Images of 70 pixels have 1x1 windows for the localizer 'anchornet', 3 steps need 2"),
     ((2, 3, 62, 62), 'Images of 62 pixels have 0x0 windows'),
-    ((2, 1, 96, 96), r'Expected images \[batch, 3, height, width\], got \[2, 1, 96, 96\]'),
 ])
 def test_bad_images(tiny, shape, message):
     for run in (tiny, tiny.init_state):  # at once, not only where an image goes on
@@ -194,22 +179,17 @@ def test_the_grid_is_that_of_the_map(size):
 
 def test_without_classes(tiny):
     x = torch.randn(2, 3, 96, 96)
-    model = timm.create_model('test_anchornet_patch').eval()
-    model.load_state_dict(tiny.state_dict())
+    model = copy.deepcopy(tiny)
     with torch.inference_mode():
         maps = model.forward_features(x)
         features = model.forward_head(maps, pre_logits=True)
         model.reset_classifier(0)
-        torch.testing.assert_close(model(x), features)
         with pytest.raises(ValueError, match=r'Windows are chosen for a class: without classes \(num_classes=0\)'):
             list(model.forward_steps(x))
         model.reset_classifier(0, '')
         torch.testing.assert_close(model(x), maps)
         with pytest.raises(ValueError, match="got 'max' with 5 classes"):
             model.reset_classifier(5, 'max')
-        model.reset_classifier(5, 'avg')
-        assert model(x).shape == (2, 5)
-        assert create_small(num_classes=0).eval()(x).shape == (2, model.head_hidden_size)
         assert create_small(num_classes=0, global_pool='').eval()(x).ndim == 4
         weights = dict(pretrained=True, pretrained_cfg_overlay=dict(state_dict=tiny.state_dict()))
         torch.testing.assert_close(create_small(**{**weights, 'num_classes': 0}).eval()(x), features)
@@ -227,23 +207,6 @@ def test_anchornet_without_classes():
     for call in (lambda: timm.create_model('anchornet', global_pool='max'), lambda: model.reset_classifier(7, 'max')):
         with pytest.raises(ValueError, match="must be 'avg', or '' without classes, got 'max'"):
             call()
-
-
-def test_group_matcher_covers_the_networks_side_by_side():
-    for name in ('test_anchornet_patch', 'anchornet'):
-        model = timm.create_model(name)
-        for coarse in (False, True):
-            groups = group_parameters(model, model.group_matcher(coarse=coarse), reverse=True)
-            assert groups.keys() == dict(model.named_parameters()).keys()
-            prefix = 'localizer.' if 'patch' in name else ''
-            assert groups[f'{prefix}stem.0.weight'] == 0
-            last = max(groups.values())
-            assert groups[f'{prefix}fc.weight'] == last
-            first, later = (groups[f'{prefix}blocks.{i}.project.0.weight'] for i in (0, 3))
-            assert 0 < first < later < last
-            for key, group in groups.items():
-                if key.startswith('resized.'):
-                    assert groups[key.replace('resized', 'patch')] == group
 
 
 def test_authors_files(tmp_path):

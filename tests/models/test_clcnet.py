@@ -1,12 +1,13 @@
 import copy
 import json
-import threading
 from functools import partial
+from typing import ClassVar
 
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from models.model_tester import DynamicModelTester, StepTester
 from parity.confidence_reference import make_state_dict
 from PIL import Image
 from safetensors.torch import save_file
@@ -16,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import timm_dynamic  # noqa: F401
 from timm_dynamic import ConfidenceNet
-from timm_dynamic.exits import ExitTable, collect_exit_table, early_exit
+from timm_dynamic.exits import collect_exit_table, early_exit
 from timm_dynamic.models.builder import load_checkpoint
 from timm_dynamic.models.clcnet import CONFIDENCES, FINAL_RULES
 from timm_dynamic.utils import CheckpointError, save_pretrained
@@ -32,16 +33,24 @@ SMALL = dict(models=('test_efficientnet@48', 'test_resnet@64'), num_classes=7)
 create_small = partial(timm.create_model, 'clcnet', **SMALL)
 
 
-@pytest.fixture(scope='module')
-def tiny():
-    """Its confidences are spread: the confidence net is not as new."""
-    torch.manual_seed(0)
-    model = timm.create_model('test_clcnet').eval()
-    model.set_confidence('clcnet', net=ConfidenceNet.from_pretrained(make_state_dict()))
+def spread(model):
+    """Make the confidences of new members differ."""
     with torch.no_grad():
         for net in model.members:
             net.fc.weight.mul_(40)
     return model
+
+
+def create_spread():
+    model = spread(timm.create_model('test_clcnet').eval())
+    model.set_confidence('clcnet', net=ConfidenceNet.from_pretrained(make_state_dict()))
+    return model
+
+
+@pytest.fixture(scope='module')
+def tiny():
+    torch.manual_seed(0)
+    return create_spread()
 
 
 def images(batch=24, side=96, seed=0):
@@ -94,58 +103,69 @@ def test_the_tiny_model(tiny):
         assert tiny.pretrained_cfg[key] == getattr(cfg, key)
 
 
-@pytest.mark.parametrize('confidence', CONFIDENCES)
+class TestCLCNet(DynamicModelTester):
+    name = 'test_clcnet'
+    atol = 1e-3  # scores of the confidence net are up to 50
+
+    @classmethod
+    def make_model(cls):
+        return create_spread()
+
+    def test_a_tuple_has_one_tensor_per_member(self, model, all_steps):
+        x, steps = all_steps
+        small = F.interpolate(x, (48, 48), mode='bilinear', antialias=True)
+        with torch.no_grad():
+            for pair in ((small, x), [small, x]):
+                torch.testing.assert_close(
+                    model(pair, all_steps=True)['confidence'], torch.stack([s[1] for s in steps]), rtol=0, atol=1e-3)
+            _, state = model.step(0, model.init_state((small, x)))
+            result = early_exit(model, (small, x), self.thresholds(steps))
+        assert state['view_1'] is x
+        assert 'view_0' not in state
+        assert torch.equal(result.steps_used, early_exit(model, x, self.thresholds(steps)).steps_used)
+
+    @pytest.mark.parametrize(('x', 'message'), [
+        ((torch.zeros(2, 3, 48, 48),), 'one tensor for each of 2 members, got 1'),
+        ((torch.zeros(2, 3, 48, 48), torch.zeros(3, 3, 96, 96)), r'as many images for each member, got \[2, 3\]'),
+        ((torch.zeros(2, 3, 48, 48), None), 'Expected images for member 1 .* got NoneType'),
+    ])
+    def test_bad_tuples(self, model, x, message):
+        for call in (model, model.forward_features, model.init_state):
+            with pytest.raises(ValueError, match=message):
+                call(x)
+
+    def test_groups_are_those_of_the_members(self, model):
+        groups = group_parameters(model, model.group_matcher(), reverse=True)
+        last = max(groups.values())
+        assert {n.split('.')[0] for n, g in groups.items() if g == last} >= {'members'}
+        assert all(g == last for n, g in groups.items() if n.startswith('confidence_net.'))
+        assert groups['members.1.layer1.0.conv1.weight'] not in (0, last)
+
+
+class TestThreeMembers(StepTester):
+    """Of two networks."""
+    name = 'clcnet'
+    kwargs: ClassVar = dict(
+        models=('test_focusnet@48', 'test_resnet@64', 'test_focusnet@96'), confidence='agreement', num_classes=10)
+
+    @classmethod
+    def make_model(cls):
+        return spread(cls.create().eval())
+
+
 @pytest.mark.parametrize('final_rule', FINAL_RULES)
-def test_as_timm_expects(confidence, final_rule):
-    model = create_small(confidence=confidence, final_rule=final_rule)
-    x = images(4, 64)
-    out = model(x)
-    assert out.shape == (4, 7)
-    out.square().mean().backward()
+@pytest.mark.parametrize('confidence', CONFIDENCES)
+def test_every_parameter_learns_with_every_confidence(confidence, final_rule):
+    model = timm.create_model('test_clcnet', confidence=confidence, final_rule=final_rule)
+    model(images(2)).square().mean().backward()
     assert [n for n, p in model.named_parameters() if p.grad is None] == []
     assert hasattr(model, 'confidence_net') == (confidence == 'clcnet')
 
-    model.eval()
-    with torch.inference_mode():
-        features = model.forward_features(x)
-        assert features.shape == (4, model.num_features) == (4, model.head_hidden_size)
-        torch.testing.assert_close(model.forward_head(features), model(x))
-        assert torch.equal(model.forward_head(features, pre_logits=True), features)
-        model.reset_classifier(0)
-        assert torch.equal(model(x), features)
-        model.reset_classifier(5, 'avg')
-        assert model(x).shape == (4, 5)
-    assert all(head.out_features == 5 for head in model.get_classifier())
-    assert create_small(confidence=confidence, **{**SMALL, 'num_classes': 0})(x).shape == (4, model.num_features)
-    with pytest.raises(ValueError, match="global_pool must be 'avg', got 'max'"):
-        create_small(global_pool='max')
-    with pytest.raises(RuntimeError, match='features_only is not implemented for CLCNet'):
-        create_small(features_only=True)
 
-
-def test_group_matcher_covers_the_members_side_by_side():
-    model = create_small()
-    for coarse in (False, True):
-        groups = group_parameters(model, model.group_matcher(coarse=coarse), reverse=True)
-        assert groups.keys() == dict(model.named_parameters()).keys()
-        assert groups['members.0.conv_stem.weight'] == groups['members.1.conv1.0.weight'] == 0
-        last = max(groups.values())
-        assert {n.split('.')[0] for n, g in groups.items() if g == last} >= {'confidence_net', 'members'}
-        assert groups['members.1.layer1.0.conv1.weight'] not in (0, last)
+def test_parameters_without_weight_decay():
     swin = timm.create_model('clcnet', models=['test_resnet', 'swin_tiny_patch4_window7_224'], device='meta')
     assert swin.no_weight_decay() <= dict(swin.named_parameters()).keys()
     assert any(name.startswith('members.1.') for name in swin.no_weight_decay())
-
-
-def test_grad_checkpointing_changes_no_gradient():
-    model = create_small().eval()  # eval: batch statistics would be taken twice
-    gradients = []
-    for enable in (False, True):
-        model.set_grad_checkpointing(enable)
-        model.zero_grad()
-        model(images(2, 64), all_steps=True)['member_logits'].square().mean().backward()
-        gradients.append(model.members[1].layer2[0].conv1.weight.grad.clone())
-    torch.testing.assert_close(*gradients)
 
 
 class TestViews:
@@ -170,17 +190,6 @@ class TestViews:
         model = create_small(models=('test_resnet@64', 'test_efficientnet@32')).eval()
         assert (model.img_size, model.view_sizes) == (64, (64, 32))
         assert model(images(2, 64)).shape == (2, 7)
-
-    def test_a_tuple_has_one_tensor_per_member(self, tiny):
-        x = images(4)
-        small = F.interpolate(x, (48, 48), mode='bilinear', antialias=True)
-        with torch.inference_mode():
-            torch.testing.assert_close(tiny((small, x)), tiny(x))
-            torch.testing.assert_close(
-                tiny([small, x], all_steps=True)['confidence'], tiny(x, all_steps=True)['confidence'])
-            _, state = tiny.step(0, tiny.init_state((small, x)))
-        assert state['view_1'] is x
-        assert 'view_0' not in state
 
     def test_other_sizes_scale_all_views(self):
         model = create_small(img_size=32).eval()
@@ -216,10 +225,6 @@ class TestViews:
         twin = copy.deepcopy(tiny).to(dtype)
         assert twin(images(2).to(dtype)).dtype == dtype
         assert twin(images(2).to(dtype), all_steps=True)['confidence'].dtype == torch.float32
-
-    def test_channels(self):
-        model = create_small(in_chans=1).eval()
-        assert model(torch.randn(2, 1, 64, 64)).shape == (2, 7)
 
 
 class Fixed(nn.Module):
@@ -276,7 +281,6 @@ class TestMembers:
         (dict(views=[dict(mode=3), None]), 'A view has size, interpolation.* got mode'),
         (dict(confidence='oracle'), "confidence must be one of 'clcnet', .*, got 'oracle'"),
         (dict(final_rule='first'), "final_rule must be one of 'most_confident', 'last', got 'first'"),
-        (dict(img_size=(96, 80)), 'square images, got img_size 96x80'),
         (dict(models=[Fixed(1), Fixed(2)]), "member Fixed has {'num_classes': 4, 'in_chans': 3}, the cascade needs"),
         (dict(models=[Fixed(1), 'test_resnet'], num_classes=4, member_args=[dict(a=1), None]), 'takes no arguments'),
     ])
@@ -293,18 +297,6 @@ class TestMembers:
             members[-1].pretrained_cfg['label_names'] = [f'animal {i}' for i in order]
         with pytest.raises(ValueError, match="in another order: class 1 is 'animal 1' and 'animal 2'"):
             timm.create_model('clcnet', models=members)
-
-    @pytest.mark.parametrize(('x', 'message'), [
-        (torch.zeros(2, 1, 96, 96), r'Expected image \[batch, 3, height, width\], got \[2, 1, 96, 96\]'),
-        (torch.zeros(3, 96, 96), r'got \[3, 96, 96\]'),
-        ((torch.zeros(2, 3, 48, 48),), 'one tensor for each of 2 members, got 1'),
-        ((torch.zeros(2, 3, 48, 48), torch.zeros(3, 3, 96, 96)), r'as many images for each member, got \[2, 3\]'),
-        ((torch.zeros(2, 3, 48, 48), None), 'Expected images for member 1 .* got NoneType'),
-    ])
-    def test_bad_images(self, tiny, x, message):
-        for call in (tiny, tiny.forward_features, lambda x: next(tiny.forward_steps(x))):
-            with pytest.raises(ValueError, match=message):
-                call(x)
 
 
 class TestConfidence:
@@ -395,66 +387,6 @@ class TestProtocol:
         rows = torch.arange(24)
         torch.testing.assert_close(result.logits, out['logits'][result.steps_used - 1, rows], rtol=0, atol=1e-3)
         assert counter.get_total_flops() / 2 == sum(model.step_macs[t - 1] for t in result.steps_used.tolist())
-
-    def test_sample_by_sample_and_tuples(self, tiny):
-        x = images()
-        pair = (F.interpolate(x, (48, 48), mode='bilinear', antialias=True), x)
-        thresholds = spread_threshold(tiny, x)
-        together = early_exit(tiny, x, thresholds)
-        as_tuple = early_exit(tiny, pair, thresholds)
-        assert torch.equal(together.steps_used, as_tuple.steps_used)
-        for i in range(0, 24, 5):
-            alone = early_exit(tiny, tuple(v[i:i + 1] for v in pair), thresholds)
-            assert alone.steps_used[0] == together.steps_used[i]
-            torch.testing.assert_close(alone.logits[0], together.logits[i], rtol=0, atol=1e-3)
-
-    @pytest.mark.parametrize('batch', [0, 1])
-    def test_small_batches(self, tiny, batch):
-        x = images(batch)
-        with torch.inference_mode():
-            assert tiny(x).shape == (batch, 10)
-            assert tiny(x, all_steps=True)['logits'].shape == (2, batch, 10)
-            assert early_exit(tiny, x, [9., 0.]).steps_used.tolist() == [2] * batch
-
-    def test_three_members(self):
-        model = create_small(
-            models=('test_resnet@32', 'test_efficientnet@48', 'test_resnet@64'), confidence='agreement').eval()
-        x = images(12, 64)
-        with torch.inference_mode():
-            out = model(x, all_steps=True)
-        thresholds = out['confidence'].median(dim=1).values
-        result = early_exit(model, x, thresholds)
-        table = ExitTable(out['confidence'].T, torch.ones(12, 3, dtype=torch.bool), model.step_macs)
-        assert torch.equal(result.steps_used, table.evaluate(thresholds).steps_used)
-        assert model.step_macs[2] > model.step_macs[1] > model.step_macs[0]
-
-    def test_autocast(self, tiny):
-        with torch.inference_mode(), torch.autocast('cpu', dtype=torch.bfloat16):
-            out = tiny(images(4), all_steps=True)
-        assert out['logits'].dtype == torch.bfloat16
-        assert out['confidence'].dtype == torch.float32
-
-    def test_threads_share_a_model(self, tiny):
-        x, results = images(16), {}
-        with torch.inference_mode():
-            expected = tiny(x)
-
-        def work(rows):
-            with torch.inference_mode():
-                results[rows] = torch.cat([tiny(x[i:i + 1]) for i in range(rows, 16, 2)])
-
-        threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        for rows in range(2):
-            torch.testing.assert_close(results[rows], expected[rows::2], rtol=0, atol=1e-3)
-
-    def test_compiles_without_graph_breaks(self, tiny):
-        compiled = torch.compile(tiny, backend='eager', fullgraph=True)
-        with torch.no_grad():
-            torch.testing.assert_close(compiled(images(2)), tiny(images(2)), rtol=0, atol=1e-4)
 
     def test_weighing_in_training_follows_confidence(self, tiny):
         model = copy.deepcopy(tiny)
@@ -598,17 +530,6 @@ class TestWeights:
         plain = timm.create_model('test_clcnet', confidence='max_prob')
         load_checkpoint(plain, tiny.state_dict())
         assert torch.equal(plain.members[0].fc.weight, tiny.members[0].fc.weight)
-
-    def test_exit_policies_come_back(self, tiny, tmp_path):
-        model = copy.deepcopy(tiny)
-        x = images()
-        model.set_exit(spread_threshold(model, x))
-        save_pretrained(model, tmp_path / 'm')
-        again = timm.create_model(f'local-dir:{tmp_path / "m"}', pretrained=True).eval()
-        assert torch.equal(again(x), model(x))
-        assert again.exit_cfg == model.exit_cfg
-        again.clear_exit()
-        assert not torch.equal(again(x), model(x))
 
 
 def test_budgets_hold_for_what_they_were_fitted_with(tmp_path, caplog):

@@ -6,7 +6,6 @@ import pickle
 import pytest
 import timm
 import torch
-from timm.models import get_model_args
 from torch import nn
 
 from timm_dynamic.models.dynamic_net import DynamicNet, num_rows, select_rows
@@ -105,7 +104,7 @@ def test_steps_of_many_models_are_compiled():
 
     torch._dynamo.reset()
     x = torch.randn(2, 4, 1, 1)
-    for _ in range(15):
+    for _ in range(4):  # torch gives up after 8 variants of a function
         model = Refiner().eval()
         state = model.init_state(x)
         expected = list(model.forward_steps(x))
@@ -113,7 +112,7 @@ def test_steps_of_many_models_are_compiled():
         for t in range(3):
             logits, _, state = model.run_step(t, state)
             torch.testing.assert_close(logits, expected[t])
-    assert len(graphs) == 15 * 3
+    assert len(graphs) == 4 * 3
     torch._dynamo.reset()
 
 
@@ -211,6 +210,8 @@ def test_budgets(model):
         model.set_budget(gmacs=1.)
     with pytest.raises(ValueError, match='below the smallest stored one, 2e-08'):
         model.set_budget(gmacs=13e-9)
+    with pytest.raises(ValueError, match="A budget is a number of GMACs, got 'much'"):
+        model.set_budget(gmacs='much')
 
 
 def test_budgets_between(model):
@@ -298,20 +299,6 @@ def test_other_classes_drop_budgets_with_a_notice(model, caplog):
     assert other._model_args == {'exit_cfg': other.exit_cfg}
 
 
-@pytest.mark.parametrize('name', ['test_gfnet', 'test_anchornet_patch', 'test_clcnet'])
-def test_callers_exit_cfg_is_left_alone(name):
-    given = {'budgets': [{'gmacs': 1., 'policy': [0.5] * timm.create_model(name).num_steps}], 'num_classes': 10}
-    kept = copy.deepcopy(given)
-    models = [timm.create_model(name, num_classes=n, exit_cfg=given) for n in (3, 10)]
-    models[1].set_exit([0.5] * models[1].num_steps)
-    assert given == kept
-    assert [sorted(m.exit_cfg) for m in models] == [[], ['budgets', 'exit', 'num_classes']]
-    for model in models:  # what is exported is the model's own
-        assert get_model_args(model)['exit_cfg'] is model.exit_cfg
-    models[1].exit_cfg['budgets'][0]['gmacs'] = 2.
-    assert given == kept
-
-
 def test_copies_and_pickles(model):
     model.set_exit([0.4, 0.4, 0.])
     x = torch.randn(8, 4, 1, 1)
@@ -389,9 +376,10 @@ def test_the_rule_in_use_can_be_set_on_another_model(model):
 
 
 def test_public_names():
-    from timm_dynamic.models import AnchorNet, AnchorNetPatch, CLCNet, ConfidenceNet, ExitResult, GFNet
+    from timm_dynamic.models import AnchorNet, AnchorNetPatch, CLCNet, ConfidenceNet, ExitResult, GFNet, load_checkpoint
     from timm_dynamic.models import DynamicNet as Base
     assert all(issubclass(family, Base) for family in (AnchorNetPatch, CLCNet, GFNet))
     assert not any(issubclass(net, Base) for net in (AnchorNet, ConfidenceNet))
     assert Base is DynamicNet
+    assert load_checkpoint(timm.create_model('test_focusnet'), timm.create_model('test_focusnet').state_dict()) == {}
     assert ExitResult._fields == ('logits', 'steps_used', 'confidence')

@@ -1,19 +1,20 @@
 import copy
 import json
-import threading
 from functools import partial
+from typing import ClassVar
 
 import pytest
 import timm
 import torch
 from helpers import authors_checkpoint
+from models.model_tester import DynamicModelTester, StepTester
 from timm.models import group_parameters
 from torch.utils.flop_counter import FlopCounterMode
 
 import timm_dynamic  # noqa: F401
 from timm_dynamic.layers import crop_patches, get_glance
 from timm_dynamic.models.gfnet import checkpoint_filter_fn, training_state_from_checkpoint
-from timm_dynamic.utils import CheckpointError, load_weights, save_pretrained
+from timm_dynamic.utils import CheckpointError, save_pretrained
 
 # patch, steps, image, feature width, map channels, first head of its own, width before the last head, parameters (M)
 VARIANTS = {
@@ -35,6 +36,62 @@ VARIANTS = {
 # The same heads with a backbone, a twentieth of the time
 SMALL = dict(backbone='test_resnet', patch_size=64, num_classes=7, classifier_hidden=24, policy_hidden=16)
 create_small = partial(timm.create_model, 'gfnet', **SMALL)
+
+
+class TestGFNet(DynamicModelTester):
+    name = 'test_gfnet'
+    other_size = 131
+    costs_grow = False
+
+    @pytest.mark.parametrize(('shape', 'message'), [
+        ((2, 3, 96, 80), 'square images, got 96x80'),
+        ((2, 3, 24, 24), 'Images of 24 pixels have no patches of 48'),
+    ])
+    def test_images_of_a_wrong_size(self, model, shape, message):
+        for call in (model, model.forward_features, model.init_state):
+            with pytest.raises(ValueError, match=message):
+                call(torch.zeros(shape))
+
+    def test_the_policy_learns_through_the_crop(self):
+        model = self.create()
+        model(self.images()).square().mean().backward()
+        assert model.policy.actor.weight.grad.abs().sum() > 0
+
+    def test_feature_maps(self, model):
+        x, twin = self.images(), copy.deepcopy(model)
+        with torch.no_grad():
+            maps = model.forward_features(x)
+            twin.reset_classifier(0, '')
+            assert torch.equal(twin(x), maps)
+            assert self.create(num_classes=0, global_pool='').eval()(x).shape == maps.shape
+
+    def test_groups_are_those_of_both_encoders(self, model):
+        groups = group_parameters(model, model.group_matcher(), reverse=True)
+        for name, group in groups.items():
+            if name.startswith('global_encoder.'):
+                assert groups[name.replace('global', 'local')] == group
+        last = max(groups.values())
+        assert {n.split('.')[0] for n, g in groups.items() if g == last} == {'policy', 'classifier'}
+
+
+class TestConcatenated(StepTester):
+    name = 'test_gfnet'
+    kwargs: ClassVar = dict(step_classifier='concat')
+    costs_grow = False
+
+
+class TestFirstHead(StepTester):
+    name = 'test_gfnet'
+    kwargs: ClassVar = dict(first_head=True)
+    costs_grow = False
+
+
+def test_parameters_without_weight_decay():
+    swin = timm.create_model(
+        'gfnet', backbone='swin_tiny_patch4_window7_224', patch_size=64, policy='conv', device='meta')
+    names = swin.no_weight_decay()
+    assert {name.partition('.')[0] for name in names} == {'global_encoder', 'local_encoder'}
+    assert names <= dict(swin.named_parameters()).keys()
 
 
 @pytest.fixture(scope='module')
@@ -79,82 +136,7 @@ def test_the_tiny_model(tiny):
     assert tiny.forward_features(torch.zeros(1, 3, 96, 96)).shape[2:] == cfg.pool_size
 
 
-@pytest.mark.parametrize('classifier', ['recurrent', 'concat'])
-@pytest.mark.parametrize('first_head', [False, True])
-def test_as_timm_expects(classifier, first_head):
-    model = create_small(step_classifier=classifier, first_head=first_head, num_classes=42)
-    x = torch.randn(2, 3, 96, 96)
-    out = model(x)
-    assert out.shape == (2, 42)
-    out.mean().backward()
-    assert [n for n, p in model.named_parameters() if p.grad is None] == []
-    assert model.policy.actor.weight.grad.abs().sum() > 0  # through the differentiable crop
-
-    model.eval()
-    with torch.inference_mode():
-        features = model.forward_features(x)
-        assert features.shape == (2, model.num_features, 2, 2)
-        pre_logits = model.forward_head(features, pre_logits=True)
-        assert pre_logits.shape == (2, model.head_hidden_size)
-        torch.testing.assert_close(model.forward_head(features), model(x))
-        model.reset_classifier(0)
-        torch.testing.assert_close(model(x), pre_logits)
-        model.reset_classifier(0, '')
-        assert model(x).shape == features.shape
-        model.reset_classifier(5, 'avg')
-        assert model(x).shape == (2, 5)
-    assert all(head.out_features == 5 for head in model.get_classifier())
-    assert create_small(step_classifier=classifier, num_classes=0, global_pool='').eval()(x).ndim == 4
-    assert create_small(step_classifier=classifier, num_classes=0)(x).shape == (2, model.head_hidden_size)
-    with pytest.raises(ValueError, match="global_pool must be 'avg', or '' without classes, got 'max' with 7 classes"):
-        create_small(global_pool='max')
-    with pytest.raises(RuntimeError, match='features_only is not implemented for GFNet'):
-        create_small(features_only=True)
-
-
-def test_group_matcher_covers_both_encoders_alike():
-    model = create_small()
-    for coarse in (False, True):
-        groups = group_parameters(model, model.group_matcher(coarse=coarse), reverse=True)
-        assert groups.keys() == dict(model.named_parameters()).keys()
-        for name, group in groups.items():
-            if name.startswith('global_encoder.'):
-                assert groups[name.replace('global', 'local')] == group
-        last = max(groups.values())
-        assert {n.split('.')[0] for n, g in groups.items() if g == last} == {'policy', 'classifier'}
-    swin = timm.create_model(
-        'gfnet', backbone='swin_tiny_patch4_window7_224', patch_size=64, policy='conv', device='meta')
-    names = swin.no_weight_decay()
-    assert names
-    assert names <= dict(swin.named_parameters()).keys()
-
-
-def test_grad_checkpointing_changes_no_gradient():
-    model = create_small().eval()  # eval: batch statistics would be taken twice
-    x = torch.randn(2, 3, 96, 96)
-    gradients = []
-    for enable in (False, True):
-        model.set_grad_checkpointing(enable)
-        model.zero_grad()
-        model(x, all_steps=True, differentiable=True)['logits'].square().mean().backward()
-        gradients.append(model.local_encoder.layer2[0].conv1.weight.grad.clone())
-    torch.testing.assert_close(*gradients)
-
-
-def test_input_channels_sizes_and_layouts():
-    model = create_small(in_chans=1, img_size=80).eval()
-    assert model.img_size == 80
-    for side in (64, 80, 131):  # the size of a patch, that of the arguments, and an odd one
-        assert model(torch.randn(2, 1, side, side)).shape == (2, 7)
-    x = torch.randn(2, 1, 96, 96)
-    with torch.inference_mode():
-        torch.testing.assert_close(
-            model.to(memory_format=torch.channels_last)(x.contiguous(memory_format=torch.channels_last)), model(x),
-            rtol=0, atol=1e-4)
-
-
 @pytest.mark.parametrize(('arguments', 'message'), [
-    (dict(img_size=(96, 80)), 'square images, got img_size 96x80'),
     (dict(img_size=48), 'Images of 48 pixels have no patches of 64'),
     (dict(num_steps=1), 'num_steps must be at least 2'),
     (dict(step_classifier='mean'), "step_classifier must be 'recurrent' or 'concat', got 'mean'"),
@@ -171,30 +153,19 @@ def test_bad_arguments(arguments, message):
         create_small(**arguments)
 
 
-@pytest.mark.parametrize(('shape', 'message'), [
-    ((2, 3, 96, 80), 'square images, got 96x80'),
-    ((2, 3, 24, 24), 'Images of 24 pixels have no patches of 48'),
-    ((2, 1, 96, 96), r'Expected images \[batch, 3, height, width\], got \[2, 1, 96, 96\]'),
-    ((3, 96, 96), r'Expected images \[batch, 3, height, width\], got \[3, 96, 96\]'),
+@pytest.mark.parametrize(('backbone', 'classifier', 'policy', 'args'), [
+    ('test_convnext', 'recurrent', 'conv', {}),
+    ('mobilenetv4_conv_small_035', 'concat', 'conv', {}),
+    ('test_byobnet', 'recurrent', 'linear', {}),
+    ('test_efficientnet', 'concat', 'conv', {}),
+    ('densenet121', 'recurrent', 'conv', dict(block_config=(1, 1, 1, 1), growth_rate=8)),
+    # NHWC, and of a fixed size
+    ('swin_tiny_patch4_window7_224', 'concat', 'conv', dict(depths=(1, 1, 1, 1), embed_dim=24, num_heads=(1, 2, 4, 8))),
 ])
-def test_bad_images(tiny, shape, message):
-    for call in (tiny, tiny.forward_features, lambda x: next(tiny.forward_steps(x))):
-        with pytest.raises(ValueError, match=message):
-            call(torch.zeros(shape))
-
-
-@pytest.mark.parametrize(('backbone', 'classifier', 'policy'), [
-    ('convnext_atto', 'recurrent', 'conv'),
-    ('mobilenetv4_conv_small', 'concat', 'conv'),
-    ('regnety_002', 'recurrent', 'linear'),
-    ('efficientnet_b0', 'concat', 'conv'),
-    ('densenet121', 'recurrent', 'conv'),
-    ('swin_tiny_patch4_window7_224', 'concat', 'conv'),  # NHWC, and of a fixed size
-])
-def test_any_backbone(backbone, classifier, policy):
+def test_any_backbone(backbone, classifier, policy, args):
     model = timm.create_model(
         'gfnet', backbone=backbone, patch_size=64, num_steps=2, num_classes=5, img_size=80, step_classifier=classifier,
-        policy=policy, policy_hidden=32)
+        policy=policy, policy_hidden=32, backbone_args=args)
     x = torch.randn(2, 3, 80, 80)
     out = model(x)
     out.sum().backward()
@@ -225,28 +196,6 @@ def test_backbone_arguments_are_exported(tmp_path):
     assert torch.equal(again(x), model(x))
 
 
-def test_an_exit_policy_is_exported_and_dropped_with_its_classes(tmp_path, caplog):
-    model = create_small().eval()
-    x = torch.randn(8, 3, 96, 96)
-    model.set_exit(model(x, all_steps=True)['logits'].softmax(-1).amax(-1).mean(dim=1))
-    save_pretrained(model, tmp_path / 'm')
-    again = timm.create_model(f'local-dir:{tmp_path / "m"}', pretrained=True).eval()
-    assert torch.equal(again(x), model(x))
-    again.clear_exit()
-    assert not torch.equal(again(x), model(x))
-
-    other = timm.create_model(f'local-dir:{tmp_path / "m"}', pretrained=True, num_classes=4)
-    assert 'dropped: they are for 7 classes, the model has 4' in caplog.text
-    caplog.clear()
-    save_pretrained(other, tmp_path / 'other')
-    timm.create_model(f'local-dir:{tmp_path / "other"}', pretrained=True)
-    assert caplog.text == ''
-    model.reset_classifier(4)
-    assert 'dropped' in caplog.text
-    assert model.exit_cfg == {}
-    assert model(x).shape == (8, 4)
-
-
 def test_a_step_sees_glance_and_patches(tiny):
     x = torch.randn(3, 3, 96, 96)
     seen = []
@@ -265,14 +214,6 @@ def test_a_step_sees_glance_and_patches(tiny):
     assert not first['map'].requires_grad
 
 
-@pytest.mark.parametrize('batch', [0, 1])
-def test_small_batches(tiny, batch):
-    x = torch.randn(batch, 3, 96, 96)
-    with torch.inference_mode():
-        assert tiny(x).shape == (batch, 10)
-        assert tiny(x, all_steps=True)['logits'].shape == (3, batch, 10)
-
-
 def test_autocast_keeps_positions(tiny):
     x = torch.randn(4, 3, 96, 96)
     with torch.inference_mode():
@@ -283,26 +224,6 @@ def test_autocast_keeps_positions(tiny):
     assert low['action_means'].dtype == torch.float32
     torch.testing.assert_close(low['action_means'], plain['action_means'], rtol=0, atol=0.02)
     torch.testing.assert_close(low['logits'].float(), plain['logits'], rtol=0, atol=0.1)
-    assert copy.deepcopy(tiny).to(torch.bfloat16)(x.bfloat16()).dtype == torch.bfloat16
-
-
-def test_threads_share_a_model(tiny):
-    x = torch.randn(16, 3, 96, 96)
-    with torch.inference_mode():
-        expected = tiny(x)
-    results = {}
-
-    def work(rows):
-        with torch.inference_mode():
-            results[rows] = torch.cat([tiny(x[i:i + 1]) for i in range(rows, 16, 2)])
-
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for rows in range(2):
-        torch.testing.assert_close(results[rows], expected[rows::2], rtol=0, atol=1e-5)
 
 
 class TestAllSteps:
@@ -458,12 +379,6 @@ class TestAuthorsCheckpoint:
         with pytest.raises(CheckpointError, match=message):
             create_small(**arguments, pretrained=True, pretrained_cfg_overlay=dict(state_dict={**authors[1], **change}))
 
-    def test_our_own_weights_load_as_they_are(self, tiny, tmp_path):
-        twin = timm.create_model('test_gfnet')
-        load_weights(twin, tiny.state_dict(), checkpoint_filter_fn)
-        x = torch.randn(2, 3, 96, 96)
-        assert torch.equal(twin.eval()(x), tiny(x))
-
 
 def test_no_weights_yet():
     with pytest.raises(CheckpointError, match=r'no weights of gfnet.untrained'):
@@ -489,10 +404,3 @@ def test_hub_weights_bring_their_exit_policies(tiny, tmp_path, monkeypatch):
     assert asked == [('a/b', 'model.safetensors', 'main'), ('a/b', 'config.json', 'abc123')]
     assert again.exit_cfg == model.exit_cfg
     again.set_budget(gmacs=budget)
-
-
-def test_compiles_without_graph_breaks(tiny):
-    compiled = torch.compile(tiny, backend='eager', fullgraph=True)
-    x = torch.randn(2, 3, 96, 96)
-    with torch.no_grad():
-        torch.testing.assert_close(compiled(x), tiny(x), rtol=0, atol=1e-5)

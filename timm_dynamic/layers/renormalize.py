@@ -15,9 +15,9 @@ class Renormalize(nn.Module):
 
     Args:
         mean: Mean of each channel that the images are normalised with.
-        std: Standard deviation of each channel, likewise.
+        std: Standard deviation of each channel that the images are normalised with.
         new_mean: Mean of each channel that the other network expects.
-        new_std: Standard deviation of each channel, likewise.
+        new_std: Standard deviation of each channel that the other network expects.
         in_chans: Number of channels.
         device: Device of the buffers.
         dtype: Dtype of the buffers.

@@ -1,4 +1,5 @@
 from .anchornet import *
+from .builder import load_checkpoint as load_checkpoint
 from .clcnet import *
 from .confidence_net import *
 from .dynamic_net import DynamicNet as DynamicNet
