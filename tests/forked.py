@@ -47,8 +47,8 @@ class Forked:
             if processes > 1:
                 environment.update(
                     RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes), LOCAL_WORLD_SIZE=str(processes))
-            self.processes.append(_context.Process(
-                target=_run, args=(script, [str(a) for a in args], self._output, dict(environment))))
+            self.processes.append(_context.Process(target=_run, args=(
+                script, [str(a) for a in args], self._output, dict(environment), multiprocessing.get_start_method())))
             self.processes[-1].start()
 
     @property
@@ -100,8 +100,11 @@ def run_forked(script: Callable, *args: Any, check: bool = True, **kwargs: Any) 
     return forked
 
 
-def _run(script: Callable, args: list[str], output: Path, environment: Mapping[str, str]) -> None:
+def _run(
+        script: Callable, args: list[str], output: Path, environment: Mapping[str, str], start_method: str,
+) -> None:
     os.setsid()
+    multiprocessing.set_start_method(start_method, force=True)  # not that of this process: loaders' workers are forked
     gc.freeze()  # see conftest.py
     descriptor = os.open(output, os.O_WRONLY | os.O_APPEND)
     os.dup2(descriptor, 1)
