@@ -67,12 +67,10 @@ class Forked:
             AssertionError: It takes longer. The message has the output and where each process stood.
         """
         end = time.monotonic() + timeout
-        while any(p.is_alive() for p in self.processes):
+        while (alive := [p for p in self.processes if p.is_alive()]) and time.monotonic() < end:
             if any(p.exitcode for p in self.processes):
                 end = min(end, time.monotonic() + 30)  # the others notice that one is gone
-            if time.monotonic() > end:
-                break
-            next(p for p in self.processes if p.is_alive()).join(0.1)
+            alive[0].join(0.1)
         late = [p for p in self.processes if p.is_alive()]
         for process in late:
             process_group = process.pid
