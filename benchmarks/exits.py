@@ -64,17 +64,15 @@ def benchmark_exits(
     points = [table.evaluate(policy) for policy in given]
     result = compare_with_given(table, given, range(splits), lambda t: solve_curve(t, method=method), oracle)
 
-    def row(name: str, gains: torch.Tensor, oracle_gains: torch.Tensor | None, **more: Any) -> dict[str, Any]:
-        found = {} if oracle_gains is None else {'oracle_gain': oracle_gains.mean().item()}
-        return {'given': name, **more, 'gain': gains.mean().item(), 'least_gain': gains.min().item(), **found}
+    def row(name: str, part: slice, **more: Any) -> dict[str, Any]:
+        found = {'gain': result['gains'][:, part].mean().item(), 'least_gain': result['gains'][:, part].min().item()}
+        if oracle:
+            found['oracle_gain'] = result['oracle_gains'][:, part].mean().item()
+        return {'given': name, **more, **found}
 
-    gains, oracle_gains = result['gains'], result.get('oracle_gains')
-    rows = [
-        row(str(i + 1), gains[:, i], None if oracle_gains is None else oracle_gains[:, i],
-            gmacs=point.gmacs, top1=point.top1)
-        for i, point in enumerate(points)]
+    rows = [row(str(i + 1), slice(i, i + 1), gmacs=p.gmacs, top1=p.top1) for i, p in enumerate(points)]
     share = {'share': result['share']} if oracle else {}
-    return [*rows, {**row('all', gains, oracle_gains), **share, 'solve_seconds': result['seconds']}]
+    return [*rows, {**row('all', slice(None)), **share, 'solve_seconds': result['seconds']}]
 
 
 def compare_with_given(
@@ -101,7 +99,7 @@ def compare_with_given(
         solve. With the oracle also its gains 'oracle_gains' [2 · seeds, given], their mean 'oracle_mean', and the
         'share' of that mean which was reached.
     """
-    gains, oracle_gains, seconds = [], [], 0.0
+    all_gains, oracle_gains, seconds = [], [], 0.0
     for seed in seeds:
         halves = table.split(0.5, seed)
         for calibration, evaluation in (halves, halves[::-1]):
@@ -109,15 +107,15 @@ def compare_with_given(
             points = solve(calibration)
             seconds += time.process_time() - start
             others = [evaluation.evaluate(policy) for policy in given]
-            gains.append(_gains([evaluation.evaluate(point.policy) for point in points], others))
+            all_gains.append(gains([evaluation.evaluate(point.policy) for point in points], others))
             if oracle:
-                oracle_gains.append(_gains(solve(evaluation), others))
-    all_gains = torch.stack(gains)
+                oracle_gains.append(gains(solve(evaluation), others))
+    found = torch.stack(all_gains)
     result = {
-        'gains': all_gains,
-        'mean': all_gains.mean().item(),
-        'worst': all_gains.min().item(),
-        'seconds': seconds / len(gains),
+        'gains': found,
+        'mean': found.mean().item(),
+        'worst': found.min().item(),
+        'seconds': seconds / len(all_gains),
     }
     if oracle:
         result['oracle_gains'] = best = torch.stack(oracle_gains)
@@ -126,7 +124,7 @@ def compare_with_given(
     return result
 
 
-def _gains(points: list[ExitPoint], given: list[ExitPoint]) -> torch.Tensor:
+def gains(points: Sequence[ExitPoint], given: Sequence[ExitPoint]) -> torch.Tensor:
     """Top-1 of a curve at the costs of given points, less theirs [given]; constant beyond the curve's ends."""
     points = sorted(points, key=lambda point: point.gmacs)
     x = torch.tensor([point.gmacs for point in points], dtype=torch.float64)

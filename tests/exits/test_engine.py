@@ -7,7 +7,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.flop_counter import FlopCounterMode
 
 import timm_dynamic  # noqa: F401
-from timm_dynamic.exits import ExitTable, collect_exit_table, early_exit, solve_policy
+from timm_dynamic.exits import ExitStream, ExitTable, collect_exit_table, early_exit, solve_policy
 from timm_dynamic.models.dynamic_net import DynamicNet
 
 
@@ -117,6 +117,22 @@ def test_bad_use(model, images):
         model.eval()
     with pytest.raises(ValueError, match='gives no images'):
         collect_exit_table(model, [])
+
+
+@pytest.mark.parametrize(('rule', 'found'), [
+    (lambda history: torch.ones(len(history), dtype=torch.int64), r'int64 \[24\]'),
+    (lambda history: torch.ones(1, dtype=torch.bool), r'bool \[1\]'),
+    (lambda history: history > 0.5, r'bool \[24, 1\]'),
+    (lambda history: torch.zeros(len(history)), r'float32 \[24\]'),
+    (lambda history: [True] * len(history), 'list'),
+    (lambda history: True, 'bool'),
+])
+def test_stop_rules_are_checked_alike(model, images, rule, found):
+    table = ExitTable(torch.rand(24, 3), torch.rand(24, 3) < 0.5, model.step_macs)
+    for run in (lambda: early_exit(model, images, rule), lambda: table.evaluate(rule),
+                lambda: list(ExitStream(model, rule, batch_size=24).run([images]))):
+        with pytest.raises(ValueError, match=rf'must return bool \[24\], one per image; this one returned {found}\.'):
+            run()
 
 
 @pytest.mark.parametrize('accelerated', [False, True])

@@ -14,11 +14,16 @@ def test_policy_by_hand():
     # benefit(x) = 0.2 + x - 0.6, cost(x) = 0.3, at most 0.25: 0.501 * 0.35 <= 0.25, so it stops. With x = 1 (1.4
     # and above): 0.501 * 0.6 = 0.3006 > 0.25, it goes on.
     zeros = [0.] * 6
-    policy = ValuePolicy((-0.6, 1.4), [[0.] * 7], [[0.2, 1., *zeros]], [[0.3, 0., *zeros]], [(0.1, 0.25)])
+    policy = ValuePolicy(([-0.6, 1.4], [0., 1.]), [[0.] * 7], [[0.2, 1., *zeros]], [[0.3, 0., *zeros]], [(0.1, 0.25)])
     assert policy.num_steps == 2
     assert policy(torch.tensor([[0.9], [1.4], [2.], [math.nan]])).tolist() == [True, False, False, True]
     assert policy(torch.zeros(3, 2)).tolist() == [True] * 3  # all stop at the last step
     assert policy(torch.zeros(0, 1)).shape == (0,)
+
+
+def test_repr_is_short():
+    policy = ValuePolicy(([-0.6, 1.4], [0., 1.]), [], [], [], [])
+    assert repr(policy) == 'ValuePolicy(num_steps=1)'
 
 
 @pytest.fixture(scope='module')
@@ -87,11 +92,12 @@ def test_bad_policies(policy):
     state = policy.state_dict()
     for change, message in [
             ({'more': 1}, 'A ValuePolicy has'),
-            ({'change': state['change'][:2]}, 'no state of a ValuePolicy|argument'),
+            ({'change': state['change'][:2]}, 'not one of a ValuePolicy|argument'),
             ({'benefit': [w[:-1] for w in state['benefit']]}, 'weights for step 1'),
             ({'cost': [[math.nan] * len(w) for w in state['cost']]}, 'not all finite'),
-            ({'scale': [1, 0]}, 'scale with rising values'),
-            ({'scale': None}, 'no state of a ValuePolicy'),
+            ({'scale': [1, 0]}, 'scale of as many confidences as values'),
+            ({'scale': [[0.5, 0.5], [0, 1]]}, 'knots of a scale must rise'),
+            ({'scale': None}, 'not one of a ValuePolicy'),
             ({'cost_range': state['cost_range'][:1]}, '3 cost ranges'),
             ({'benefit': 'x'}, 'ValuePolicy|argument'),
     ]:

@@ -5,16 +5,18 @@ import math
 import numpy as np
 import pytest
 import torch
-from exits.solver_comparison import compare_with_given
 from exits.tables import table_like
 from helpers import SHARED
 
-from timm_dynamic.exits import ExitTable, solve_curve, solve_policy, solve_thresholds
+from benchmarks.exits import compare_with_given
+from benchmarks.families import FAMILIES, benchmark_families, in_family
+from timm_dynamic.exits import ExitTable, geometric_thresholds, solve_curve, solve_policy, solve_thresholds
 
 OFFICIAL = SHARED / 'parity' / 'anchornet'
 NEED_OFFICIAL = pytest.mark.skipif(
     not (OFFICIAL / 'official_table.npz').exists(),
     reason='not run: the official AnchorNet table of 50,000 images is not beside the repository (../shared)')
+
 
 def falling_gain(num, seed=0):
     """Two steps of 1 and 3 GMACs. Right with probability u, then u + (1 - u) / 2: it pays to send on the least u."""
@@ -107,14 +109,19 @@ DEGENERATE = {
 def test_degenerate_tables(name):
     table = DEGENERATE[name]
     low, high = table.step_macs[0] / 1e9, table.step_macs[-1] / 1e9
+    cheapest = table.evaluate([-3e38] * table.num_steps).gmacs  # NaN reaches no threshold
     for gmacs in {low, high, low + (high - low) / 3, low + (high - low) / 1.5}:
-        thresholds, policy = solve_thresholds(table, gmacs), solve_policy(table, gmacs)
-        assert thresholds.isfinite().all()
-        assert json.loads(json.dumps(policy.state_dict(), allow_nan=False)) == policy.state_dict()
-        for p in (thresholds, policy):
-            point = table.evaluate(p)
-            if 'not numbers' in name:  # these reach no threshold, and so cannot be made to stop
-                continue
+        policies = [solve_policy(table, gmacs)]
+        assert json.loads(json.dumps(policies[0].state_dict(), allow_nan=False)) == policies[0].state_dict()
+        if gmacs >= cheapest * (1 - 1e-12):
+            policies.append(solve_thresholds(table, gmacs))
+            assert policies[1].isfinite().all()
+        else:
+            assert 'not numbers' in name
+            with pytest.raises(ValueError, match=r'No thresholds cost at most .* NaN or -inf reach no threshold'):
+                solve_thresholds(table, gmacs)
+        for policy in policies:
+            point = table.evaluate(policy)
             assert low * (1 - 1e-12) <= point.gmacs <= gmacs * (1 + 1e-9)
             if gmacs == low and table.step_macs[1:2] > table.step_macs[:1]:
                 assert (point.steps_used == 1).all()
@@ -124,7 +131,7 @@ def test_degenerate_tables(name):
     for method in ('value', 'thresholds'):
         points = solve_curve(table, num=5, method=method)
         assert len(points) == 5
-        assert 'not numbers' in name or points[0].gmacs == pytest.approx(low)
+        assert points[0].gmacs == pytest.approx(low if method == 'value' else cheapest)
 
 
 def test_small_tables_do_not_mislead():
@@ -147,12 +154,14 @@ def test_curve_rises_and_costs_what_was_asked():
     budgets = [1., 1.3, 1.7, 2.2, 2.8]
     for method, solve in (('value', solve_policy), ('thresholds', solve_thresholds)):
         points = solve_curve(table, budgets, method=method)
-        assert [point.gmacs for point in points] == pytest.approx(budgets, abs=2e-3)
+        # Less only where the geometric rule does better with less.
+        assert all(budget - 0.03 < point.gmacs <= budget for budget, point in zip(budgets, points))
+        assert [point.gmacs for point in points[:4]] == pytest.approx(budgets[:4], abs=2e-3)
         assert all(a.top1 < b.top1 for a, b in itertools.pairwise(points))
         for gmacs, point in zip(budgets, points):
             assert torch.equal(table.steps_used(solve(table, gmacs)), point.steps_used)
     costs = [point.gmacs for point in solve_curve(table, num=7)]
-    assert costs == pytest.approx(np.linspace(costs[0], costs[-1], 7), abs=2e-3)
+    assert costs == pytest.approx(np.linspace(costs[0], costs[-1], 7), abs=0.03)
     with pytest.raises(ValueError, match="'value' or 'thresholds', got 'magic'"):
         solve_curve(table, method='magic')
 
@@ -160,6 +169,107 @@ def test_curve_rises_and_costs_what_was_asked():
 def test_solved_twice_is_the_same():
     first, second = (solve_policy(table_like(1000, 3), 1.5).state_dict() for _ in range(2))
     assert first == second
+
+
+# Families of confidence
+
+@pytest.mark.parametrize(('family', 'sharpness'), [
+    *((family, 1) for family in FAMILIES), ('logits x1', 5), ('logits x1', 10), ('logits x1', 20)])
+def test_no_family_of_confidence_loses(family, sharpness):
+    """Against the best thresholds of all on the table, in points of top-1, over budgets; and on other images."""
+    tables = (table_like(num, 4, seed, sharpness=sharpness) for seed, num in enumerate((2000, 10_000)))
+    row, = benchmark_families(*tables, [family], num_budgets=8)
+    for method in ('thresholds', 'policy'):
+        assert row[f'{method}_loss'] < 0.25
+        assert row[f'{method}_worst'] < 0.8  # 16 of the 2000 samples
+        assert row[f'{method}_others'] < 0.25
+
+
+def test_overconfident_models():
+    """Half of the confidences above 0.9999: nearly what the same order of confidences gives where they are calibrated.
+
+    With a linear scale of confidences, thresholds lost up to 0.8 points here and policies up to 0.9, and left up to
+    29 % of a budget.
+    """
+    table, other = table_like(20_000, 4), table_like(20_000, 4, seed=1)
+    sharp, other_sharp = in_family(table, 'exponential, towards 1'), in_family(other, 'exponential, towards 1')
+    assert (sharp.confidence > 0.9999).float().mean() > 0.5
+    for gmacs in (1.3, 1.7, 2.2, 2.7):
+        for solve in (solve_thresholds, solve_policy):
+            expected, policy = solve(table, gmacs), solve(sharp, gmacs)
+            assert sharp.evaluate(policy).gmacs == pytest.approx(gmacs, rel=0.01)
+            assert sharp.evaluate(policy).top1 > table.evaluate(expected).top1 - 0.15
+            assert other_sharp.evaluate(policy).top1 > other.evaluate(expected).top1 - 0.15
+
+
+@pytest.mark.parametrize('solve', [solve_thresholds, solve_policy])
+def test_solutions_depend_on_the_order_of_confidences_only(solve):
+    table = table_like(2000, 4)
+    for gmacs in (1.2, 1.9, 3.1):
+        expected = table.steps_used(solve(table, gmacs))
+        for scale in (2.0 ** -20, 2.0 ** 20):  # exact in floating point
+            scaled = ExitTable(scale * table.confidence, table.correct, table.step_macs)
+            assert torch.equal(scaled.steps_used(solve(scaled, gmacs)), expected)
+        bent = ExitTable(table.confidence.double() ** 3, table.correct, table.step_macs)
+        assert (bent.steps_used(solve(bent, gmacs)) != expected).float().mean() < 0.03
+
+
+def assert_not_worse_than_geometric(table, solve):
+    """At the cost of each of the paper's 39 points."""
+    for point in [table.evaluate(geometric_thresholds(table, p)) for p in range(1, 40)]:
+        found = table.evaluate(solve(table, point.gmacs))
+        assert found.gmacs <= point.gmacs * (1 + 1e-9)
+        assert found.top1 >= point.top1
+
+
+@pytest.mark.parametrize('solve', [solve_thresholds, solve_policy])
+@pytest.mark.parametrize('family', FAMILIES)
+def test_never_worse_than_the_geometric_rule(solve, family):
+    for num, sharpness in ((300, 1), (1500, 20)):
+        assert_not_worse_than_geometric(in_family(table_like(num, 4, sharpness=sharpness), family), solve)
+
+
+@pytest.mark.parametrize('solve', [solve_thresholds, solve_policy])
+@pytest.mark.parametrize('share', [0.1, 0.5, 0.9])
+def test_not_numbers_are_not_worse_than_the_geometric_rule(solve, share):
+    for seed in range(4):
+        table = table_like(100, 4, seed)
+        holes = torch.rand(table.confidence.shape, generator=torch.Generator().manual_seed(seed)) < share
+        table = ExitTable(table.confidence.masked_fill(holes, math.nan), table.correct, [1, 1, 2, 10])
+        assert_not_worse_than_geometric(table, solve)
+
+
+def test_thresholds_that_meet_a_budget_are_found():
+    """Step 2 costs nothing, but as its confidences are NaN, samples that go there must go on to step 3."""
+    table = ExitTable([[0.5, math.nan, 0.5]] * 9, [[False, True, True]] * 9, [1, 1, 2])
+    thresholds = solve_thresholds(table, 1e-9)
+    assert (table.steps_used(thresholds) == 1).all()
+
+
+def test_not_numbers_never_exceed_the_budget():
+    table = table_like(2000, 4)
+    holes = table.confidence.clone()
+    holes[torch.rand(holes.shape, generator=torch.Generator().manual_seed(0)) < 0.3] = math.nan
+    table = ExitTable(holes, table.correct, table.step_macs)
+    cheapest = table.evaluate([0.] * 4).gmacs
+    assert cheapest > 1.3
+    for gmacs in (cheapest, 1.6, 2., 3., 4.):
+        point = table.evaluate(solve_thresholds(table, gmacs))
+        assert point.gmacs <= gmacs * (1 + 1e-9)
+        assert gmacs > 2 or point.gmacs > gmacs - 0.05
+    for gmacs in (1., 1.2, 1.6, 3.):
+        assert table.evaluate(solve_policy(table, gmacs)).gmacs <= gmacs * (1 + 1e-9)
+    with pytest.raises(ValueError, match=r'No thresholds cost at most 1\.2 GMACs: the cheapest ones cost 1\.\d+, as'):
+        solve_thresholds(table, 1.2)
+    assert solve_curve(table, num=3, method='thresholds')[0].gmacs == pytest.approx(cheapest)
+
+
+def test_between_the_budgets_of_an_overconfident_model():
+    table = in_family(table_like(5000, 4), 'logits x10')
+    low, high = solve_policy(table, 1.6), solve_policy(table, 2.2)
+    point = table.evaluate(low.interpolate(high, 0.5))
+    assert point.gmacs == pytest.approx(1.9, rel=0.05)
+    assert point.top1 == pytest.approx(table.evaluate(solve_policy(table, 1.9)).top1, abs=0.5)
 
 
 # The official table of AnchorNet
@@ -174,29 +284,24 @@ def official_table():
 
 
 @NEED_OFFICIAL
-@pytest.mark.parametrize(('method', 'splits', 'mean', 'worst_point'), [
-    ('value', 5, 0.52, -0.1),
-    ('thresholds', 2, 0.5, -0.15),
-])
-def test_official_table(method, splits, mean, worst_point):
+@pytest.mark.parametrize(('method', 'mean'), [('value', 0.54), ('thresholds', 0.53)])
+def test_official_table(method, mean):
     """Gain over the published operating points at equal cost, on halves that were not solved on.
 
-    Measured over 5 splits: policies gain 0.542 points, 0.948 of an oracle's gain; thresholds 0.531. A rival is chosen
-    on all images, so that on some halves it is luckier than on others: the standard deviation of a gain is 0.06 points.
-    The worst point is that of the mean over the halves, the worst of 330 single values was -0.13.
+    A published point was chosen on all images, so it is luckier on some halves than on others: the standard deviation
+    of a gain is 0.06 points. The worst point is that of the mean over the halves.
     """
-    table, rivals = official_table()
-    result = compare_with_given(table, rivals, range(splits), lambda t: solve_curve(t, method=method), oracle=False)
-    assert result['gains'].shape == (2 * splits, 33)
+    table, given = official_table()
+    result = compare_with_given(table, given, range(5), lambda t: solve_curve(t, method=method), oracle=False)
+    assert result['gains'].shape == (10, 33)
     assert result['mean'] > mean
-    assert result['gains'].mean(dim=0).min() > worst_point
-    assert result['worst'] > worst_point - 0.1
-    assert result['seconds'] < 5
+    assert result['gains'].mean(dim=0).min() > -0.06
+    assert result['worst'] > -0.2
 
 
 @NEED_OFFICIAL
 def test_official_share_of_the_oracle():
-    table, rivals = official_table()
-    result = compare_with_given(table, rivals, range(1))
+    table, given = official_table()
+    result = compare_with_given(table, given, range(1))
     assert result['oracle_gains'].shape == (2, 33)
     assert result['share'] > 0.85

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..models.dynamic_net import DynamicNet, ExitResult, State, StopRule, num_rows
+from ..models.exit_cfg import ask_stop_rule
 from .collect import check_ready, move_images
 
 _HISTORY = 'confidences so far'  # kept among the states; no name clash, as names of states are identifiers
@@ -198,7 +199,7 @@ class StreamRun(Iterator[StreamResult]):
             stopping = torch.arange(n)
         else:
             history = confidence[:, None] if history is None else torch.cat([history, confidence[:, None]], dim=1)
-            stop = self.exit_policy(history)[:n].cpu()  # the only place that waits for a GPU
+            stop = ask_stop_rule(self.exit_policy, history)[:n].cpu()  # the only place that waits for a GPU
             stopping, going = stop.nonzero().squeeze(1), (~stop).nonzero().squeeze(1)
             self._queues[t + 1].put({**state, _HISTORY: history}, tickets[going], going)
         if len(stopping):

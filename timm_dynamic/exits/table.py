@@ -8,7 +8,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ..models.exit_cfg import check_policy_steps, check_thresholds
+from ..models.exit_cfg import ask_stop_rule, check_policy_steps, check_thresholds
 from ..utils.files import atomic_write
 
 _FORMAT = 'timm_dynamic.exit_table.1'
@@ -249,7 +249,7 @@ def run_policy(policy: Callable[[torch.Tensor], torch.Tensor], confidence: torch
     for t in range(1, confidence.shape[1]):
         if not len(rows):
             break
-        stop = policy(confidence[rows, :t])
+        stop = ask_stop_rule(policy, confidence[rows, :t])
         steps_used[rows[stop]] = t
         rows = rows[~stop]
     return steps_used

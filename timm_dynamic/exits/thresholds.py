@@ -9,38 +9,43 @@ from .value_solver import policy_family
 
 
 def solve_thresholds(table: ExitTable, gmacs: float) -> torch.Tensor:
-    """Find the thresholds that make the most of a budget.
+    """Find the most accurate thresholds for a budget.
 
-    They are fitted to do well on other samples than the table's, from a few hundred on. `solve_policy` does better
-    still: on the official AnchorNet table see tests/exits/test_thresholds.py.
+    They are regularised, so that they are accurate on other samples than the table's, too; a table needs a few hundred
+    samples. They follow the order of the confidences, not their scale, so models may be overconfident.
 
     Args:
         table: The table to calibrate on.
-        gmacs: What a sample may cost on average, in 10⁹ multiply-adds.
+        gmacs: Budget for the mean cost of a sample, in 10⁹ multiply-adds.
 
     Returns:
-        [T] float32. On the table they cost at most the budget; less, where more steps would not make it more accurate.
+        [T] float32. On the table they cost at most the budget, and less if spending more does not make it more
+        accurate. They are at least as accurate there as `geometric_thresholds` within the budget.
 
     Raises:
-        ValueError: The budget is below the cost of the first step or above that of all.
+        ValueError: The budget is below the cost of the first step or above that of all steps; or confidences that are
+            NaN, which reach no threshold, make it impossible to meet.
     """
-    return policy_family(table).thresholds_for(_check_budget(table, gmacs))
+    return policy_family(table).solve(table, 'thresholds', _check_budget(table, gmacs)).policy
 
 
 def solve_policy(table: ExitTable, gmacs: float) -> ValuePolicy:
-    """Find the policy that makes the most of a budget: it looks at the confidences of all steps so far.
+    """Find the most accurate policy for a budget. It uses the confidences of all steps so far.
+
+    Otherwise it has the properties of `solve_thresholds`. On the official table of AnchorNet it is more accurate, see
+    docs/benchmarks.md.
 
     Args:
         table: The table to calibrate on.
-        gmacs: What a sample may cost on average, in 10⁹ multiply-adds.
+        gmacs: Budget for the mean cost of a sample, in 10⁹ multiply-adds.
 
     Returns:
-        A policy. On the table it costs at most the budget; less, where more steps would not make it more accurate.
+        A policy. On the table it costs at most the budget, and less if spending more does not make it more accurate.
 
     Raises:
-        ValueError: The budget is below the cost of the first step or above that of all.
+        ValueError: The budget is below the cost of the first step or above that of all steps.
     """
-    return policy_family(table).policy_for(_check_budget(table, gmacs))
+    return policy_family(table).solve(table, 'value', _check_budget(table, gmacs)).policy
 
 
 def solve_curve(
@@ -49,37 +54,34 @@ def solve_curve(
         num: int = 48,
         method: str = 'value',
 ) -> list[ExitPoint]:
-    """Solve a grid of budgets at once.
+    """Solve many budgets.
 
     Args:
         table: The table to calibrate on.
         gmacs: The budgets. By default `num` evenly spaced ones, from the cost of the first step up to that of the
-            policy that is most accurate without regard to cost.
-        num: How many, by default.
+            most accurate policy at any cost.
+        num: Number of budgets without `gmacs`.
         method: 'value' as `solve_policy`, 'thresholds' as `solve_thresholds`.
 
     Returns:
-        For each budget, the policy found and what it gives on the table it was fitted on.
+        For each budget, the policy and its accuracy and cost on the table.
 
     Raises:
-        ValueError: A budget is below the cost of the first step or above that of all; or there is no such method.
+        ValueError: A budget cannot be met, see `solve_thresholds`; or there is no such method.
     """
     if method not in ('value', 'thresholds'):
         raise ValueError(f"method must be 'value' or 'thresholds', got {method!r}.")
     family = policy_family(table)
     if gmacs is None:
-        top = family.macs_of[method][-1] / 1e9
-        low = table.step_macs[0] / 1e9
-        budgets = [low + (top - low) * i / max(num - 1, 1) for i in range(num)]
-        macs = [min(max(b * 1e9, table.step_macs[0]), table.step_macs[-1]) for b in budgets]
+        low, high = family.macs_of[method][0], family.macs_of[method][-1]
+        macs = [low + (high - low) * i / max(num - 1, 1) for i in range(num)]
     else:
         macs = [_check_budget(table, g) for g in gmacs]
-    solve = family.policy_for if method == 'value' else family.thresholds_for
-    return [table.evaluate(solve(m)) for m in macs]
+    return [family.solve(table, method, m) for m in macs]
 
 
 def _check_budget(table: ExitTable, gmacs: float) -> float:
-    """The budget in multiply-adds."""
+    """The budget in multiply-adds, within the range of the table."""
     low, high = table.step_macs[0], table.step_macs[-1]
     macs = float(gmacs) * 1e9
     if not low * (1 - 1e-9) <= macs <= high * (1 + 1e-9):
