@@ -1,14 +1,14 @@
 """train.py in a process that kills itself, with SIGKILL, at a given point.
 
-Points, each the N-th time it is reached (1 by default): `update` (between two batches), `tensors` (half of the state's
-tensors on disk), `values` (state written, not yet renamed), `rename` (renamed, pointer not yet set), `export` (weights
-of last/ written, config not), `part` (before a part of a cascade's features is written).
+Points, each the N-th time it is reached (1 by default): `update` (between two batches), `half` (half of a state on
+disk), `written` (all of it, not yet renamed), `renamed` (older states not yet dropped), `export` (weights of last/
+written, config not), `part` (before a part of a cascade's features is written).
 """
 import os
 import signal
 from pathlib import Path
 
-import safetensors.torch
+import torch
 
 import timm_dynamic.task.clcnet as cascade_module
 import timm_dynamic.task.feature_parts as parts_module
@@ -40,22 +40,26 @@ def train_until(args: list[str]) -> int:
         if reached('update'):
             die()
 
-    save_file = safetensors.torch.save_file
+    save = torch.save
 
-    def killing_save_file(tensors, path, *args, **kwargs):
-        save_file(tensors, path, *args, **kwargs)
-        in_state = Path(path).name == 'tensors.safetensors'
-        if in_state and reached('tensors'):
-            with open(path, 'rb+') as f:
-                f.truncate(Path(path).stat().st_size // 2)
+    def killing_save(state, file, *args, **kwargs):
+        save(state, file, *args, **kwargs)
+        if reached('half'):
+            file.truncate(file.tell() // 2)
             die()
+
+    sha256_of = state_module.sha256_of
+
+    def killing_sha256_of(path):
+        if path.name.startswith('.partial-') and reached('written'):
+            die()
+        return sha256_of(path)
 
     fsync_dir = state_module.fsync_dir
 
     def killing_fsync_dir(folder):
         fsync_dir(folder)
-        written = folder.name.startswith('.partial-')
-        if reached('values' if written else 'rename'):
+        if reached('renamed'):
             die()
 
     atomic_write = export_module.atomic_write
@@ -75,7 +79,8 @@ def train_until(args: list[str]) -> int:
     cascade_module._BATCHES_PER_PART = 1
     parts_module.save_file = killing_keep
     trainer_module.Trainer._update = killing_update
-    safetensors.torch.save_file = killing_save_file
+    state_module.torch.save = killing_save
+    state_module.sha256_of = killing_sha256_of
     state_module.fsync_dir = killing_fsync_dir
     export_module.atomic_write = killing_atomic_write
     return train_main(args[1:])

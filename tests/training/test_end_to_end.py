@@ -2,6 +2,7 @@
 import argparse
 import csv
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import torch
 import yaml
 from forked import Forked, run_forked
 from helpers import ROOT, make_images, run_python
+from safetensors.torch import load_file
 from training.killed import train_until
 from training.ranks import train_and_report
 from training.same_end import check_same_end
@@ -49,8 +51,8 @@ def test_what_a_run_leaves(image_folder, tmp_path, curve):
     run = tmp_path / 'run'
     assert result['folder'] == run
     assert {p.name for p in run.iterdir()} == {
-        'args.yaml', 'best', 'checkpoints', 'curve.png', 'last', 'results.csv', 'results.json', 'stage.yaml', 'state',
-        'summary.csv'}
+        '.lock', 'args.yaml', 'best', 'checkpoints', 'curve.png', 'last', 'results.csv', 'results.json', 'stage.yaml',
+        'state', 'summary.csv'}
     rows = list(csv.DictReader((run / 'summary.csv').open()))
     assert [r['epoch'] for r in rows] == ['0', '1']
     assert {'train_loss', 'eval_top1', 'eval_ema_top1', 'lr'} <= rows[0].keys()
@@ -107,12 +109,128 @@ def test_more_epochs_after_the_end(image_folder, tmp_path, how):
     run_training(_args(image_folder, tmp_path / 'long', '--epochs', 2, *options))
     run_training(_args(image_folder, tmp_path / 'short', '--epochs', 1, *options))
     run = tmp_path / 'short' / 'run'
-    path = {'auto': 'auto', 'folder': run, 'state': next((run / 'state').glob('classification-*'))}[how]
+    path = {'auto': 'auto', 'folder': run, 'state': max((run / 'state').glob('*-classification-*'))}[how]
     before = _weights(run)
     run_training(_args(image_folder, tmp_path / 'short', '--epochs', 1, *options, '--resume', path))
     assert _weights(run) == before  # finished is finished
     run_training(_args(image_folder, tmp_path / 'short', '--epochs', 2, *options, '--resume', path))
     assert _weights(run) == _weights(tmp_path / 'long' / 'run')
+
+
+class TestOptionsOnResume:
+    """An option given on resume is applied or refused."""
+
+    @pytest.fixture(scope='class')
+    @classmethod
+    def finished(cls, image_folder, tmp_path_factory):
+        folder = tmp_path_factory.mktemp('finished')
+        run_training(_args(image_folder, folder))
+        return folder
+
+    @pytest.fixture
+    def again(self, image_folder, finished, tmp_path):
+        """Resume a copy of a run of one epoch with more options."""
+        shutil.copytree(finished, tmp_path / 'again')
+        return lambda *more: run_training(_args(image_folder, tmp_path / 'again', '--resume', 'auto', *more))
+
+    @pytest.mark.parametrize(('more', 'named'), [
+        (['--lr', '0.5'], r'--lr 0\.5 \(the run has None\).*can, with --no-resume-opt'),
+        (['--opt', 'adamw'], r"--opt 'adamw' \(the run has 'sgd'\).*can, with --no-resume-opt"),
+        (['--seed', '7'], r'--seed 7 \(the run has 42\)\. Leave'),
+        (['--smoothing', '0.2', '--epochs', '3'], r'--smoothing 0\.2 \(the run has 0\.1\)'),
+        (['--model-kwargs', 'act_layer=silu'], '--model-kwargs'),
+        (['--train-split', 'val'], "--train-split 'val'"),
+        (['--mixup', '0.5', '--no-resume-opt'], r'--mixup 0\.5'),
+    ])
+    def test_refused(self, again, tmp_path, more, named):
+        before = {p: p.read_bytes() for p in (tmp_path / 'again').rglob('*') if p.is_file()}
+        with pytest.raises(ValueError, match=rf'Stage classification of this run began with other options.*{named}'):
+            again(*more)
+        left = {p: p.read_bytes() for p in (tmp_path / 'again').rglob('*') if p.is_file() and p.name != '.lock'}
+        assert left == {p: content for p, content in before.items() if p.name != '.lock'}
+
+    def test_the_same_again_says_that_it_is_finished(self, again, caplog):
+        with caplog.at_level('INFO'):
+            assert list(again()['results']) == ['classification']
+        assert 'Stage classification is finished.' in caplog.text
+
+    def test_fewer_epochs(self, again):
+        again('--epochs', 2)
+        with pytest.raises(ValueError, match='--epochs 1: 2 epochs of stage classification are trained already'):
+            again('--epochs', 1)
+
+    def test_applied(self, again, tmp_path):
+        """Another batch size and more epochs; a new rate, with a new optimizer."""
+        again('--epochs', 2, '-b', 4, '--workers', 1)
+        rows = list(csv.DictReader((tmp_path / 'again' / 'run' / 'summary.csv').open()))
+        assert [r['epoch'] for r in rows] == ['0', '1']
+        again('--epochs', 3, '--lr', 0.25, '--sched', 'none', '--no-resume-opt')
+        rows = list(csv.DictReader((tmp_path / 'again' / 'run' / 'summary.csv').open()))
+        assert float(rows[2]['lr']) == 0.25
+
+    def test_an_average_that_is_added_begins_with_the_weights(self, again, tmp_path):
+        run = tmp_path / 'again' / 'run'
+        before = load_file(run / 'last' / 'model.safetensors')
+        again('--epochs', 2, '--model-ema', '--model-ema-decay', 1.0)
+        after = load_file(run / 'last' / 'model.safetensors')  # exported: the average, which does not move
+        assert all(torch.equal(after[k], v) for k, v in before.items() if v.is_floating_point())
+
+    def test_classes_in_another_order(self, image_folder, finished, tmp_path):
+        shutil.copytree(finished, tmp_path / 'again')
+        shutil.copytree(image_folder, tmp_path / 'data')
+        for split in ('train', 'val'):
+            (tmp_path / 'data' / split / 'class0').rename(tmp_path / 'data' / split / 'zebra')
+        with pytest.raises(ValueError, match=r"cannot be continued here: it has class 0 'class0' \(here: 'class1'\)"):
+            run_training(_args(tmp_path / 'data', tmp_path / 'again', '--epochs', 2, '--resume', 'auto'))
+
+    @pytest.mark.parametrize('resume', [[], ['--resume', 'auto']])
+    def test_results_without_a_state_are_not_replaced(self, image_folder, finished, tmp_path, resume):
+        shutil.copytree(finished, tmp_path / 'again')
+        shutil.rmtree(tmp_path / 'again' / 'run' / 'state')
+        before = _weights(tmp_path / 'again' / 'run')
+        with pytest.raises(ValueError, match=r"no state to continue from at .*summary.csv' is the result of a run"):
+            run_training(_args(image_folder, tmp_path / 'again', *resume))
+        assert _weights(tmp_path / 'again' / 'run') == before
+
+    def test_a_damaged_state_falls_back_to_the_one_before(self, image_folder, finished, tmp_path, caplog):
+        shutil.copytree(finished, tmp_path / 'again')
+        run_training(_args(image_folder, tmp_path / 'again', '--epochs', 2, '--resume', 'auto'))
+        run = tmp_path / 'again' / 'run'
+        expected = _weights(run)
+        newest = max((run / 'state').iterdir())
+        content = bytearray(newest.read_bytes())
+        content[len(content) // 2] ^= 1
+        newest.write_bytes(content)
+        run_training(_args(image_folder, tmp_path / 'again', '--epochs', 2, '--resume', 'auto'))
+        assert f"The state '{newest}' is damaged" in caplog.text
+        assert _weights(run) == expected
+
+    def test_best_that_was_removed_comes_back(self, again, tmp_path):
+        shutil.rmtree(tmp_path / 'again' / 'run' / 'best')
+        again('--epochs', 2, '--lr', 1e-9, '--no-resume-opt')
+        timm.create_model(f"local-dir:{tmp_path / 'again' / 'run' / 'best'}", pretrained=True)
+
+    def test_foreign_checkpoints_behind_a_link_stay(self, again, tmp_path):
+        shared = tmp_path / 'shared'
+        for epoch in range(4):
+            (shared / f'epoch-{epoch:04d}').mkdir(parents=True)
+        run = tmp_path / 'again' / 'run'
+        shutil.rmtree(run / 'checkpoints')
+        (run / 'checkpoints').symlink_to(shared)
+        again('--epochs', 3, '--checkpoint-hist', 1)
+        assert {p.name for p in shared.iterdir()} >= {'epoch-0000', 'epoch-0003'}
+
+    @pytest.mark.parametrize(('name', 'content', 'message'), [
+        ('args.yaml', '[' * 5000, None),  # only to find the newest run
+        ('summary.csv', '\0\xff,,\n"', "summary.csv' cannot be read"),
+    ])
+    def test_damaged_files_of_the_run(self, again, tmp_path, name, content, message):
+        (tmp_path / 'again' / 'run' / name).write_text(content)
+        if message is None:
+            again('--epochs', 2)
+        else:
+            with pytest.raises(ValueError, match=message):
+                again('--epochs', 2)
 
 
 def test_resume_auto_finds_the_newest_run_of_the_model(image_folder, tmp_path):
@@ -126,8 +244,8 @@ def test_resume_auto_finds_the_newest_run_of_the_model(image_folder, tmp_path):
 
 # At least three inside the writer and three in mid-epoch.
 KILLS = [
-    'update:2', 'tensors:1', 'values:2', 'rename:2', 'update:5', 'export:1', 'tensors:2', 'update:7', 'rename:1',
-    'values:2']
+    'update:2', 'half:1', 'written:2', 'renamed:2', 'update:5', 'export:1', 'half:2', 'update:2', 'renamed:1',
+    'written:1']
 
 
 def test_killed_ten_times_ends_bit_identical(image_folder, baseline, tmp_path):
@@ -270,7 +388,7 @@ def _file_in_the_way(tmp_path, image_folder):
     (['--batch-size', '100'], ['72 images, fewer than one batch (100 x 1 processes)']),
     (['--amp'], ['float16 needs a GPU', '--amp-dtype bfloat16']),
     (['--eval-metric', 'f1'], ['no such metric. Choose from loss, top1, top5']),
-    (['--resume', '/nowhere'], ["nothing at '/nowhere'"]),
+    (['--resume', '/nowhere'], ["no state of a run at '/nowhere'"]),
     (_broken, ['broken.pth.tar', 'truncated, or no checkpoint']),
     (_foreign, ["missing (first: 'conv1.0.weight')", "unexpected (first: 'conv_stem.weight')"]),
     (_other_run, ["cannot be continued here: it has model 'test_resnet' (here: 'test_focusnet')"]),
@@ -312,17 +430,15 @@ def test_folders_that_differ_between_splits(tmp_path, capsys):
 
 
 def test_disk_full_keeps_the_last_state(image_folder, tmp_path, monkeypatch, capsys):
-    import timm_dynamic.training.run_folder as module
-    save_file, count = module.safetensors.torch.save_file, [0]
+    save, count = torch.save, [0]
 
-    def failing(tensors, path, *args, **kwargs):
-        if Path(path).name == 'tensors.safetensors':
-            count[0] += 1
-            if count[0] == 3:
-                raise OSError(28, 'No space left on device')
-        save_file(tensors, path, *args, **kwargs)
+    def failing(*args, **kwargs):
+        count[0] += 1
+        if count[0] == 3:
+            raise OSError(28, 'No space left on device')
+        save(*args, **kwargs)
 
-    monkeypatch.setattr(module.safetensors.torch, 'save_file', failing)
+    monkeypatch.setattr(torch, 'save', failing)
     args = _args(image_folder, tmp_path, '--checkpoint-interval', 2)
     assert train_main(args) == 1
     assert 'No space left on device' in (error := capsys.readouterr().err)

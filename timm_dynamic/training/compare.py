@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from ..evaluation.exit_report import Row
 from ..evaluation.model_evaluator import ModelEvaluator, OutOfFold
 from ..exits import ExitTable
-from ..launch.build import training_data_config, uses_demo_data
+from ..launch.build import default_split, resolve_data, uses_demo_data
 from ..launch.settings import TrainOptions, validation_options
 from ..models.dynamic_net import DynamicNet
 from ..task import Recipe, Stage, create_baseline
@@ -49,7 +49,7 @@ def compare_stages(
         A row for each model.
     """
     args = options.for_stage(stages[-1], accelerator.num_processes)
-    split = args.test_split or ('test' if uses_demo_data(args) else args.val_split)
+    split = args.test_split or (default_split(args) if uses_demo_data(args) else args.val_split)
     if not split:
         return []
     models: list[tuple[str, Any, argparse.Namespace]] = [
@@ -67,7 +67,7 @@ def compare_stages(
         budgets = last and isinstance(model, DynamicNet)
         evaluator = ModelEvaluator(
             model, label, validation_options(own, split, save_budgets=budgets, curve=budgets), accelerator,
-            training_data_config(own, model), out_of_fold if last else None,
+            resolve_data(own, model), out_of_fold if last else None,
             fit_splits=[own.val_split] if own.val_split else [], compared=not budgets)
         report = evaluator.run()
         rows.append(_result_row(report.row or {}, evaluator, split))

@@ -21,7 +21,7 @@ from ..launch.build import (
     build_model,
     eval_views,
     model_dtype,
-    training_data_config,
+    resolve_data,
     uses_demo_data,
 )
 from ..launch.script import run_script
@@ -33,7 +33,7 @@ from ..utils import UserError
 from ..utils.report import format_table, write_yaml
 from ..utils.signals import StopRequest
 from .compare import compare_stages
-from .run_folder import OUTPUT, CheckpointManager, check_identity, find_run_folder, prepare_run_folder
+from .run_folder import OUTPUT, CheckpointManager, check_identity, check_options, find_run_folder
 from .trainer import Trainer
 
 _logger = logging.getLogger(__name__)
@@ -52,11 +52,14 @@ def run_training(argv: Sequence[str] | None = None) -> dict[str, Any]:
     _check_names(options.base)
     recipe = create_recipe(options.base, uses_demo_data(options.base), _model_with_recipes(options.base))
     run = TrainingRun(options, recipe)
-    with StopRequest() as stop:
-        for stage in run.stages:
-            run.run_stage(stage, stop)
-    table = run.compare()
-    run.publish(table)
+    try:
+        with StopRequest() as stop:
+            for stage in run.stages:
+                run.run_stage(stage, stop)
+        table = run.compare()
+        run.publish(table)
+    finally:
+        run.lock.release()
     return {'folder': run.folder, 'results': dict(run.results), 'table': table}
 
 
@@ -109,13 +112,12 @@ class TrainingRun:
         # Accelerate needs the accumulation steps before stages are resolved; a recipe's own would come too late.
         self.accelerator = create_accelerator(base, project_dir=base.output or OUTPUT)
         self.main = self.accelerator.is_main_process
-        self.folder, self.timm_checkpoint = find_run_folder(base, self.accelerator)
+        self.folder, self.timm_checkpoint, self.lock = find_run_folder(base, self.accelerator)
         project = self.accelerator.project_configuration
         project.project_dir = project.logging_dir = str(self.folder)
         if not self.main:
             logging.getLogger('timm_dynamic').setLevel(logging.WARNING)
         else:
-            prepare_run_folder(self.folder)
             _logger.info(f"Run folder: {self.folder}")
             if self.demo:
                 _logger.info('No data given: the embedded demo set cluttered_digits is used.')
@@ -124,17 +126,29 @@ class TrainingRun:
         self.checkpoints = CheckpointManager(self.folder / 'state')
         resumes = base.resume and not self.timm_checkpoint and self.checkpoints.exists()
         self.state = self.checkpoints.load() if resumes else None  # to continue from, until its stage begins
-        self.run_state: dict[str, Any] = self.state['run'] if self.state is not None else {'results': {}}
+        self.run_state: dict[str, Any] = self.state['run'] if self.state is not None else {'results': {}, 'options': {}}
         self.results: dict[str, Any] = self.run_state['results']
         self.identity = {'recipe': recipe.name, 'model': base.model}
         if self.state is not None:
             check_identity(self.state, self.identity, self.checkpoints.folder)
         for stage in self.stages:
-            if stage.check is not None:
-                stage.check(self._args_of(stage))
+            self._check_stage(stage, self._args_of(stage))
         if self.main:
             self._show_stages()
         self.weights = {s.name: self._folder_of(s) / 'best' for s in recipe.stages}
+
+    def _check_stage(self, stage: Stage, args: argparse.Namespace) -> None:
+        if stage.check is not None:
+            stage.check(args)
+        recorded = self.run_state['options'].get(stage.name)
+        if self.state is not None and recorded is not None:
+            last = self.state['identity']['stage'] == stage.name
+            epochs = self.state['progress']['epoch'] if last else recorded['epochs'] * (stage.name in self.results)
+            check_options(stage.name, recorded, args, epochs)
+            if not last and stage.name in self.results and args.epochs != recorded['epochs']:
+                raise ValueError(
+                    f"--epochs {args.epochs}: stage {stage.name} finished after {recorded['epochs']} epochs. Give more "
+                    f"to the last stage: --stage-args {self.state['identity']['stage']}.epochs={args.epochs}.")
 
     def _select_stages(self) -> list[Stage]:
         base, names = self.options.base, [s.name for s in self.recipe.stages]
@@ -182,6 +196,7 @@ class TrainingRun:
             del self.results[stage.name]
         if self.main and not (self.results or (self.folder / 'args.yaml').exists()):  # what the run began with
             write_yaml(self.folder / 'args.yaml', self.options.as_config())
+        self.run_state['options'][stage.name] = _plain(vars(args))
         state = self._take_state()
         if stage.run is not None:
             self._run_own(stage, args, stop)
@@ -224,13 +239,13 @@ class TrainingRun:
 
         def open_loader(model: Any, split: str, indices: Sequence[int] | None = None) -> Any:
             return build_eval_loader(
-                args, split, training_data_config(args, model), model.num_classes, device, 1,
+                args, split, resolve_data(args, model), model.num_classes, device, 1,
                 samples=args.val_num_samples, views=eval_views(args, model), indices=indices)
 
         context = StageContext(
             device=device, dtype=model_dtype(args), stage_weights=self.weights, verbose=self.main, demo=self.demo,
             folder=folder, accelerator=self.accelerator, stop=stop, build_model=partial(build_model, args),
-            open_loader=open_loader, data_config_of=partial(training_data_config, args))
+            open_loader=open_loader, data_config_of=partial(resolve_data, args))
         begun = self.main and not self.checkpoints.exists()
         if begun:  # so that --resume auto finds the run
             self._save_progress(stage, 0)
@@ -284,6 +299,11 @@ class TrainingRun:
                 f"{folder}{' --private' if base.hub_private else ''}") from e
         _logger.info(f"Published: {report['url']} (commit {report['commit']})\n"
                      f"Load it with: timm.create_model('hf-hub:{base.push_to_hub}', pretrained=True)")
+
+
+def _plain(options: dict[str, Any]) -> dict[str, Any]:
+    """Options as a state stores them."""
+    return json.loads(json.dumps(options, default=str))
 
 
 def _start_trackers(accelerator: Accelerator, args: argparse.Namespace, folder: Path) -> None:

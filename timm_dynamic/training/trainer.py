@@ -31,8 +31,9 @@ from ..launch.build import (
     check_same_classes,
     model_dtype,
     place_model,
+    resolve_data,
     resolve_learning_rate,
-    training_data_config,
+    sorted_classes,
 )
 from ..models.builder import load_checkpoint
 from ..models.dynamic_net import DynamicNet
@@ -96,7 +97,7 @@ class Trainer:
         if args.num_classes is None:
             args.num_classes = model.num_classes
         self.identity = {**identity, 'stage': stage.name, 'num_classes': model.num_classes}
-        self.data_config = training_data_config(args, model)
+        self.data_config = resolve_data(args, model)
         model = place_model(model, args, self.device, self.world_size)
 
         self.loader, self.mixup_fn = build_train_loader(
@@ -104,12 +105,9 @@ class Trainer:
         self.eval_loader = build_eval_loader(
             args, args.val_split, self.data_config, model.num_classes, self.device, self.world_size,
             samples=args.val_num_samples) if args.val_split else None
+        self.identity['classes'] = sorted_classes(self.loader)
         if self.eval_loader is not None:
             check_same_classes(self.loader.class_to_idx, self.eval_loader.class_to_idx)
-        val_batch = args.validation_batch_size or args.batch_size
-        if args.tta > 1 and val_batch % args.tta:
-            raise ValueError(
-                f'--tta {args.tta} averages neighbouring images: expected batches of a multiple, got {val_batch}.')
         if not self.loader.resumable and self.main:
             _logger.info('This dataset can only be iterated: a run killed within an epoch repeats it from its start.')
 
@@ -201,6 +199,9 @@ class Trainer:
             if state['ema'] is not None and self.task.has_ema():
                 self.task.load_checkpoint_state(
                     state['ema']['state_dict_ema'], state['ema'].get('task_state_ema'), ema=True)
+            elif self.task.has_ema():  # it begins here
+                ema: Any = self.task.get_trainable_module(ema=True)
+                ema.module.load_state_dict(unwrap_model(self.task.get_trainable_module()).state_dict())
             if self.args.no_resume_opt:
                 self._schedule(state['progress']['epoch'], state['progress']['updates'])
             else:
@@ -326,7 +327,7 @@ class Trainer:
             self._write_results(row, value, ema)
         self.log.end_epoch(row, self.updates, self.loader.skipped)
         if self.epoch == self.num_epochs:
-            return row  # whoever called `fit` notes the result and saves
+            return row  # the caller of `fit` notes the result and saves
         self.save_state()
         if self.any_process(bool(stop)):
             raise Stopped(stop.signum or signal.SIGTERM)
@@ -490,11 +491,10 @@ class Trainer:
     def _write_results(self, row: dict[str, Any], value: float | None, ema: bool) -> None:
         weights = unwrap_model(self.task.get_eval_model(ema=ema)).state_dict()
         state_dict = {k: v for k, v in weights.items() if '.aux_bn.' not in k}  # of --split-bn, for training only
-        names = self.loader.class_to_idx
-        labels = sorted(names, key=lambda k: names[k]) if names and len(names) == self.model.num_classes else None
+        labels = sorted_classes(self.loader)
         task_state = {
             k: v for k, v in self.task.get_task_state(ema=ema).items()
             if isinstance(v, Mapping) and all(isinstance(t, torch.Tensor) for t in v.values())}
         self.results.write(
             row, value, self.model, data_config=self.data_config, state_dict=state_dict, task_state=task_state,
-            **({'label_names': labels} if labels else {}))
+            **({'label_names': labels} if labels and len(labels) == self.model.num_classes else {}))

@@ -2,6 +2,7 @@
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -79,9 +80,14 @@ def partial_name(name: str) -> str:
 
 def clean_partial_files(folder: str | Path) -> None:
     """Remove unfinished files and folders of killed processes in `folder`, not in its sub-folders."""
-    import shutil
     for path in Path(folder).glob(f'{_PARTIAL}*'):
         if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
+            remove_tree(path)
         else:
             path.unlink(missing_ok=True)
+
+
+def remove_tree(folder: Path) -> None:
+    """Remove a folder, but nothing that is reached through a symbolic link."""
+    if not (folder.is_symlink() or folder.parent.is_symlink()):
+        shutil.rmtree(folder, ignore_errors=True)

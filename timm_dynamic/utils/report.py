@@ -70,12 +70,22 @@ def _join_items(value: Any) -> Any:
 
 
 def read_rows(path: str | Path) -> list[dict[str, Any]]:
-    """Read a CSV file of `write_rows`, with numbers as numbers. An empty list if there is no file."""
+    """Read a CSV file of `write_rows`, with numbers as numbers. An empty list if there is no file.
+
+    Raises:
+        ValueError: It is not such a file.
+    """
     path = Path(path)
     if not path.exists():
         return []
-    with open(path, newline='', encoding='utf-8') as f:
-        return [{k: _number(v) for k, v in row.items()} for row in csv.DictReader(f)]
+    try:
+        with open(path, newline='', encoding='utf-8') as f:
+            rows = list(csv.DictReader(f, strict=True))
+        if any(None in row or None in row.values() for row in rows):
+            raise ValueError('its rows do not have the same columns')
+        return [{k: _number(v) for k, v in row.items()} for row in rows]
+    except (csv.Error, ValueError, RecursionError) as e:
+        raise ValueError(f"'{path}' cannot be read as a table: {e}") from e
 
 
 def _number(text: str) -> Any:
