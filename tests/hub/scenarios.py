@@ -448,7 +448,7 @@ def pickles_are_not_published():
     config = (folder / 'config.json').read_text()
     for text in ('{', '[1]', config.replace('{', '{"note": NaN,', 1)):
         (bad / 'config.json').write_text(text)
-        with pytest.raises(PublishError, match=r'config\.json. is not standard JSON'):
+        with pytest.raises(PublishError, match=r'config\.json. is damaged'):
             publish(bad, repo)
     (bad / 'README.md').unlink()
     with pytest.raises(PublishError, match=r'lacks README\.md'):

@@ -1,4 +1,6 @@
 """Model cards: metadata, text, and snippets that run."""
+import argparse
+import json
 import re
 import runpy
 
@@ -7,9 +9,12 @@ import timm
 from helpers import ROOT
 from huggingface_hub import ModelCard
 
-from timm_dynamic.hub import Entry, read_catalog, render_card
-from timm_dynamic.hub.runs import show_option
+from timm_dynamic.hub import Entry, PublishError, read_catalog, render_card
+from timm_dynamic.hub.card import write_card
+from timm_dynamic.hub.publish import files_to_publish
+from timm_dynamic.hub.runs import describe_run, show_option
 from timm_dynamic.models.builder import BUNDLED
+from timm_dynamic.utils import save_pretrained
 
 CATALOG = read_catalog(ROOT / 'hfhub/catalog.json')
 CARDS = ROOT / 'hfhub/cards'
@@ -97,3 +102,56 @@ def test_no_folder_of_the_machine_is_on_a_card(tmp_path):
     value = {'models': [f'local-dir:{tmp_path}/small', 'resnet50'], 'lr': 0.1, 'file': tmp_path / 'a.pth'}
     assert show_option(value) == 'models=local-dir:small resnet50 lr=0.1 file=a.pth'
     assert show_option('hf-hub:org/name') == 'hf-hub:org/name'
+
+
+class TestWhatIsNotOurs:
+    """Values of options and of a config.json may be anything."""
+
+    def card(self, tmp_path, **options):
+        folder = tmp_path / 'best'
+        save_pretrained(timm.create_model('test_resnet', num_classes=3), folder)
+        args = argparse.Namespace(model='test_resnet', **options)
+        describe_run(folder, tmp_path / 'hub', 'me/net', 'r', {'static': args}, {}, [
+            {'model': 'a|b', 'top1': 50., 'top5': 90., 'split': 'val', 'images': 3}], options.get('dataset', 'x'))
+        return (tmp_path / 'hub' / 'README.md').read_text()
+
+    def test_values_are_escaped(self, tmp_path):
+        text = self.card(tmp_path, opt='a|b\n## Limits\n<script>`[x](y)')
+        assert '| opt | a\\|b ## Limits &lt;script>\\`\\[x\\](y) |' in text
+        assert '| a\\|b | 50 |' in text
+        assert text.count('\n## Limits\n') == 1
+
+    def test_data_and_commands_are_not_shown(self, tmp_path):
+        pipe = "pipe:curl -s -H 'Authorization: Bearer SECRET' https://host/{0..9}.tar"
+        text = self.card(
+            tmp_path, data_dir='/home/SECRET', data='SECRET', dataset=f'wds/{pipe}', train_split=pipe,
+            initial_checkpoint='https://user:SECRET@host/w.pth', model_kwargs={'x': ['s3://SECRET/a']})
+        assert 'SECRET' not in text
+        assert '| train_split | (a command or an address) |' in text
+
+    @pytest.mark.parametrize(('change', 'message'), [
+        ({'model_args': [1]}, r'model_args must be dict, got \[1\]'),
+        ({'num_classes': True}, 'num_classes must be int, got True'),
+        ({'architecture': None}, 'architecture must be str, got None'),
+        ({'metrics': {'top1': '98'}}, "metrics.top1 must be numbers, got '98'"),
+        ({'step_macs': [2, 1]}, 'step_macs must rise, got 2 before 1'),
+        ({'model_args': {'exit_cfg': {'budgets': {}}}}, 'exit_cfg.budgets must be list'),
+        ({'model_args': {'exit_cfg': {'budgets': [{'gmacs': 2}, {'gmacs': 1}]}}}, 'must rise, got 2 before 1'),
+        ({'model_args': {'exit_cfg': {'budgets': [{'gmacs': '1'}]}}}, 'must be numbers'),
+        ({'model_args': {'exit_cfg': {'budgets': [{'gmacs': 1, 'evaluated': 3}]}}}, 'evaluated must be dict, got 3'),
+        ({'model_args': {'exit_cfg': {'budgets': [{'gmacs': 1, 'exit_shares': ['a']}]}}}, 'shares must be numbers'),
+    ])
+    def test_damaged_configs_are_named(self, tmp_path, change, message):
+        config = {'architecture': 'a', 'num_classes': 3, **change}
+        (tmp_path / 'config.json').write_text(json.dumps(config))
+        with pytest.raises(ValueError, match=rf"config.json': .*{message}"):
+            write_card(tmp_path, Entry('a.b'))
+
+    def test_links_are_not_published(self, tmp_path):
+        self.card(tmp_path)
+        folder = tmp_path / 'hub'
+        assert set(files_to_publish(folder)) >= {'README.md', 'config.json', 'model.safetensors'}
+        (folder / 'config.json').rename(tmp_path / 'elsewhere.json')
+        (folder / 'config.json').symlink_to(tmp_path / 'elsewhere.json')
+        with pytest.raises(PublishError, match=r"config.json' is a symbolic link"):
+            files_to_publish(folder)

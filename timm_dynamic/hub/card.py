@@ -1,4 +1,5 @@
 """Model cards for the Hub, written from a folder's config.json and the model's entry in the catalog."""
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -6,10 +7,11 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 
 from ..models.builder import DEFAULT_HUB_ORG
-from ..utils import atomic_write, read_json
+from ..utils import atomic_write
 from ..utils.export import CONFIG
 from ..utils.report import plot_accuracy_over_macs
 from .catalog import Entry
+from .config import read_config
 
 CARD = 'README.md'
 PICTURE = 'curve.png'
@@ -60,7 +62,7 @@ def write_card(folder: str | Path, entry: Entry, repo_id: str | None = None) -> 
         repo_id: Repository of the card. Default: the entry's.
     """
     folder = Path(folder)
-    config = read_json(folder / CONFIG)
+    config = read_config(folder / CONFIG)
     curves = _curves_of(config, entry)
     picture = bool(curves) and plot_accuracy_over_macs(folder / PICTURE, curves, title=entry.name)
     if not picture:
@@ -230,14 +232,20 @@ def _conversion(config: Mapping[str, Any], entry: Entry) -> str:
 
 
 def markdown_table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """A table in Markdown, without columns that are None in all rows."""
+    """A table in Markdown, without columns that are None in all rows. Text in cells is escaped."""
     columns = [i for i in range(len(head)) if any(row[i] is not None for row in rows)]
     lines = [head, ['---'] * len(head), *([_cell(v) for v in row] for row in rows)]
     return '\n'.join(f'| {" | ".join(line[i] for i in columns)} |' for line in lines)
 
 
+def escape(text: str) -> str:
+    """Text as Markdown shows it literally, on one line and within a cell of a table."""
+    text = ' '.join(text.split()).replace('\\', '\\\\').replace('&', '&amp;').replace('<', '&lt;')
+    return re.sub(r'([|`\[\]*])', r'\\\1', text)
+
+
 def _cell(value: Any) -> str:
-    return '' if value is None else f'{value:.5g}' if isinstance(value, float) else str(value)
+    return '' if value is None else f'{value:.5g}' if isinstance(value, float) else escape(str(value))
 
 
 def _numbers(values: Sequence[float], digits: int = 4) -> str:

@@ -17,7 +17,6 @@ from ..utils import (
     CheckpointError,
     copy_pretrained,
     read_checkpoint,
-    read_json,
     save_pretrained,
     sha256_of,
     write_json,
@@ -27,6 +26,7 @@ from ..utils.files import partial_name
 from .card import anytime_of, write_card
 from .catalog import Entry
 from .check import check_in_fresh_process, fixed_logits
+from .config import read_config
 
 _SUFFIXES = r'\.(pth|pt|tar|th|bin|safetensors|zip)$'
 
@@ -96,7 +96,7 @@ def describe(folder: str | Path, entry: Entry, repo_id: str | None = None, model
     folder = Path(folder)
     if model is None:
         model = timm.create_model(f'local-dir:{folder}', pretrained=True)
-    config = {**read_json(folder / CONFIG), 'metrics': _metrics_of(model, entry),
+    config = {**read_config(folder / CONFIG), 'metrics': _metrics_of(model, entry),
               'weights_sha256': sha256_of(folder / WEIGHTS), 'entry': repo_id or entry.name}
     if isinstance(model, DynamicNet):
         config['step_macs'] = list(model.step_macs)

@@ -11,13 +11,14 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 
-from ..utils import CheckpointError, UserError, fetch_weights, read_json, sha256_of
+from ..utils import CheckpointError, UserError, fetch_weights, sha256_of
 from ..utils.download import download_file, retry, status_of
 from ..utils.export import CONFIG, WEIGHTS
 from ..version import __version__
 from .card import CARD, PICTURE
 from .catalog import Entry
 from .check import check_in_fresh_process, fixed_logits
+from .config import read_config
 
 T = TypeVar('T')
 
@@ -39,12 +40,14 @@ def files_to_publish(folder: str | Path) -> dict[str, Path]:
         Paths by name: model.safetensors, config.json, README.md and, if it exists, the plot.
 
     Raises:
-        PublishError: A file is missing, is a pickle or not JSON, or config.json belongs to other weights.
+        PublishError: A file is missing, a link, a pickle or damaged, or config.json belongs to other weights.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise PublishError(f"There is no folder '{folder}'.")
     for path in sorted(folder.rglob('*')):
+        if path.is_symlink():
+            raise PublishError(f"'{path}' is a symbolic link. Links are not followed: put the file itself there.")
         if path.is_file() and path.name.endswith(_PICKLES):
             raise PublishError(
                 f"'{path}' may be a pickle, which can run code when it is read. Such folders are not published. "
@@ -60,10 +63,10 @@ def files_to_publish(folder: str | Path) -> dict[str, Path]:
     except (SafetensorError, OSError) as e:
         raise PublishError(f"'{files[WEIGHTS]}' is not a safetensors file ({e}).") from e
     try:
-        config = read_json(files[CONFIG])
+        config = read_config(files[CONFIG])
         json.dumps(config, allow_nan=False)
     except ValueError as e:
-        raise PublishError(f"'{files[CONFIG]}' is not standard JSON: {e}") from e
+        raise PublishError(f"'{files[CONFIG]}' is damaged: {e}") from e
     if config.get('weights_sha256') != sha256_of(files[WEIGHTS]):
         raise PublishError(
             f"'{files[WEIGHTS]}' does not have the SHA-256 in config.json ({config.get('weights_sha256')}).")

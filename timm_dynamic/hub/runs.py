@@ -10,7 +10,7 @@ import torch
 from ..utils import copy_pretrained
 from ..utils.export import TASK_STATE
 from ..version import __version__
-from .card import markdown_table
+from .card import escape, markdown_table
 from .catalog import Entry
 from .convert import describe
 
@@ -44,10 +44,11 @@ def describe_run(
         dataset: Name of the training data on the card.
     """
     copy_pretrained(best, folder)
+    dataset = show_option(dataset)
     (Path(folder) / TASK_STATE).unlink(missing_ok=True)
     model = next(iter(stages.values())).model
     last = results[-1] if results else {}
-    where = f"on the split '{last['split']}' ({last['images']} images)" if last else ''
+    where = f"on the split '{escape(show_option(last['split']))}' ({last['images']} images)" if last else ''
     parts = [
         f'Trained by `train.py` of timm_dynamic {__version__} (timm {timm.__version__}, torch {torch.__version__}) '
         f'with the recipe `{recipe}`. Options that differ from the defaults:',
@@ -58,7 +59,7 @@ def describe_run(
         parts += [f'Results {where}:', markdown_table(columns, [[row.get(c) for c in columns] for row in results])]
     describe(folder, Entry(
         repo_id.partition('/')[2],
-        description=f'`{show_option(model)}`, trained on {dataset}.',
+        description=f'{escape(show_option(model))}, trained on {escape(dataset)}.',
         dataset=dataset,
         recipe='\n\n'.join(parts),
         limits=f'Evaluated {where or "on no images"}. It knows only the classes of its training data.',
@@ -76,12 +77,17 @@ def _options(stages: Mapping[str, argparse.Namespace], defaults: Mapping[str, An
 
 
 def show_option(value: Any) -> str:
-    """Text of an option's value. Of paths only the last part: the folders are those of one machine."""
+    """Text of an option's value. Of paths only the last part: the folders are those of one machine.
+
+    Commands and addresses are not shown: they may have passwords and tokens in them.
+    """
     if isinstance(value, (list, tuple)):
         return ' '.join(map(show_option, value))
     if isinstance(value, Mapping):
         return ' '.join(f'{k}={show_option(v)}' for k, v in value.items())
     text = str(value)
+    if 'pipe:' in text or '://' in text:
+        return '(a command or an address)'
     prefix = 'local-dir:' if text.startswith('local-dir:') else ''
     path = Path(text.removeprefix(prefix))
     return f'{prefix}{path.name}' if prefix or path.is_absolute() or ('/' in text and path.exists()) else text
