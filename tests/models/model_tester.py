@@ -15,7 +15,7 @@ import torch
 from timm.models import get_model_args, group_parameters
 from torch.utils.flop_counter import FlopCounterMode
 
-from timm_dynamic.exits import early_exit
+from timm_dynamic.exits import ExitTable, early_exit, solve_policy, solve_thresholds
 from timm_dynamic.models.dynamic_net import select_rows
 from timm_dynamic.utils import save_pretrained
 
@@ -329,6 +329,42 @@ class DynamicModelTester(ModelTester, StepTester):
         compiled = torch.compile(model, backend='eager', fullgraph=True)
         with torch.no_grad():
             torch.testing.assert_close(compiled(self.images()), model(self.images()), rtol=0, atol=self.atol)
+
+    @pytest.mark.filterwarnings('ignore::FutureWarning', 'ignore::torch.jit.TracerWarning')
+    def test_graphs_serve_any_batch(self, model):
+        batch = torch.export.Dim('batch', min=1)
+        with torch.no_grad():
+            traced = torch.jit.trace(model, self.images(1), check_trace=False)
+            exported = torch.export.export(model, (self.images(2),), dynamic_shapes=({0: batch},)).module()
+            for number in (1, 2, 5):
+                x = self.images(number)
+                torch.testing.assert_close(traced(x), model(x), rtol=0, atol=self.atol)
+                torch.testing.assert_close(exported(x), model(x), rtol=0, atol=self.atol)
+
+    @pytest.mark.filterwarnings('ignore::FutureWarning')
+    def test_a_graph_of_early_exit_is_refused(self, model, all_steps):
+        model, (x, steps) = copy.deepcopy(model), all_steps
+        model.set_exit(self.thresholds(steps))
+        for trace in (torch.jit.trace, lambda model, x: torch.export.export(model, (x,))):
+            with pytest.raises(RuntimeError, match=r'A traced graph cannot exit early'):
+                trace(model, x)
+
+    @pytest.mark.parametrize('solve', [solve_thresholds, solve_policy])
+    def test_exits_outlive_the_meta_device(self, model, all_steps, solve):
+        """transformers creates models there."""
+        _, steps = all_steps
+        table = ExitTable(
+            torch.stack([confidence for _, confidence, _ in steps], dim=1),
+            torch.rand(len(steps[0][0]), len(steps), generator=torch.Generator().manual_seed(0)) < 0.7, model.step_macs)
+        budget = sum(model.step_macs[:2]) / 2e9
+        twin = copy.deepcopy(model)
+        twin.store_budgets([{'gmacs': budget, 'policy': solve(table, budget)}])
+        twin.set_budget(budget)
+        with torch.device('meta'):
+            again = self.create(exit_cfg=twin.exit_cfg, num_classes=model.num_classes)
+        assert again.exit_cfg == twin.exit_cfg
+        assert torch.equal(again.exit_policy(table.confidence[:, :1]), twin.exit_policy(table.confidence[:, :1]))
+        assert again.set_budget(budget) == twin.set_budget(budget)
 
     @pytest.mark.parametrize(('x', 'message'), [
         (torch.zeros(2, 1, 96, 96), r'\[batch, 3, height, width\], got \[2, 1, 96, 96\]'),

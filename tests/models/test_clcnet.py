@@ -491,8 +491,8 @@ class TestWeights:
     def test_members_that_cannot_be_had(self, tmp_path, monkeypatch):
         ConfidenceNet().save(tmp_path / 'net.safetensors')
         overlay = dict(file=tmp_path / 'net.safetensors')
-        with pytest.raises(CheckpointError, match=r'no weights of test_focusnet.untrained'):
-            timm.create_model('clcnet', models=['test_focusnet', 'test_focusnet@32'], pretrained=True,
+        with pytest.raises(CheckpointError, match=r"the member 'mnasnet_050' are not available"):
+            timm.create_model('clcnet', models=['mnasnet_050', 'mnasnet_050@32'], pretrained=True,
                               pretrained_cfg_overlay=overlay)
         monkeypatch.setenv('HF_HUB_OFFLINE', '1')
         with pytest.raises(CheckpointError, match=r"the member 'test_resnet' are not available .*'test_resnet': FILE"):

@@ -133,6 +133,17 @@ class TestWeights:
         with pytest.raises(CheckpointError, match=r'shared_layers.1.weight.*one layer in the net, but differ'):
             ConfidenceNet.from_pretrained({**authors, name: authors[name] + 1e-3})
 
+    def test_indices_and_sizes_that_are_absurd(self, authors):
+        """A file of a few bytes may not make a net of millions of layers, or of gigabytes."""
+        first = 'tabnet.encoder.feat_transformers.0.shared.shared_layers.0.weight'
+        for name in (first.replace('transformers.0', 'transformers.999999999'),
+                     first.replace('layers.0', 'layers.999999999')):
+            with pytest.raises(CheckpointError, match=r'holds no confidence net|its steps are .*999999999'):
+                ConfidenceNet.from_pretrained({**authors, name: authors[first]})
+        wide = torch.zeros(1).expand(1, 10 ** 9)  # four bytes
+        with pytest.raises(CheckpointError, match='holds no confidence net'):
+            ConfidenceNet.from_pretrained({**authors, 'tabnet.final_mapping.weight': wide})
+
     @pytest.mark.parametrize(('change', 'message'), [
         (lambda d: d.pop('tabnet.final_mapping.weight'), 'holds no confidence net'),
         (lambda d: d.pop('tabnet.encoder.res_att.key.bias'), r"1 keys are missing \(first: 'key.bias'\)"),

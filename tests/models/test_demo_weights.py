@@ -12,7 +12,7 @@ from timm_dynamic.models.builder import BUNDLED
 
 def _batches(model, num):
     dataset = create_dataset(
-        'cluttered_digits', split='test', img_size=96, digit_scale=[24, 36], clutter=0.5, num_samples=num)
+        'cluttered_digits', split='test', num_samples=num)
     mean, std = (torch.tensor(model.pretrained_cfg[k]).view(3, 1, 1) for k in ('mean', 'std'))
     samples = [dataset[i] for i in range(num)]
     images = torch.stack([(torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255 - mean) / std

@@ -96,8 +96,8 @@ def test_foreign_checkpoint_names_first_keys():
 
 
 def test_no_weights_is_an_error():
-    with pytest.raises(CheckpointError, match=r'no weights of test_focusnet.untrained'):
-        timm.create_model('test_focusnet', pretrained=True)
+    with pytest.raises(CheckpointError, match=r'no weights of gfnet.untrained'):
+        timm.create_model('gfnet', pretrained=True)
 
 
 def test_an_export_keeps_the_preprocessing(tmp_path):

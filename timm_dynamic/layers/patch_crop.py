@@ -52,7 +52,7 @@ def crop_patches(images: torch.Tensor, coords: torch.Tensor, size: int) -> torch
         Patches [B, C, P, P], in the memory format of the images.
     """
     windows = images.unfold(2, size, 1).unfold(3, size, 1)  # [B, C, H - P + 1, W - P + 1, P, P]
-    rows = torch.arange(len(images), device=images.device)
+    rows = torch.arange(images.shape[0], device=images.device)  # no len(): a trace would keep the batch size
     patches = windows[rows, :, coords[:, 0], coords[:, 1]]
     channels_last = images.is_contiguous(memory_format=torch.channels_last) and not images.is_contiguous()
     return patches.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)

@@ -36,9 +36,9 @@ class GhostBatchNorm(nn.BatchNorm1d):
         self.virtual_batch_size = virtual_batch_size
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        parts = math.ceil(len(x) / self.virtual_batch_size)
-        if not self.training or parts < 2:
+        if not self.training or x.shape[0] <= self.virtual_batch_size:
             return super().forward(x)
+        parts = math.ceil(x.shape[0] / self.virtual_batch_size)
         return torch.cat([super(GhostBatchNorm, self).forward(part) for part in x.chunk(parts)])
 
 

@@ -79,8 +79,8 @@ def choose_windows(
     rank = torch.empty_like(order, dtype=torch.int32).scatter_(1, order, ranks)
 
     index = order[:, 0]
-    chosen, found = [index], torch.ones(batch, dtype=torch.int64, device=cam.device)
-    taken = torch.zeros_like(rank, dtype=torch.bool).scatter_(1, index[:, None], True)
+    chosen, found = [index], torch.ones_like(index)
+    taken = torch.arange(total, device=cam.device) == index[:, None]
     overlap = torch.zeros_like(rank)  # the largest intersection so far; sides are equal, so it tells the union, too
     last = torch.zeros_like(index, dtype=torch.int32)
     for k in range(1, num):
@@ -100,6 +100,6 @@ def choose_windows(
         index = torch.where(follows, by_rule, rest)
         found += follows
         last = torch.where(follows, best, total)
-        taken.scatter_(1, index[:, None], True)
+        taken = taken | (torch.arange(total, device=cam.device) == index[:, None])
         chosen.append(index)
     return torch.stack(chosen, dim=1), found

@@ -23,7 +23,13 @@ import timm
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import SqueezeExcite, get_device_dtype
-from timm.models import build_model_with_cfg, clean_state_dict, generate_default_cfgs, register_model
+from timm.models import (
+    build_model_with_cfg,
+    clean_state_dict,
+    generate_default_cfgs,
+    register_model,
+)
+from timm.models._features import feature_take_indices
 from torch import nn
 
 from ..layers import check_iou_thresholds, choose_windows, class_activation_map, crop_patches, get_glance
@@ -124,12 +130,18 @@ class AnchorNet(nn.Module):
         self.stem = nn.Sequential(
             nn.Conv2d(in_chans, blocks[0][0], 3, 2, bias=False, **dd), nn.BatchNorm2d(blocks[0][0], **dd), nn.SiLU())
         self.blocks = nn.Sequential(*(ValidBlock(*block, **dd) for block in blocks))
-        self.conv_head = nn.Conv2d(blocks[-1][1], num_features, 1, **dd)
+        self.conv_head: nn.Module = nn.Conv2d(blocks[-1][1], num_features, 1, **dd)
         self.fc = nn.Linear(num_features, num_classes, **dd) if num_classes else nn.Identity()
         self.stride, self.receptive_field = 2, 3
-        for *_, stride in blocks:
+        self.feature_info: list[dict[str, Any]] = []  # of the last layer before each downsampling
+        module, num_chs = 'stem', blocks[0][0]
+        for i, (_, out_chs, _, stride) in enumerate(blocks):
+            if stride > 1:
+                self.feature_info.append(dict(num_chs=num_chs, reduction=self.stride, module=module))
             self.receptive_field += 2 * self.stride
             self.stride *= stride
+            module, num_chs = f'blocks.{i}', out_chs
+        self.feature_info.append(dict(num_chs=num_chs, reduction=self.stride, module=module))
         self.init_weights()
 
     @torch.no_grad()
@@ -146,16 +158,73 @@ class AnchorNet(nn.Module):
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
         """Feature map [B, num_features, h, w], with one position per window."""
-        if min(x.shape[-2:]) < self.receptive_field:
-            raise ValueError(
-                f'Images of {x.shape[-2]}x{x.shape[-1]} pixels hold no window of {self.receptive_field} pixels, which '
-                'AnchorNet needs.')
+        self._check_images(x)
         x = self.stem(x)
         if self.grad_checkpointing and not torch.jit.is_scripting():
             x = timm.models.checkpoint_seq(self.blocks, x)
         else:
             x = self.blocks(x)
         return self.conv_head(x)
+
+    def _check_images(self, x: torch.Tensor) -> None:
+        if min(x.shape[-2:]) < self.receptive_field:
+            raise ValueError(
+                f'Images of {x.shape[-2]}x{x.shape[-1]} pixels hold no window of {self.receptive_field} pixels, which '
+                'AnchorNet needs.')
+
+    def _take_indices(self, indices: int | list[int] | None) -> tuple[list[int], list[int]]:
+        """Indices into `feature_info`, and the positions of these layers among the stem and the blocks."""
+        taken, _ = feature_take_indices(len(self.feature_info), indices)
+        names = ['stem', *(f'blocks.{i}' for i in range(len(self.blocks)))]
+        return taken, [names.index(self.feature_info[i]['module']) for i in taken]
+
+    def forward_intermediates(
+            self,
+            x: torch.Tensor,
+            indices: int | list[int] | None = None,
+            norm: bool = False,
+            stop_early: bool = False,
+            output_fmt: str = 'NCHW',
+            intermediates_only: bool = False,
+    ) -> list[torch.Tensor] | tuple[torch.Tensor, list[torch.Tensor]]:
+        """Feature maps of the layers in `feature_info`, as in timm.
+
+        Args:
+            x: Images [B, C, H, W].
+            indices: Which of them: the last N, or a list of indices; None for all.
+            norm: Has no effect, as in timm's other networks without a last norm.
+            stop_early: Stop after the last of these layers.
+            output_fmt: 'NCHW'.
+            intermediates_only: Return only these feature maps.
+
+        Returns:
+            What `forward_features` returns, and a list of feature maps [B, num_chs, h, w].
+        """
+        assert output_fmt == 'NCHW', 'Output shape must be NCHW.'
+        _, positions = self._take_indices(indices)
+        self._check_images(x)
+        intermediates = []
+        for i, layer in enumerate((self.stem, *self.blocks)):
+            if intermediates_only and stop_early and i > max(positions):
+                break
+            x = timm.models.checkpoint(layer, x) if self.grad_checkpointing else layer(x)
+            if i in positions:
+                intermediates.append(x)
+        return intermediates if intermediates_only else (self.conv_head(x), intermediates)
+
+    def prune_intermediate_layers(
+            self,
+            indices: int | list[int] = 1,
+            prune_norm: bool = False,
+            prune_head: bool = True,
+    ) -> list[int]:
+        """Remove the layers that `forward_intermediates` does not need for these indices, as in timm."""
+        taken, positions = self._take_indices(indices)
+        self.blocks = self.blocks[:max(positions)]
+        if prune_head:
+            self.conv_head = nn.Identity()
+            self.reset_classifier(0, '')
+        return taken
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
         """Logits [B, num_classes] from the feature map, or its mean [B, num_features]."""
@@ -405,7 +474,7 @@ class AnchorNetPatch(DynamicNet):
         located = self.locate(state['image'])
         coords = located['windows'].transpose(0, 1)
         views = crop_patches(x.repeat(self.num_steps - 1, 1, 1, 1), coords.flatten(0, 1), self.patch_size)
-        patches = self.patch(views).unflatten(0, (self.num_steps - 1, len(x)))
+        patches = self.patch(views).unflatten(0, (self.num_steps - 1, -1))
         return {
             'logits': torch.cat([first[None], patches]).cumsum(dim=0), 'patch_logits': patches,
             'localizer_logits': located['localizer_logits'], 'cam': located['cam'], 'coords': coords,
@@ -606,7 +675,9 @@ def _create_anchornet_patch(variant: str, pretrained: bool = False, **kwargs: An
 @register_model
 def anchornet(pretrained: bool = False, **kwargs: Any) -> AnchorNet:
     """AnchorNet, the localizer, which is a classifier by itself."""
-    return build_dynamic_model(partial(build_model_with_cfg, AnchorNet, 'anchornet'), 'anchornet', pretrained, **kwargs)
+    create_fn = partial(
+        build_model_with_cfg, AnchorNet, 'anchornet', feature_cfg=dict(out_indices=(0, 1, 2), feature_cls='getter'))
+    return build_dynamic_model(create_fn, 'anchornet', pretrained, **kwargs)
 
 
 @register_model

@@ -38,7 +38,7 @@ from .builder import BUNDLED, build_dynamic_model, checkpoint_filter_of, hub_id
 from .cascade_members import Member, number_networks, record_members, resolve_members
 from .confidence_net import ConfidenceNet, confidence_net_filter_fn, read_confidence_net
 from .dynamic_net import DynamicNet, State, on_meta
-from .networks import join_group_matchers, join_layer_names, join_no_weight_decay
+from .networks import check_pool, join_group_matchers, join_layer_names, join_no_weight_decay
 
 __all__ = ['CLCNet']
 
@@ -84,7 +84,7 @@ class CLCNet(DynamicNet):
             by the same factor.
         drop_rate: Dropout of the members.
         drop_path_rate: Stochastic depth of the members.
-        global_pool: Must be 'avg': the members do the pooling.
+        global_pool: 'avg' leaves pooling to the members; '' with `num_classes=0` returns a map of one position.
         exit_cfg: See `DynamicNet`.
         device: Device of the parameters.
         dtype: Dtype of the parameters.
@@ -114,11 +114,11 @@ class CLCNet(DynamicNet):
         members = resolve_members(models, member_args, views)
         _check_choice('confidence', confidence, CONFIDENCES)
         _check_choice('final_rule', final_rule, FINAL_RULES)
-        _check_pool(global_pool)
         largest = max(m.view['size'] for m in members)
         super().__init__(len(members), num_classes, in_chans, img_size or largest, exit_cfg)
         self.confidence_kind = confidence
         self.final_rule = final_rule
+        self.global_pool = check_pool(global_pool, num_classes)
         self.specs = members
 
         kwargs: dict[str, Any] = {k: v for k, v in dict(
@@ -222,8 +222,9 @@ class CLCNet(DynamicNet):
         if 'image' not in state:
             return state[f'view_{t}']
         x = state['image']
-        size = tuple(max(1, round(side * self.view_sizes[t] / self.img_size)) for side in x.shape[2:])
-        if size != x.shape[2:]:
+        sides = tuple(int(side) for side in x.shape[2:])  # int: constant in a trace
+        size = tuple(max(1, round(side * self.view_sizes[t] / self.img_size)) for side in sides)
+        if size != sides:
             mode = 'bilinear' if self.specs[t].view['interpolation'] == 'bilinear' else 'bicubic'
             low = x.dtype in (torch.float16, torch.bfloat16)  # not implemented on the CPU
             x = F.interpolate(x.float() if low else x, size, mode=mode, antialias=True).to(x.dtype)
@@ -253,7 +254,7 @@ class CLCNet(DynamicNet):
     ) -> tuple[torch.Tensor, State]:
         """Logits of the answer after member t, and the entries of the state that belong to it."""
         if not self.num_classes:
-            return logits, {'confidence': logits.new_zeros(len(logits), dtype=torch.float32)}
+            return logits, {'confidence': logits.new_zeros(logits.shape[0], dtype=torch.float32)}
         out: State = {}
         probabilities = logits.float().softmax(dim=1)
         if kind == 'agreement':
@@ -376,7 +377,7 @@ class CLCNet(DynamicNet):
     def forward_train(self, x: Any) -> torch.Tensor:
         """Logits [B, num_classes] that depend on every parameter: mean of the members, weighted by confidence."""
         if not self.num_classes:
-            return self.forward_features(x)
+            return self.forward_head(self.forward_features(x))
         state = self.init_state(x)
         member_logits = torch.stack([self._net(t)(self._view(t, state)) for t in range(self.num_steps)])
         weights = self.replay(member_logits, final_rule='last').confidence.softmax(dim=0)
@@ -385,17 +386,21 @@ class CLCNet(DynamicNet):
     def forward(self, x: Any, all_steps: bool = False, **kwargs: Any) -> Any:
         """See `DynamicNet.forward`; for x see `init_state`. Without classes, the features of all members."""
         if not self.num_classes and not all_steps:
-            return self.forward_features(x)
+            return self.forward_head(self.forward_features(x))
         return super().forward(x, all_steps, **kwargs)
 
     def forward_features(self, x: Any) -> torch.Tensor:
-        """Features of all members, concatenated [B, num_features]. `forward_head` takes them."""
+        """Pooled features of all members, concatenated, as a map of one position [B, num_features, 1, 1]."""
         state = self.init_state(x)
         nets = [(self._net(t), self._view(t, state)) for t in range(self.num_steps)]
-        return torch.cat([net.forward_head(net.forward_features(view), pre_logits=True) for net, view in nets], dim=1)
+        features = [net.forward_head(net.forward_features(view), pre_logits=True) for net, view in nets]
+        return torch.cat(features, dim=1)[..., None, None]
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
         """Logits of the answer [B, num_classes] from the features of all members."""
+        if not self.global_pool:
+            return x
+        x = x.flatten(1)
         if pre_logits or not self.num_classes:
             return x
         parts = x.split(self._widths(), dim=1)
@@ -418,7 +423,7 @@ class CLCNet(DynamicNet):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the classifiers of the members. Exits for other classes are dropped."""
         if global_pool is not None:
-            _check_pool(global_pool)
+            self.global_pool = check_pool(global_pool, num_classes)
         self.num_classes = num_classes
         for net in self.members:
             net.reset_classifier(num_classes)
@@ -437,11 +442,6 @@ class CLCNet(DynamicNet):
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Groups of the members, side by side. The confidence net comes last."""
         return join_group_matchers(self._networks(), coarse)
-
-
-def _check_pool(global_pool: str) -> None:
-    if global_pool != 'avg':
-        raise ValueError(f"The members do the pooling: global_pool must be 'avg', got {global_pool!r}.")
 
 
 def read_checkpoint_fn(path: str | Path, use_ema: bool = True) -> dict[str, torch.Tensor]:
@@ -555,7 +555,7 @@ def _cfg(name: str = '', members: Sequence[tuple[str, str]] = (), **kwargs: Any)
     """Config of a cascade. `members` has the names of the first convolution and the classifier of each."""
     return {
         'hf_hub_id': hub_id(name) if name else None,
-        'num_classes': 1000, 'input_size': (3, 224, 224), 'pool_size': None,
+        'num_classes': 1000, 'input_size': (3, 224, 224), 'pool_size': (1, 1),
         'crop_pct': 0.875, 'interpolation': 'bicubic',
         'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD,
         'first_conv': tuple(f'members.{i}.{conv}' for i, (conv, _) in enumerate(members)),
@@ -615,7 +615,8 @@ def _create_clcnet(variant: str, pretrained: bool = False, **kwargs: Any) -> CLC
 @register_model
 def clcnet(pretrained: bool = False, **kwargs: Any) -> CLCNet:
     """Cascade of the timm models `models`, MobileNetV3-Small and ResNet-50 by default."""
-    if 'num_classes' not in kwargs and kwargs.get('models'):
+    exported = kwargs.get('pretrained_model_args')  # then num_classes comes from config.json
+    if 'num_classes' not in kwargs and kwargs.get('models') and not exported:
         members = resolve_members(kwargs['models'], kwargs.get('member_args'), kwargs.get('views'))
         classes = {m.label: m.num_classes for m in members}
         if len(set(classes.values())) > 1:

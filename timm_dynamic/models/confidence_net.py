@@ -174,11 +174,10 @@ class ConfidenceNet(nn.Module):
             state_dict = {k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)}
         try:
             args: dict[str, Any] = _args_of(state_dict)
-            net = cls(**args)
+            target = cls(**args, device='meta').state_dict()  # no memory is taken for what does not fit
         except (KeyError, IndexError, ValueError) as e:
             first = next(iter(state_dict), 'nothing')
             raise CheckpointError(f"{label} holds no confidence net (its first key: '{first}').") from e
-        target = net.state_dict()
         missing = [k for k in target if k not in state_dict]
         unexpected = [k for k in state_dict if k not in target]
         shapes = [f"'{k}' {tuple(v.shape)} instead of {tuple(target[k].shape)}"
@@ -186,6 +185,7 @@ class ConfidenceNet(nn.Module):
         if missing or unexpected or shapes:
             raise CheckpointError(
                 f'{label} does not fit a confidence net: {describe_mismatch(missing, unexpected, shapes)}.')
+        net = cls(**args)
         net.load_state_dict(dict(state_dict))
         return net.eval()
 
@@ -241,6 +241,10 @@ def confidence_net_filter_fn(state_dict: Mapping[str, torch.Tensor]) -> dict[str
         return state_dict
     out: dict[str, torch.Tensor] = {}
     names: dict[str, str] = {}
+    steps = {int(match[1]) for key in state_dict for match in [re.match(r'encoder\.feat_transformers\.(\d+)\.', key)]
+             if match}
+    if steps != set(range(len(steps))):
+        raise CheckpointError(f"it does not fit the authors' confidence net: its steps are {sorted(steps)[-8:]}")
     num_shared = 1 + max((int(i) for key in state_dict for match in [re.match(_ALIASES, key)] if match
                           for i in match.groups() if i), default=-1)
     unexpected = []
@@ -274,8 +278,14 @@ def confidence_net_filter_fn(state_dict: Mapping[str, torch.Tensor]) -> dict[str
 def _args_of(state_dict: Mapping[str, torch.Tensor]) -> dict[str, int]:
     """Constructor arguments, from the shapes of weights with our keys."""
     def count(pattern: str) -> int:
-        return 1 + max(int(match[1]) for key in state_dict for match in [re.match(pattern, key)] if match)
+        found = {int(match[1]) for key in state_dict for match in [re.match(pattern, key)] if match}
+        if found != set(range(len(found))):  # a net is built by it: a file may not ask for a million layers
+            raise ValueError(f'Layers are numbered {sorted(found)[:8]}.')
+        return len(found)
 
+    for key, value in state_dict.items():
+        if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+            raise ValueError(f"'{key}' is one value that is repeated {value.numel()} times.")
     layers = [k for k in state_dict if re.match(r'steps\.0\.layers\.\d+\.weight', k)]
     width = state_dict['shared.0.weight'].shape[0] // 2
     decision_dim = state_dict['head.weight'].shape[1]

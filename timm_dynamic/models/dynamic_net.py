@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..layers.fuse import fuse_conv_bn
 from .exit_cfg import (
     StopRule,
+    ask_stop_rule,
     budgets_to_json,
     check_mapping,
     choose_budget,
@@ -242,14 +243,22 @@ class DynamicNet(nn.Module):
         Args:
             x: See `init_state`.
             stop_rule: See the attribute `exit_policy`.
+
+        Raises:
+            RuntimeError: It is traced or exported. The graph would hold the path of the example images, for all images.
+            ValueError: The stop rule returns something else than bool [n].
         """
+        if torch.jit.is_tracing() or torch.compiler.is_exporting():
+            raise RuntimeError(
+                'A traced graph cannot exit early: it would repeat the path of the example images. Call '
+                'model.clear_exit() before, for all steps; or export model.step for each step.')
         state = self.init_state(x)
         logits, state = self.step(0, state)
         confidence = self.confidence(logits, state)
         steps_used = torch.ones(len(logits), dtype=torch.int64, device=logits.device)
         rows, history = torch.arange(len(logits), device=logits.device), confidence[:, None]
         for t in range(1, self.num_steps):
-            going = (~stop_rule(history)).nonzero().squeeze(1)  # waits for a GPU, once per step
+            going = (~ask_stop_rule(stop_rule, history)).nonzero().squeeze(1)  # waits for a GPU, once per step
             if not len(going):
                 break
             if len(going) < len(rows):
@@ -352,8 +361,8 @@ class DynamicNet(nn.Module):
         with an `interpolate` method (`ValuePolicy`) are interpolated linearly in cost; otherwise the cheaper policy is
         used. An interpolated policy costs no more than the more expensive of its neighbours if all its thresholds lie
         between theirs and rise with the budget. The budget itself is not guaranteed: on AnchorNet's published table of
-        ImageNet, solved on one half, interpolated policies cost from 7 % less to 1.4 % more than asked for. To meet a
-        budget exactly, solve for it and store the policy.
+        ImageNet, with 4 to 10 budgets solved on one half, interpolated policies cost from 9.6 % less to 1.5 % more on
+        the other half than asked for. To meet a budget exactly, solve for it and store the policy.
 
         Args:
             gmacs: Budget in 10⁹ multiply-adds per image.

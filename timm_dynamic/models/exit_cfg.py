@@ -63,6 +63,26 @@ def make_stop_rule(policy: Any, num_steps: int) -> StopRule:
     return Thresholds(tuple(check_thresholds(policy, num_steps).tolist()))
 
 
+def ask_stop_rule(stop_rule: StopRule, history: torch.Tensor) -> torch.Tensor:
+    """Call a stop rule, and check what it returns.
+
+    Args:
+        stop_rule: The rule.
+        history: Confidences of the steps so far [n, t].
+
+    Returns:
+        Which images stop, bool [n].
+
+    Raises:
+        ValueError: The rule returns something else.
+    """
+    stop = stop_rule(history)
+    if not isinstance(stop, torch.Tensor) or stop.dtype != torch.bool or stop.shape != history.shape[:1]:
+        found = f'{str(stop.dtype)[6:]} {list(stop.shape)}' if isinstance(stop, torch.Tensor) else type(stop).__name__
+        raise ValueError(f'A stop rule must return bool [{len(history)}], one per image; this one returned {found}.')
+    return stop
+
+
 def check_thresholds(thresholds: Any, num_steps: int) -> torch.Tensor:
     """Thresholds as a float32 tensor [T] on the CPU.
 
@@ -70,7 +90,7 @@ def check_thresholds(thresholds: Any, num_steps: int) -> torch.Tensor:
         ValueError: There are not `num_steps` of them, or one that is used is not a number.
     """
     try:
-        values = torch.as_tensor(_restore_nonfinite(thresholds), dtype=torch.float32).detach().cpu()
+        values = as_cpu_tensor(_restore_nonfinite(thresholds), torch.float32)
     except (TypeError, ValueError, RuntimeError, OverflowError) as e:
         raise ValueError(
             f'Expected {num_steps} thresholds or an ExitPolicy, got {type(thresholds).__name__}: {e}') from e
@@ -90,6 +110,11 @@ def check_policy_steps(policy: Any, num_steps: int) -> None:
     steps = getattr(policy, 'num_steps', num_steps)
     if steps != num_steps:
         raise ValueError(f'Expected a policy for {num_steps} steps, got one for {steps}.')
+
+
+def as_cpu_tensor(value: Any, dtype: torch.dtype) -> torch.Tensor:
+    """Value as a tensor on the CPU, whatever the default device is: models may be created on the meta device."""
+    return torch.as_tensor(value.detach() if isinstance(value, torch.Tensor) else value, dtype=dtype, device='cpu')
 
 
 # JSON
@@ -117,7 +142,7 @@ def _restore_nonfinite(value: Any) -> Any:
 def policy_to_json(policy: Any) -> Any:
     """Turn thresholds or an exit policy into plain JSON; None if the class of the policy is not registered."""
     if not callable(policy):
-        return plain_json(torch.as_tensor(_restore_nonfinite(policy), dtype=torch.float32).detach())
+        return plain_json(as_cpu_tensor(_restore_nonfinite(policy), torch.float32))
     if isinstance(policy, Thresholds):
         return plain_json(policy.values)
     name = type(policy).__name__
@@ -141,9 +166,13 @@ def policy_from_json(policy: Any) -> Any:
 
 
 def check_mapping(exit_cfg: Any) -> Any:
-    """Raise a ValueError unless an `exit_cfg` is a dict."""
+    """Raise a ValueError unless an `exit_cfg` is a dict of plain JSON."""
     if not isinstance(exit_cfg, Mapping):
         raise ValueError(f'exit_cfg must be a dict, see DynamicNet; got {exit_cfg!r:.100}.')
+    try:
+        json.dumps(exit_cfg)
+    except (TypeError, ValueError, RecursionError) as e:  # the last one of a file with thousands of levels
+        raise ValueError(f'exit_cfg must be plain JSON: {type(e).__name__}: {e}') from e
     return exit_cfg
 
 
@@ -165,11 +194,14 @@ def read_exit_cfg(exit_cfg: Mapping[str, Any], num_steps: int, num_classes: int)
         classes = exit_cfg.get('num_classes', num_classes)
         if classes != num_classes:
             raise ValueError(f'they are for {classes} classes, the model has {num_classes}')
+        costs = []
         for budget in exit_cfg.get('budgets', ()):
-            check_gmacs(budget['gmacs'])
+            costs.append(check_gmacs(budget['gmacs']))
             make_stop_rule(policy_from_json(budget['policy']), num_steps)
+        if costs != sorted(costs):
+            raise ValueError('their costs do not rise')
         return make_stop_rule(policy_from_json(exit_cfg['exit']), num_steps) if 'exit' in exit_cfg else None
-    except (TypeError, LookupError, AttributeError, OverflowError) as e:  # a file may hold anything
+    except (TypeError, LookupError, AttributeError, OverflowError, RecursionError) as e:  # a file may hold anything
         raise ValueError(f'they are damaged ({type(e).__name__}: {e})') from e
 
 
@@ -257,7 +289,8 @@ def _interpolate(low: Mapping[str, Any], high: Mapping[str, Any], gmacs: float) 
         # A threshold beyond all confidences means all or none, so its value must not enter the mean.
         (a, b), (c, d) = (budget.get('confidence_range', (0, 1)) for budget in (low, high))
         bounds = min(a, c), max(b, d)
-        policy = torch.lerp(torch.tensor(first).clamp(*bounds), torch.tensor(last).clamp(*bounds), share)
+        start, end = (as_cpu_tensor(v, torch.float32).clamp(*bounds) for v in (first, last))
+        policy = torch.lerp(start, end, share)
     elif type(first) is type(last) and hasattr(first, 'interpolate'):
         policy = first.interpolate(last, share)
     else:

@@ -70,8 +70,9 @@ default_cfgs = generate_default_cfgs({
     'focusnet_resnet34.paper_in1k': _cfg('focusnet_resnet34.paper_in1k'),
     'focusnet_mobilenetv2_100.paper_in1k': _cfg(
         'focusnet_mobilenetv2_100.paper_in1k', first_conv='conv_stem', classifier='classifier'),
-    'test_focusnet.untrained': _cfg(
-        num_classes=10, input_size=(3, 64, 64), pool_size=(2, 2), crop_pct=1.0, first_conv='conv1.0', origin_url=None),
+    'test_focusnet.digits': _cfg(
+        'test_focusnet.digits', num_classes=10, input_size=(3, 96, 96), pool_size=(3, 3), crop_pct=1.0,
+        first_conv='conv1.0', origin_url=None),
 })
 
 

@@ -237,7 +237,7 @@ class GFNet(DynamicNet):
             [B, num_classes], the logits of the recurrent classifier at step 1. Actions, coordinates and maps are
             constants; the rest has gradients.
         """
-        expected = (self.num_steps - 1, len(x), 2)
+        expected = (self.num_steps - 1, x.shape[0], 2)
         for name, value in (('actions', actions), ('noise', noise)):
             if value is not None and value.shape != expected:
                 raise ValueError(f'Expected {name} {list(expected)}, got {list(value.shape)}.')
@@ -517,7 +517,7 @@ default_cfgs = generate_default_cfgs({
         input_size=(3, 300, 300), pool_size=(4, 4), crop_pct=0.904),
     'gfnet_efficientnet_b3_144.paper_in1k': _cfg(
         'gfnet_efficientnet_b3_144.paper_in1k', **_efficientnet,
-        input_size=(3, 300, 300), pool_size=(5, 5), crop_pct=0.904),
+        input_size=(3, 300, 300), min_input_size=(3, 144, 144), pool_size=(5, 5), crop_pct=0.904),
     'gfnet.untrained': _cfg(heads='rnn', origin_url=None),
     'test_gfnet.digits': _cfg(
         'test_gfnet.digits', first_conv='conv1.0', heads='rnn', num_classes=10, input_size=(3, 96, 96),
