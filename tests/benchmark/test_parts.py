@@ -1,5 +1,7 @@
 """The benchmarks of single parts, in benchmarks/."""
+import itertools
 import json
+import math
 import runpy
 import sys
 
@@ -11,6 +13,7 @@ from benchmarks import crop, train_step, windows
 from benchmarks.__main__ import parser
 from benchmarks.crop import benchmark_crop
 from benchmarks.exits import benchmark_exits, compare_with_given
+from benchmarks.families import FAMILIES, benchmark_families, best_thresholds
 from benchmarks.loader import benchmark_loader
 from benchmarks.train_step import benchmark_train_step
 from benchmarks.windows import benchmark_windows
@@ -168,6 +171,39 @@ def test_comparison_by_hand():
     for gain, half in zip(result['gains'], worse.split(0.5, 0)[::-1]):
         s = (half.confidence[:, 0] == 0).double().mean().item()
         assert gain.item() == pytest.approx(100 * s * (1 - s))
+
+
+# families
+
+def test_families(table, table_file):
+    names = ['logits x1', 'constant']
+    rows = run('families', table_file, '--num-budgets', 3, '--families', *names)
+    assert rows == benchmark_families(*table.split(), names, num_budgets=3)
+    assert [row['family'] for row in rows] == names
+    for row in rows:
+        for method in ('thresholds', 'policy'):
+            assert row[f'{method}_loss'] <= row[f'{method}_worst'] < 3  # 6 of 200 samples
+    assert rows[1]['thresholds_loss'] == 0
+    assert rows[1]['geometric_worst'] > 5  # cannot divide equal confidences, and stops all of them
+    with pytest.raises(ValueError, match='at least one budget and one cut, got 0 and 20'):
+        benchmark_families(table, table, num_budgets=0)
+
+
+def test_families_keep_the_order_of_confidences():
+    confidence = torch.linspace(0, 1, 100, dtype=torch.float64)[:, None].expand(-1, 3)
+    for convert in FAMILIES.values():
+        assert (convert(confidence).diff(dim=0) >= 0).all()
+
+
+@pytest.mark.parametrize('steps', [2, 3])
+def test_best_thresholds_are_the_best(table, steps):
+    table = table.subset(torch.arange(40)).first_steps(steps)
+    points, budgets = best_thresholds(table, num_budgets=4, num_cuts=60)  # every sample is a cut
+    cuts = [[-math.inf, *column.tolist(), math.inf] for column in table.confidence.T[:-1]]
+    every = [table.evaluate([*thresholds, 0.]) for thresholds in itertools.product(*cuts)]
+    for point, budget in zip(points, budgets):
+        assert point.top1 == max(p.top1 for p in every if p.gmacs <= budget * (1 + 1e-9))
+        assert point.gmacs <= budget * (1 + 1e-9)
 
 
 # train-step

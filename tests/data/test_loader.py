@@ -1,5 +1,16 @@
+import multiprocessing
+import os
+import re
+import shutil
+import signal
+import struct
+import time
+import zlib
+from pathlib import Path
+
 import pytest
 import torch
+from forked import Forked
 from PIL import Image
 from timm.data import FastCollateMixup
 from torch.utils.data import IterableDataset
@@ -80,7 +91,6 @@ def test_mixup_ends_when_told_in_workers_too(image_folder):
 
 
 def test_unreadable_images_are_skipped_and_counted(tmp_path, image_folder):
-    import shutil
     shutil.copytree(image_folder, tmp_path / 'data')
     for name in ('class0/003.png', 'class2/010.png'):
         file = tmp_path / 'data' / 'train' / name
@@ -89,6 +99,70 @@ def test_unreadable_images_are_skipped_and_counted(tmp_path, image_folder):
     batches = _epoch(loader, 0)
     assert sum(len(x) for x, _ in batches) == 72
     assert loader.skipped == 2
+
+
+def _png(width, height, ihdr=13):
+    """The beginning of a PNG file, with a header of so many bytes."""
+    data = b'IHDR' + struct.pack('>IIBBBBB', width, height, 8, 2, 0, 0, 0)[:ihdr]
+    return (b'\x89PNG\r\n\x1a\n' + struct.pack('>I', ihdr) + data + struct.pack('>I', zlib.crc32(data)) +
+            b'\0\0\0\1IDAT')
+
+
+@pytest.mark.parametrize(('content', 'error'), [
+    (_png(20000, 20000), 'DecompressionBombError'),  # a small file that wants 1.2 GB
+    (_png(5, 5, ihdr=4), ''),
+    (_png(5, 5), ''),
+    (b'', 'cannot identify image file'),
+    (b'GIF89a' + 40 * b'\xff', ''),
+])
+def test_whatever_a_decoder_raises_is_the_images_name_in_a_warning(tmp_path, image_folder, content, error, caplog):
+    shutil.copytree(image_folder, tmp_path / 'data')
+    (tmp_path / 'data' / 'val' / 'class1' / '005.png').write_bytes(content)
+    dataset = create_dataset('', root=str(tmp_path / 'data'), split='val')
+    images = [dataset[i] for i in range(len(dataset))]
+    assert [target for _, target in images] == 11 * [0] + 11 * [1] + 11 * [2]
+    assert caplog.text.count('Skipped sample (index 16). ') == 1
+    assert f"class1{os.sep}005.png' cannot be read" in caplog.text
+    assert error in caplog.text
+
+
+def test_ten_in_a_row_are_an_error(tmp_path, image_folder):
+    shutil.copytree(image_folder, tmp_path / 'data')
+    for file in (tmp_path / 'data' / 'val' / 'class1').iterdir():
+        file.write_bytes(_png(20000, 20000))
+    dataset = create_dataset('', root=str(tmp_path / 'data'), split='val')
+    with pytest.raises(RuntimeError, match=r"10 images in a row cannot be .* 'class1.*png': Decompression"):
+        dataset[11]
+
+
+def _load(args):
+    loader = _loader(args[0], workers=2)
+    iterator = iter(loader)
+    next(iterator)
+    print('workers', *(child.pid for child in multiprocessing.active_children()), flush=True)
+    time.sleep(600)
+
+
+def test_workers_end_with_a_killed_process(tmp_path, image_folder):
+    forked = Forked(_load, image_folder, folder=tmp_path)
+    while not (found := re.search(r'workers (\d+) (\d+)\n', forked.output)):
+        assert forked.processes[0].is_alive(), forked.output
+        time.sleep(0.05)
+    os.kill(forked.processes[0].pid, signal.SIGKILL)
+    assert forked.wait() == [-signal.SIGKILL]
+    for pid in map(int, found.groups()):
+        for _ in range(200):
+            if not _runs(pid):
+                break
+            time.sleep(0.1)
+        assert not _runs(pid)
+
+
+def _runs(pid):
+    try:
+        return Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()[0] != 'Z'
+    except FileNotFoundError:
+        return False
 
 
 def test_iterable_datasets_begin_an_epoch_anew():

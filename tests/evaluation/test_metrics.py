@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import timm_dynamic  # noqa: F401
 from timm_dynamic.evaluation.metrics import evaluate
 from timm_dynamic.exits import collect_exit_table, solve_policy
+from timm_dynamic.exits.confidence_scale import ConfidenceScale
 
 
 @pytest.fixture(scope='module')
@@ -63,7 +64,7 @@ class TestEvaluate:
         policy = [table.confidence[:, t].median().item() for t in range(3)]
         if kind == 'policy':
             policy = solve_policy(make_table(step_macs=model.step_macs), model.step_macs[1] / 1e9)
-            policy.scale = (table.confidence.min().item(), table.confidence.max().item())
+            policy.scale = ConfidenceScale([v.item() for v in table.confidence.aminmax()], [0., 1.])
         model.set_exit(policy)
         seen = []
         metrics, again = evaluate(

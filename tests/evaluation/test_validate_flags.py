@@ -433,13 +433,13 @@ def curve(lab, flag):
 
 DYNAMIC = ['--model', 'local-dir:{dynamic}']
 CASCADE = ['--model', 'local-dir:{cascade}']
-DEMO = ['--dataset', 'cluttered_digits', '--num-classes', '10']
+DEMO = ['--dataset', 'cluttered_digits', '--num-classes', '10', '--demo-img-size', '48']
 REMOTE = ['--dataset', 'wds/somewhere']
 NAFLEX = refused('python -m timm_dynamic', 'validate.py --naflex-loader')
 
 VALIDATE = {
-    'data': opened(num_images, '{data}', gives=9, base=['--num-classes', '10'], drop=['--data-dir']),
-    '--data-dir': opened(num_images, '{data}', gives=9, base=['--num-classes', '10'], drop=['--data-dir']),
+    'data': opened(num_images, '{data}', gives=9, base=DEMO[2:], drop=['--data-dir']),
+    '--data-dir': opened(num_images, '{data}', gives=9, base=DEMO[2:], drop=['--data-dir']),
     '--dataset': opened(lambda seen: type(seen.loader.dataset).__name__, 'torch/image_folder', gives='ImageFolder'),
     '--split': opened(num_images, 'extra', gives=6),
     '--num-samples': opened(num_images, '20', gives=20, base=DEMO),

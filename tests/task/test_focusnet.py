@@ -103,8 +103,8 @@ def test_no_such_baseline():
 
 
 def test_never_a_random_baseline():
-    with pytest.raises(CheckpointError, match='no weights of test_focusnet'):
-        create_baseline('test_focusnet', _model(num_classes=10))
+    with pytest.raises(CheckpointError, match='no weights of gfnet'):
+        create_baseline('gfnet', _model(num_classes=1000))
 
 
 def test_fixed_size_baseline_names_the_sizes():

@@ -167,11 +167,12 @@ def test_weights_of_the_whole_net_need_no_static_net():
 
 def test_frozen_glance_needs_weights(tmp_path, caplog):
     """One that learns may start from random weights, with a warning."""
-    warmup, *_ = create_recipe(options().base, model=small()).stages  # 'test_focusnet' has no pretrained weights
+    unknown = small(backbone='mnasnet_050', backbone_args={})  # has no pretrained weights
+    warmup, *_ = create_recipe(options().base, model=unknown).stages
     with pytest.raises(CheckpointError, match=r'The global encoder is frozen .* no pretrained weights.*--init-global'):
-        warmup.prepare(small(), options('--freeze-global').base, StageContext())
+        warmup.prepare(unknown, options('--freeze-global').base, StageContext())
     caplog.clear()
-    warmup.prepare(small(), options().base, StageContext())
+    warmup.prepare(unknown, options().base, StageContext())
     assert 'The global encoder starts from random weights' in caplog.text
     save_pretrained(timm.create_model('test_focusnet', num_classes=5), tmp_path)
     args = options('--freeze-global', '--init-global', tmp_path).base
@@ -209,9 +210,10 @@ def test_what_warm_up_starts_from(tmp_path, kwargs, caplog):
     first = model.classifier.heads['1'].weight if kwargs else heads['global_aux']['weight']
     assert torch.equal(first, backbone.fc.weight)
 
-    with caplog.at_level(logging.WARNING):  # there are no published weights
+    unknown = small(backbone='mnasnet_050', backbone_args={}, **kwargs)  # has no pretrained weights
+    with caplog.at_level(logging.WARNING):
         opts = options()
-        assert recipe.stages[0].prepare(model, opts.for_stage(recipe.stages[0]), StageContext()) == {}
+        assert recipe.stages[0].prepare(unknown, opts.for_stage(recipe.stages[0]), StageContext()) == {}
     assert 'The local encoder starts from random weights' in caplog.text
     assert '--init-global' in caplog.text
 

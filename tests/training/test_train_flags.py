@@ -466,8 +466,9 @@ def aug_repeats(lab, flag):
     trainer = lab.built()
 
     def indices(*options):
-        args = lab.parser.parse_args(lab.argv('--dataset', 'cluttered_digits', '--train-num-samples', '512', *options))
-        loader, _ = build.build_train_loader(args, trainer.data_config, 10, torch.device('cpu'), 0, 2)
+        args = lab.parser.parse_args(lab.argv(*DEMO, '--train-num-samples', '512', *options))
+        config = build.resolve_data(args, trainer.model)
+        loader, _ = build.build_train_loader(args, config, 10, torch.device('cpu'), 0, 2)
         return [i for key in loader.batch_sampler for i in key.indices]
 
     assert len(indices()) == len(set(indices())) == 256
@@ -587,7 +588,7 @@ ANCHORNET = [
     '--model', 'test_anchornet_patch', '--img-size', '80', '--model-kwargs', 'patch_size=32', 'backbone=test_resnet',
     'backbone_args=None']
 WHOLE = ['--init-from', '{gfnet}']
-DEMO = ['--dataset', 'cluttered_digits', '--num-classes', '10']
+DEMO = ['--dataset', 'cluttered_digits', '--num-classes', '10', '--demo-img-size', '48']
 REMOTE = ['--dataset', 'wds/somewhere']
 EFFICIENTNET = ['--model', 'test_efficientnet']
 TWO = ['--epochs', '2']
@@ -609,8 +610,8 @@ NAFLEX = refused('python -m timm_dynamic', 'train.py --naflex-loader')
 
 TRAIN = {
     '-c --config': config,
-    'data': built(num_images, '{data}', gives=12, base=['--num-classes', '10'], drop=['--data-dir']),
-    '--data-dir': built(num_images, '{data}', gives=12, base=['--num-classes', '10'], drop=['--data-dir']),
+    'data': built(num_images, '{data}', gives=12, base=DEMO[2:], drop=['--data-dir']),
+    '--data-dir': built(num_images, '{data}', gives=12, base=DEMO[2:], drop=['--data-dir']),
     '--dataset': built(lambda t: type(t.loader.dataset.dataset).__name__, 'torch/image_folder', gives='ImageFolder'),
     '--train-split': built(num_images, 'extra', gives=6),
     '--val-split': built(num_eval_images, 'extra', gives=6),

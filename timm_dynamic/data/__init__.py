@@ -1,11 +1,12 @@
 from .cluttered_digits import ClutteredDigits
 from .confidence_features import ConfidenceFeatures
-from .dataset_factory import DEMO_DATASET, class_to_idx, create_dataset
+from .dataset_factory import DEMO_ARGS, DEMO_DATASET, class_to_idx, create_dataset, format_demo_note, read_demo_note
 from .folds import FoldMap, fold_names
 from .loader import TrainLoader, WorkerInit, create_train_loader, worker_context
 from .multi_view import MultiViewLoader, MultiViewTransform, collate_views, create_multi_view_transform
 
 __all__ = [
+    'DEMO_ARGS',
     'DEMO_DATASET',
     'ClutteredDigits',
     'ConfidenceFeatures',
@@ -20,5 +21,7 @@ __all__ = [
     'create_multi_view_transform',
     'create_train_loader',
     'fold_names',
+    'format_demo_note',
+    'read_demo_note',
     'worker_context',
 ]

@@ -1,15 +1,46 @@
 """Datasets by name: the embedded demo set, and all of timm's."""
+import json
+import logging
 import os
+from collections.abc import Sequence
 from typing import Any
 
+from timm.data import ImageDataset
 from timm.data import create_dataset as create_timm_dataset
 
 from ..utils import did_you_mean
 from .cluttered_digits import ClutteredDigits
 from .splits import TRAIN_SPLITS, VALIDATION_SPLITS
 
+_logger = logging.getLogger('timm.data.dataset')  # where timm's own warnings of skipped images come from
+
+_MAX_SKIPPED = 10  # in a row, as in timm
 DEMO_DATASET = 'cluttered_digits'
-_DEMO_ARGS = ('img_size', 'digit_scale', 'clutter', 'num_samples')  # num_samples is an argument of timm's, too
+DEMO_ARGS = ('img_size', 'digit_scale', 'clutter')
+
+
+class TolerantImageDataset(ImageDataset):
+    """timm's dataset, which skips an image whatever its decoder raises, and names its file; timm catches OSError."""
+    _max_retries = 1  # timm's: the loop is here
+
+    def __getitem__(self, index: int) -> Any:
+        for _ in range(_MAX_SKIPPED):
+            name = self.filename(index)
+            try:
+                return super().__getitem__(index)
+            except Exception as e:
+                error = e
+            if isinstance(error, RuntimeError) and str(error).startswith('Failed to load'):
+                _logger.warning(f"'{name}' cannot be read.")  # timm has said why
+            else:
+                _logger.warning(f"Skipped sample (index {index}). '{name}' cannot be read: {_describe(error)}")
+            index = (index + 1) % len(self)
+        raise RuntimeError(
+            f"{_MAX_SKIPPED} images in a row cannot be read, the last one is '{name}': {_describe(error)}") from error
+
+
+def _describe(error: Exception) -> str:
+    return f'{type(error).__name__}: {error}'
 
 
 def create_dataset(name: str, root: str | None = None, split: str = 'validation', **kwargs: Any) -> Any:
@@ -29,8 +60,9 @@ def create_dataset(name: str, root: str | None = None, split: str = 'validation'
             refuses an argument.
     """
     if name == DEMO_DATASET:
-        return ClutteredDigits(split=split, **{k: kwargs[k] for k in _DEMO_ARGS if kwargs.get(k) is not None})
-    for key in _DEMO_ARGS[:3]:
+        names = (*DEMO_ARGS, 'num_samples')
+        return ClutteredDigits(split=split, **{k: kwargs[k] for k in names if kwargs.get(k) is not None})
+    for key in DEMO_ARGS:
         kwargs.pop(key, None)
     if name and '/' not in name:
         raise ValueError(
@@ -51,12 +83,36 @@ def create_dataset(name: str, root: str | None = None, split: str = 'validation'
         raise
     except AssertionError as e:  # how timm checks its arguments
         raise ValueError(f"The dataset '{name or root}' cannot be opened: {e}") from e
+    if type(dataset) is ImageDataset:
+        dataset.__class__ = TolerantImageDataset
+        del dataset._max_retries  # the class has its own
     classes = class_to_idx(dataset)
     if classes is not None and len(classes) < 2:
         raise ValueError(
             f"'{root}' holds {len(classes)} class ({', '.join(map(repr, classes))}) for the split '{split}': expected "
             'one sub-folder per class and at least two of them.')
     return dataset
+
+
+def format_demo_note(settings: dict[str, Any]) -> str:
+    """Write settings of the demo set as a note for a model's pretrained_cfg."""
+    return f'{DEMO_DATASET} {json.dumps(settings, sort_keys=True)}'
+
+
+def read_demo_note(notes: Sequence[str] | None) -> dict[str, Any]:
+    """Settings of the demo set among the notes of a pretrained_cfg; empty if there are none.
+
+    Raises:
+        ValueError: The note is damaged.
+    """
+    for note in notes or ():
+        name, _, text = str(note).partition(' ')
+        if name == DEMO_DATASET:
+            try:
+                return {k: v for k, v in json.loads(text).items() if k in DEMO_ARGS}
+            except (ValueError, AttributeError) as e:
+                raise ValueError(f"The model's pretrained_cfg has a damaged note of the demo set: '{note}'.") from e
+    return {}
 
 
 def _check_split(root: str, split: str) -> None:

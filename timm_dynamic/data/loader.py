@@ -4,7 +4,10 @@ It does not depend on the number of workers, on prefetching, or on whether the r
 """
 import logging
 import multiprocessing
+import os
 import signal
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import Any, NamedTuple
@@ -180,10 +183,10 @@ def worker_context(world_size: int = 1) -> Any:
 
 
 class WorkerInit:
-    """Initialises a loader's worker as timm does, and lets it ignore SIGINT and SIGTERM.
+    """Initialises a loader's worker as timm does, and lets it ignore SIGINT and SIGTERM but not outlive its process.
 
     A scheduler's SIGTERM and Ctrl-C are sent to the workers, too. If they ended then, the main process could not finish
-    its batch and save its state. It ends the workers itself.
+    its batch and save its state. It ends the workers itself; if it was killed, they end by themselves.
 
     Args:
         worker_init_fn: The loader's own function.
@@ -195,8 +198,16 @@ class WorkerInit:
     def __call__(self, worker_id: int) -> None:
         for signum in (signal.SIGINT, signal.SIGTERM):
             signal.signal(signum, signal.SIG_IGN)
+        threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
         if self.worker_init_fn is not None:
             self.worker_init_fn(worker_id)
+
+
+def _end_with_parent(parent: int) -> None:
+    """End this process when its parent has ended: the system gives it another one then."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
 
 
 class TrainLoader:

@@ -7,14 +7,14 @@ from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
-from timm.data import RealLabelsImagenet, resolve_data_config
+from timm.data import RealLabelsImagenet
 from timm.layers import apply_test_time_pool
 
 from ..data.image_names import image_names
 from ..exits import ExitTable, solve_curve
 from ..exits.anchornet_table import save_anchornet_table
 from ..exits.collect import Outputs, SampleRecorder
-from ..launch.build import build_eval_loader, eval_views, model_dtype
+from ..launch.build import build_eval_loader, eval_views, model_dtype, resolve_data
 from ..models.clcnet import CLCNet
 from ..models.dynamic_net import DynamicNet
 from ..models.macs import count_macs
@@ -75,8 +75,7 @@ class ModelEvaluator:
         self.out_of_fold, self.fit_splits, self.compared = out_of_fold, fit_splits, compared
         self.dynamic = isinstance(model, DynamicNet)
         self.num_classes = model.num_classes
-        self.data_config: dict[str, Any] = dict(
-            data_config or resolve_data_config(vars(args), model=model, use_test_size=not args.use_train_size))
+        self.data_config: dict[str, Any] = dict(data_config or resolve_data(args, model))
         pooled = False
         if args.test_pool and not self.dynamic:
             model, pooled = apply_test_time_pool(model, self.data_config)

@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from timm.data import resolve_data_config
 from timm.models import is_model, is_model_in_modules, list_pretrained, parse_model_name
 from timm.utils import check_batch_size_retry, decay_batch_step, reparameterize_model
 
 from ..launch.accelerator import create_accelerator
-from ..launch.build import build_model, uses_demo_data
+from ..launch.build import build_model, default_split, resolve_data, uses_demo_data
 from ..launch.options import create_validate_parser
 from ..launch.script import run_script
 from ..models.builder import Family, check_model_name, load_checkpoint
@@ -130,7 +129,7 @@ def validate_table(args: argparse.Namespace, name: str, checkpoint: str, acceler
         model = open_model(args, checkpoint)
         check_model(args, name, model)
         step_macs = model.step_macs
-        data_config = resolve_data_config(vars(args), model=model, use_test_size=not args.use_train_size)
+        data_config = resolve_data(args, model)
     table = load_table(args, '--exit-table', step_macs)
     if not name:
         check_requests(args, table.step_macs, f"'{args.exit_table}'")
@@ -205,6 +204,7 @@ def _jobs(args: argparse.Namespace) -> Iterator[tuple[str, str]]:
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = create_validate_parser()
     args = parser.parse_args(argv)
+    args.split = args.split or default_split(args)
     many = bool(args.checkpoint) and Path(args.checkpoint).is_dir()
     if not args.model and not many and not args.exit_table:
         parser.error('--model is needed (a name, local-dir:FOLDER, a wildcard, all, or a text file of names).')
@@ -260,7 +260,7 @@ def run_validation(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
         check_plot(args.curve, '--curve')
     accelerator = create_accelerator(args)
     if accelerator.is_main_process and uses_demo_data(args) and not args.exit_table and not only_stored(args):
-        _logger.info('No data given: the embedded demo set cluttered_digits is used.')
+        _logger.info(f"No data given: split '{args.split}' of the embedded demo set cluttered_digits is used.")
     if not accelerator.is_main_process:
         logging.getLogger('timm_dynamic').setLevel(logging.WARNING)
     reports: list[Report] = []

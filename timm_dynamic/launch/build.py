@@ -20,6 +20,7 @@ from timm.utils import unwrap_model
 from torch import nn
 
 from ..data import (
+    DEMO_ARGS,
     DEMO_DATASET,
     MultiViewLoader,
     TrainLoader,
@@ -29,6 +30,8 @@ from ..data import (
     create_dataset,
     create_multi_view_transform,
     create_train_loader,
+    format_demo_note,
+    read_demo_note,
     worker_context,
 )
 from ..models.builder import check_model_name, load_checkpoint
@@ -42,6 +45,17 @@ _logger = logging.getLogger(__name__)
 def uses_demo_data(args: argparse.Namespace) -> bool:
     """Whether the options name the embedded demo set, or no data."""
     return args.dataset == DEMO_DATASET or not (args.dataset or args.data_dir or args.data)
+
+
+def default_split(args: argparse.Namespace) -> str:
+    """Split to evaluate on: 'test' of the demo set; 'validation', timm's default, of other data."""
+    return 'test' if uses_demo_data(args) else 'validation'
+
+
+def demo_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """Settings of the demo set that the options give."""
+    given = {key: getattr(args, f'demo_{key}', None) for key in DEMO_ARGS}
+    return {key: value for key, value in given.items() if value is not None}
 
 
 def model_dtype(args: argparse.Namespace) -> torch.dtype | None:
@@ -158,9 +172,7 @@ def _open_dataset(
         target_key=args.target_key,
         num_samples=samples,
         trust_remote_code=args.dataset_trust_remote_code,
-        img_size=args.demo_img_size or data_config['input_size'][-1],
-        digit_scale=args.demo_digit_scale,
-        clutter=args.demo_clutter,
+        **{'img_size': data_config['input_size'][-1], **read_demo_note(data_config.get('notes'))},
     )
 
 
@@ -352,6 +364,12 @@ def build_eval_loader(
     return loader
 
 
+def sorted_classes(loader: Any) -> list[str] | None:
+    """Names of the classes of a loader, by index; None if they are not known."""
+    names = loader.class_to_idx
+    return sorted(names, key=lambda name: names[name]) if names else None
+
+
 def check_same_classes(train: dict[str, int] | None, val: dict[str, int] | None) -> None:
     """Raise a ValueError if a class has different indices in training and validation."""
     for name in sorted((train or {}).keys() & (val or {}).keys()):
@@ -427,14 +445,19 @@ def eval_views(args: argparse.Namespace, model: Any) -> list[dict[str, Any]] | N
     return [{**view, **given} for view in views]
 
 
-def training_data_config(args: argparse.Namespace, model: nn.Module) -> dict[str, Any]:
+def resolve_data(args: argparse.Namespace, model: nn.Module) -> dict[str, Any]:
     """Preprocessing of images, from the options and the model.
+
+    Returns:
+        What timm's `resolve_data_config` returns. On the demo set also 'notes' for the pretrained_cfg of the model: the
+        settings of the set that were given here, or when the model was trained.
 
     Raises:
         ValueError: `--mean` or `--std` has neither one value nor one for each channel.
     """
     try:
-        config = resolve_data_config(vars(args), model=model)
+        config = resolve_data_config(
+            vars(args), model=model, use_test_size=not getattr(args, 'use_train_size', True))
     except AssertionError as e:
         raise ValueError(
             f'--mean and --std: expected one value, or one for each channel, got {args.mean} and {args.std}.') from e
@@ -442,4 +465,9 @@ def training_data_config(args: argparse.Namespace, model: nn.Module) -> dict[str
     for key in ('mean', 'std'):
         if len(config[key]) != channels:  # e.g. grey images: the mean over the colour channels, as in timm
             config[key] = (sum(config[key]) / len(config[key]),) * channels
+    notes = getattr(unwrap_model(model), 'pretrained_cfg', {}).get('notes') or ()
+    config['notes'] = [note for note in notes if not str(note).startswith(DEMO_DATASET)]
+    if uses_demo_data(args):
+        settings = {**read_demo_note(notes), **demo_settings(args)}
+        config['notes'] += [format_demo_note(settings)] if settings else []
     return config

@@ -90,6 +90,10 @@ class TrainOptions:
                     f'{args.grad_accum_steps} accumulation steps. Set --batch-size (per process).')
             args.batch_size = global_batch // parts
         args.grad_accum_steps = max(1, args.grad_accum_steps)
+        val_batch = args.validation_batch_size or args.batch_size
+        if args.tta > 1 and val_batch % args.tta:
+            raise ValueError(
+                f'--tta {args.tta} averages neighbouring images: expected batches of a multiple, got {val_batch}.')
         if 'seed' not in self.for_one_stage.get(stage.name, {}):
             args.seed += stage.seed_offset
         return args
@@ -104,7 +108,8 @@ def validation_options(args: argparse.Namespace, split: str, **given: Any) -> ar
         **given: Further options of validate.py.
     """
     defaults = vars(create_validate_parser().parse_args([]))
-    not_shared = ('confidence', 'fold_dir', 'torchcompile', 'torchcompile_mode')  # another meaning in each script
+    # Of another meaning in each script; and the layout, because validate.py should give the same digits.
+    not_shared = ('confidence', 'fold_dir', 'torchcompile', 'torchcompile_mode', 'channels_last')
     shared = {k: v for k, v in vars(args).items() if k in defaults and k not in not_shared}
     batch_size = args.validation_batch_size or args.batch_size
     return argparse.Namespace(**{

@@ -60,7 +60,7 @@ def create_clcnet_recipe(args: argparse.Namespace, demo: bool, model: Any) -> Re
         if source == 'scratch':
             stages.append(_member_stage(index, demo, model))
     collect: dict[str, Any] = {
-        k: v for k, v in DEMO_COMMON.items() if k.startswith('demo_') or k in ('global_batch_size', 'workers')
+        k: v for k, v in DEMO_COMMON.items() if k in ('global_batch_size', 'workers')
     } if demo else {}
     if not args.features:
         stages.append(Stage('features', None, collect, run=collect_features, shown=False))

@@ -19,6 +19,7 @@ from ..utils import did_you_mean, hash_weights, load_weights
 from .base import OneModuleTask
 from .classification import LOSS_OPTIONS, create_classification_task
 from .stage import Recipe, Stage, StageContext
+from .static import DEMO_COMMON
 
 _logger = logging.getLogger(__name__)
 
@@ -200,12 +201,7 @@ _FOCUS_PAPER = dict(
     opt_kwargs={'filter_bias_and_bn': False}, sched='step', decay_epochs=30, decay_rate=0.1, warmup_epochs=0,
     color_jitter=0., train_interpolation='bilinear',
 )
-# Settings for the embedded demo set, which train in minutes on a CPU. Digits must not be flipped or cropped away.
-_FOCUS_DEMO = dict(
-    epochs=5, global_batch_size=64, opt='adamw', lr=3e-3, weight_decay=0.05, sched='cosine', warmup_epochs=1,
-    warmup_lr=1e-3, color_jitter=0., train_interpolation='bilinear', hflip=0., scale=[0.75, 1.0], ratio=[0.9, 1.1],
-    demo_digit_scale=[24, 44], demo_clutter=0.5, workers=2, channels_last=True,
-)
+_FOCUS_DEMO = dict(DEMO_COMMON, epochs=6)
 
 
 def create_focusnet_recipe(args: argparse.Namespace, demo: bool, model: Any) -> Recipe:

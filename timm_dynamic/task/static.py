@@ -29,7 +29,7 @@ STATIC_PAPER: dict[str, Any] = dict(PAPER_COMMON, epochs=90, lr_base=0.1, weight
 DEMO_COMMON: dict[str, Any] = dict(
     global_batch_size=64, opt='adamw', lr=3e-3, weight_decay=0.05, sched='cosine', warmup_epochs=1, warmup_lr=1e-3,
     smoothing=0., color_jitter=0., train_interpolation='bilinear', hflip=0., scale=[0.9, 1.0], ratio=[0.95, 1.05],
-    demo_digit_scale=[24, 36], demo_clutter=0.5, workers=2, channels_last=True, img_size=96,
+    workers=2, channels_last=True, img_size=96,
 )
 
 

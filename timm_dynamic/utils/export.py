@@ -48,17 +48,21 @@ def save_pretrained(
     Args:
         model: A model made by `timm.create_model`, unwrapped.
         folder: Folder to write; created if needed.
-        data_config: Preprocessing that the model was trained with, from `timm.data.resolve_data_config`.
+        data_config: Preprocessing that the model was trained with, from `timm.data.resolve_data_config`. It may have
+            'notes' for the pretrained_cfg.
         state_dict: Weights to write instead of the model's own, e.g. their moving average.
         task_state: State dicts that only training needs, by name. They are written to task.safetensors.
         **config: Further entries of config.json that timm knows, e.g. `label_names`.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    if data_config and 'notes' in data_config:  # timm keeps only those that it knows
+        config['pretrained_cfg'] = {'notes': data_config['notes'], **config.get('pretrained_cfg', {})}
     with tempfile.TemporaryDirectory(dir=folder, prefix='.partial-') as tmp:
         save_for_hf(
             _Exported(model, state_dict), tmp, model_config=config, safe_serialization=True,  # type: ignore[arg-type]
             data_config=data_config)
+        _clean_config(Path(tmp) / CONFIG)
         names = [WEIGHTS, CONFIG]
         if task_state:
             names.append(TASK_STATE)
@@ -69,6 +73,18 @@ def save_pretrained(
             (Path(tmp) / name).chmod(mode)
             with atomic_write(folder / name) as target:
                 os.replace(Path(tmp) / name, target)
+
+
+def _clean_config(path: Path) -> None:
+    """Drop from model_args what timm finds elsewhere in config.json: transformers' TimmWrapper would give it twice."""
+    config = read_json(path)
+    if not config['pretrained_cfg'].get('notes'):
+        config['pretrained_cfg'].pop('notes', None)
+    args, in_chans = config.get('model_args', {}), config['pretrained_cfg']['input_size'][0]
+    for name, value in (('num_classes', config['num_classes']), ('in_chans', in_chans)):
+        if args.get(name) == value:
+            del args[name]
+    write_json(path, config)
 
 
 def save_exit_cfg(folder: str | Path, exit_cfg: Mapping[str, Any]) -> None:
