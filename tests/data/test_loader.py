@@ -4,6 +4,7 @@ import re
 import shutil
 import signal
 import struct
+import threading
 import time
 import zlib
 from pathlib import Path
@@ -13,9 +14,9 @@ import torch
 from forked import Forked
 from PIL import Image
 from timm.data import FastCollateMixup
-from torch.utils.data import IterableDataset
+from torch.utils.data import DataLoader, IterableDataset
 
-from timm_dynamic.data import create_dataset, create_train_loader
+from timm_dynamic.data import WorkerInit, create_dataset, create_train_loader, worker_context
 
 ARGS = dict(input_size=(3, 32, 32), batch_size=8, re_prob=0.5, re_mode='pixel', device=torch.device('cpu'))
 
@@ -136,15 +137,22 @@ def test_ten_in_a_row_are_an_error(tmp_path, image_folder):
 
 
 def _load(args):
-    loader = _loader(args[0], workers=2)
-    iterator = iter(loader)
-    next(iterator)
+    context = worker_context(int(args[0]))
+    iterator = iter(DataLoader(
+        range(10 ** 9), num_workers=2, worker_init_fn=WorkerInit(None), multiprocessing_context=context))
+    if args[0] == '1':
+        next(iterator)
+    else:  # workers are spawned, and have not begun yet
+        threading.Thread(target=next, args=(iterator,)).start()
+        while len(multiprocessing.active_children()) < 2:
+            time.sleep(0.01)
     print('workers', *(child.pid for child in multiprocessing.active_children()), flush=True)
     time.sleep(600)
 
 
-def test_workers_end_with_a_killed_process(tmp_path, image_folder):
-    forked = Forked(_load, image_folder, folder=tmp_path)
+@pytest.mark.parametrize('world_size', [1, 2])
+def test_workers_end_with_a_killed_process(tmp_path, world_size):
+    forked = Forked(_load, world_size, folder=tmp_path)
     while not (found := re.search(r'workers (\d+) (\d+)\n', forked.output)):
         assert forked.processes[0].is_alive(), forked.output
         time.sleep(0.05)
