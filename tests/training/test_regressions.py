@@ -17,6 +17,7 @@ from timm_dynamic.evaluation import run_validation
 from timm_dynamic.exits import ExitTable, early_exit
 from timm_dynamic.training import run_training, train_main
 from timm_dynamic.training.run_folder import CheckpointManager
+from timm_dynamic.training.trainer import Trainer
 from timm_dynamic.utils import save_pretrained
 
 
@@ -184,6 +185,25 @@ def test_the_log_does_not_name_what_is_frozen_among_what_learns(image_folder, tm
     assert set(names.split(', ')) == learns
     parts = [model.local_encoder, model.classifier]
     assert float(count) == round(sum(p.numel() for part in parts for p in part.parameters()) / 1e6, 2)  # heads: 0.000
+
+
+@pytest.mark.parametrize('workers', [0, 1])
+def test_validation_with_random_patches_is_the_same_every_time(image_folder, tmp_path, monkeypatch, workers):
+    """So a resumed run has the same figures. A loader's workers took a random number the first time in a process."""
+    save_pretrained(
+        timm.create_model('test_gfnet', num_classes=3, img_size=32, patch_size=16), tmp_path / 'start')
+    results = []
+
+    def fit(trainer, stop):
+        results.extend(trainer.evaluate() for _ in range(2))
+        raise InterruptedError
+
+    monkeypatch.setattr(Trainer, 'fit', fit)
+    with pytest.raises(InterruptedError):
+        run_training(train_args(
+            image_folder, tmp_path, '--recipe', 'gfnet', '--stage', 'warmup', '--init-from', tmp_path / 'start',
+            '--validation-batch-size', 7, '-j', workers))
+    assert results[0] == results[1]
 
 
 # Answers of validate.py

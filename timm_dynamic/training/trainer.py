@@ -1,12 +1,12 @@
 """The training loop. It knows a task, a loader and options, and nothing of what is trained."""
 import argparse
+import itertools
 import logging
 import math
 import signal
 import time
 from collections.abc import Mapping
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -126,8 +126,7 @@ class Trainer:
         if args.torchcompile:
             self.task.compile(backend=args.torchcompile, mode=args.torchcompile_mode)
 
-        per_step = args.batch_size * self.world_size
-        args.lr = resolve_learning_rate(args, per_step * self.accum)
+        args.lr = resolve_learning_rate(args, args.batch_size * self.world_size * self.accum)
         trainable: Any = self.task.get_trainable_module()
         self.raw_optimizer = build_optimizer(trainable, args)
         self.optimizer = accelerator.prepare(self.raw_optimizer)
@@ -155,9 +154,8 @@ class Trainer:
     def _check_metric(self, metric: str) -> str:
         """Raise a ValueError, before training, if validation gives no such metric."""
         task: Any = self.task
-        names = list(task.create_evaluator().metric_names)
         steps = task.num_predictions(self.model)
-        names += [f'top1_step{t}' for t in range(1, steps + 1) if steps > 1]
+        names = [*task.create_evaluator().metric_names, *(f'top1_step{t + 1}' for t in range(steps) if steps > 1)]
         if metric not in names:
             raise ValueError(
                 f"--eval-metric {metric}: there is no such metric. Choose from {', '.join(names)}."
@@ -290,8 +288,7 @@ class Trainer:
         row: dict[str, Any] = {}
         while self.epoch < self.num_epochs:
             row = self._run_epoch(stop)
-        if not row and self.main:  # nothing was left to do
-            row = self.results.last_row()
+        row = row or (self.results.last_row() if self.main else {})  # if nothing was left to do
         return {**row, 'best': self.results.best['value'], 'best_epoch': self.results.best['epoch']}
 
     def _run_epoch(self, stop: StopRequest) -> dict[str, Any]:
@@ -304,11 +301,10 @@ class Trainer:
         rates = [g['lr'] for g in self.raw_optimizer.param_groups]
         row: dict[str, Any] = {'epoch': epoch, **{f'train_{k}': v for k, v in train_metrics.items()}}
 
-        validated = self.eval_loader is not None and (
-            (epoch + 1) % self.args.val_interval == 0 or epoch + 1 >= self.num_epochs)
         metrics: dict[str, float] = {}
         ema = self.task.has_ema() and not self.args.model_ema_force_cpu
-        if validated:
+        due = (epoch + 1) % self.args.val_interval == 0 or epoch + 1 >= self.num_epochs
+        if due and self.eval_loader is not None:
             metrics = self.evaluate()
             row.update({f'eval_{k}': v for k, v in metrics.items() if k != 'count'})
             if ema:
@@ -380,8 +376,8 @@ class Trainer:
             if self.scheduler is not None:
                 self.scheduler.step_update(num_updates=self.updates)
             stopping = self.any_process(bool(stop))
-            if self.batch < num_batches and (
-                    stopping or (args.checkpoint_interval and number % args.checkpoint_interval == 0)):
+            due = stopping or (args.checkpoint_interval and number % args.checkpoint_interval == 0)
+            if due and self.batch < num_batches:
                 self.save_state()
                 if stopping:
                     raise Stopped(stop.signum or signal.SIGTERM)
@@ -468,20 +464,24 @@ class Trainer:
 
     def evaluate(self, ema: bool = False) -> dict[str, float]:
         """Evaluate the model, or its moving average, on the validation split."""
-        model: Any = unwrap_model(self.task.get_eval_model(ema=ema))
-        model.eval()
         task: Any = self.task
+        model = unwrap_model(task.get_eval_model(ema=ema)).eval()
         picker = ImagePicker(self.args.save_patches if self.main else 0)
 
         def on_batch(output: torch.Tensor, target: torch.Tensor, outputs: Outputs, x: Any) -> None:
             picker.add(x, target)
 
-        with seeded(self.args.seed, 'validation', self.rank, device=self.device):
-            metrics, _ = evaluate(
-                model, self.eval_loader, self.accelerator, predict=partial(task.predict, model),
-                create_evaluator=lambda device, **kwargs: task.create_evaluator(**kwargs),
-                channels_last=self.args.channels_last, dtype=model_dtype(self.args), tta=self.args.tta,
-                desc='validation' + (' (EMA)' if ema else ''), on_batch=on_batch if self.args.save_patches else None)
+        batches = itertools.count()
+
+        def predict(x: torch.Tensor) -> Outputs:  # seeded by batch: a loader's iterator draws a number, but not always
+            with seeded(self.args.seed, 'validation', self.rank, next(batches), device=self.device):
+                return task.predict(model, x)
+
+        metrics, _ = evaluate(
+            model, self.eval_loader, self.accelerator, predict=predict,
+            create_evaluator=lambda device, **kwargs: task.create_evaluator(**kwargs),
+            channels_last=self.args.channels_last, dtype=model_dtype(self.args), tta=self.args.tta,
+            desc='validation' + (' (EMA)' if ema else ''), on_batch=on_batch if self.args.save_patches else None)
         if picker.images is not None and isinstance(model, DynamicNet) and self.eval_loader is not None:
             draw_patches(
                 self.folder / 'patches.png', model, picker.images, picker.targets, self.data_config,
