@@ -4,6 +4,7 @@ import re
 import shutil
 import signal
 import struct
+import subprocess
 import threading
 import time
 import zlib
@@ -164,6 +165,27 @@ def test_workers_end_with_a_killed_process(tmp_path, world_size):
                 break
             time.sleep(0.1)
         assert not _runs(pid)
+
+
+def _terminate(args):
+    iterator = iter(DataLoader(range(10 ** 9), num_workers=2, worker_init_fn=WorkerInit(None)))
+    next(iterator)
+    workers = multiprocessing.active_children()
+    subprocess.run(['kill', '-TERM', *(str(worker.pid) for worker in workers)], check=True)
+    time.sleep(1)
+    print('alive', [worker.is_alive() for worker in workers], flush=True)
+    for worker in workers:
+        worker.terminate()
+        worker.join(20)
+    print('alive', [worker.is_alive() for worker in workers], flush=True)
+    os._exit(0)
+
+
+def test_workers_end_when_their_process_says_so(tmp_path):
+    """Not at a scheduler's SIGTERM to all. If they never ended, a process that fails would wait for them for ever."""
+    forked = Forked(_terminate, folder=tmp_path)
+    assert forked.wait() == [0], forked.output
+    assert forked.output.splitlines() == ['alive [True, True]', 'alive [False, False]']
 
 
 def _runs(pid):

@@ -182,10 +182,10 @@ def worker_context(world_size: int = 1) -> Any:
 
 
 class WorkerInit:
-    """Initialises a loader's worker as timm does, and lets it ignore SIGINT and SIGTERM but not outlive its process.
+    """Initialises a loader's worker as timm does, and lets it end with its process and at its command only.
 
     A scheduler's SIGTERM and Ctrl-C are sent to the workers, too. If they ended then, the main process could not finish
-    its batch and save its state. It ends the workers itself; if it was killed, they end by themselves.
+    its batch and save its state. A SIGTERM of the main process ends them; if it was killed, they end by themselves.
 
     Args:
         worker_init_fn: The loader's own function.
@@ -195,11 +195,23 @@ class WorkerInit:
         self.worker_init_fn = worker_init_fn
 
     def __call__(self, worker_id: int) -> None:
-        for signum in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(signum, signal.SIG_IGN)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        if hasattr(signal, 'sigwaitinfo'):  # tells who sent a signal
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+            threading.Thread(target=_end_at_command, daemon=True).start()
+        else:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
         threading.Thread(target=_end_with_parent, daemon=True).start()
         if self.worker_init_fn is not None:
             self.worker_init_fn(worker_id)
+
+
+def _end_at_command() -> None:
+    """End this process at a SIGTERM of the one that started it."""
+    parent = multiprocessing.parent_process()
+    while parent is None or signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent.pid:
+        pass
+    os._exit(0)  # as told: torch takes another status for a failure
 
 
 def _end_with_parent() -> None:
