@@ -70,7 +70,7 @@ def test_each_member_sees_its_own_view(folder, run, tmp_path):
     assert row['top1'] == pytest.approx(100 * (expected.logits.argmax(1) == target).double().mean().item(), abs=1e-3)
     rows = list(csv.DictReader((tmp_path / 'answers.csv').open()))
     assert [r['file'] for r in rows] == names
-    assert [int(r['truth']) for r in rows] == target.tolist()
+    assert [int(r['target']) for r in rows] == target.tolist()
     assert [int(r['prediction']) for r in rows] == expected.logits.argmax(1).tolist()
     assert [int(r['steps_used']) for r in rows] == expected.steps_used.tolist()
     assert [float(r['confidence']) for r in rows] == pytest.approx(expected.confidence.tolist(), abs=1e-4)
@@ -261,4 +261,4 @@ def test_a_confidence_is_that_of_the_model_not_of_those_beside(folder, run):
 def test_folds_without_nets(run, capsys):
     with pytest.raises(SystemExit):
         run('--fold-dir', 'x')
-    assert '--fold-dir says which images each of --fold-nets' in capsys.readouterr().err
+    assert '--fold-dir needs --fold-nets' in capsys.readouterr().err

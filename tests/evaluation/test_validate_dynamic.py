@@ -307,7 +307,7 @@ def test_tables_of_anchornet_can_be_written(run, net, tmp_path):
 # Bad input
 
 @pytest.mark.parametrize(('options', 'message'), [
-    ('--thresholds 0.5 0.5', 'expected 3 for .* one a step .* got 2'),
+    ('--thresholds 0.5 0.5', 'expected 3 for .* one per step .* got 2'),
     ('--thresholds 0.5 nan 1', '--thresholds 0.5 nan 1: expected numbers'),
     ('--budget 0.00001', r'--budget 1e-05: out of range for .* the first step costs {low} GMACs, all 3 steps {high}\.'),
     ('--budget 0.001 7', r'--budget 7: out of range .* the first step costs {low} GMACs, all 3 steps {high}\.'),
@@ -328,9 +328,9 @@ def test_tables_of_anchornet_can_be_written(run, net, tmp_path):
     ('--exit-table {dear}', "dear.st' is a table of steps that cost 1, 2, 3 GMACs; those of .*net' cost"),
     ('--budget 0.001 --calibrate-table {two}', "two.st' is a table of 2 steps"),
     ('--exit-table {good} --calibrate-table {good} --geometric', 'good.st and good.st hold the same'),
-    ('--exit-table {good} --calibrate-split train', 'runs no model: --calibrate-split has no effect beside it'),
+    ('--exit-table {good} --calibrate-split train', 'runs no model: --calibrate-split has no effect with it'),
     ('--exit-table {good} --save-exit-table x', 'runs no model: --save-exit-table has no effect'),
-    ('--strict', '--strict says how to compare with --thresholds'),
+    ('--strict', '--strict needs --thresholds'),
     ('--steps 2', '--steps says how to read a table: give one with --exit-table'),
     ('--exit-table {good} --steps 4', r'4 steps asked for, confidences have shape \[20, 3\]'),
     ('--exit-table {good} --anchor-gmacs nan', '--anchor-gmacs: expected a cost, got nan'),
@@ -367,7 +367,7 @@ def test_one_model_at_a_time(folder, tmp_path):
 def test_a_table_alone_needs_no_model_but_for_what_models_keep(tmp_path, capsys):
     with pytest.raises(SystemExit, match='2'):
         run_validation(['--exit-table', 'x', '--stored-thresholds'])
-    assert 'need --model beside --exit-table' in capsys.readouterr().err
+    assert 'need --model if --exit-table is given' in capsys.readouterr().err
 
 
 def test_mistakes_are_one_line(folder, capsys):

@@ -406,7 +406,7 @@ def save_budgets(lab, flag):
 def save_predictions(lab, flag):
     lab.evaluated(*DYNAMIC, flag, '{tmp}/answers.csv')
     rows = list(csv.DictReader((lab.tmp / 'answers.csv').open()))
-    assert [int(row['truth']) for row in rows] == [0] * 3 + [1] * 3 + [2] * 3
+    assert [int(row['target']) for row in rows] == [0] * 3 + [1] * 3 + [2] * 3
     assert {row['steps_used'] for row in rows} == {'3'}
 
 

@@ -236,7 +236,7 @@ def test_saved_predictions_are_those_of_the_exits_asked_for(image_folder, tmp_pa
     rows, steps, predictions = answers(tmp_path / 'answers.csv')
     assert len(rows) == row['images']
     assert [round(steps.count(t) / len(steps), 4) for t in range(1, model.num_steps + 1)] == row['exit_shares']
-    correct = sum(prediction == int(r['truth']) for prediction, r in zip(predictions, rows))
+    correct = sum(prediction == int(r['target']) for prediction, r in zip(predictions, rows))
     assert round(100 * correct / len(rows), 4) == row['top1']
     files = create_dataset('', root=image_folder, split='val').filenames()
     assert [r['file'] for r in rows] == [f for f in files if f in {r['file'] for r in rows}]  # in their order
@@ -264,4 +264,4 @@ def test_saved_predictions_are_what_running_the_model_gives(image_folder, tmp_pa
 def test_saved_predictions_are_of_one_choice_of_exits(image_folder, tmp_path, capsys, options):
     with pytest.raises(SystemExit):
         run_validation(['--model', 'test_gfnet', '--save-predictions', str(tmp_path / 'answers.csv'), *options])
-    assert '--save-predictions writes one answer to an image' in capsys.readouterr().err
+    assert '--save-predictions writes one prediction per image' in capsys.readouterr().err

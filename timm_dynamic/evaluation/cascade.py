@@ -1,4 +1,4 @@
-"""Evaluating a cascade from what its members say: they run once, then any confidence and final rule is replayed."""
+"""Evaluate a cascade from its members' logits: they run once, then any confidence and final rule is replayed."""
 import argparse
 import logging
 from collections.abc import Mapping, Sequence
@@ -70,7 +70,7 @@ class FoldNets:
         return cls([ConfidenceNet.from_pretrained(path) for path in paths], known)
 
     def folds_of(self, names: Sequence[str], some: bool = False) -> torch.Tensor:
-        """Fold of each image [N] int64; -1 if no net has left it out, or if that is not known.
+        """Fold of each image [N] int64; -1 if all nets were trained on it, or if its fold is not known.
 
         Args:
             names: File names.
@@ -100,7 +100,7 @@ class FoldNets:
 # Options
 
 def check_cascade_options(args: argparse.Namespace, name: str, model: Any) -> None:
-    """Raise a ValueError if what is asked of a cascade does not go together, or the model is not one."""
+    """Raise a ValueError if options about cascades contradict each other, or the model is not a cascade."""
     if (args.confidence or args.final_rule or args.fold_nets) and not isinstance(model, CLCNet):
         raise ValueError(f"--confidence, --final-rule and --fold-nets are for cascades; '{name}' is not one.")
     asked = '--confidence all' if args.confidence == 'all' else '--fold-nets' if args.fold_nets else ''
@@ -236,9 +236,9 @@ class CascadeReplay:
         Args:
             report: Gets each member alone, and the comparison.
             name: Name of the model.
-            evaluation: What the members say of the images to evaluate on.
-            calibration: What they say of the images to fit on, if there are any.
-            seed: Of the random halves, if a half of the images is fitted on.
+            evaluation: The members' logits for the images to evaluate on.
+            calibration: Their logits for the images to fit on, if there are any.
+            seed: Seed of the random halves, if exits are fitted on a half of the images.
 
         Returns:
             Table and answers of the cascade; and the tables to fit and evaluate budgets on, if they are known here.

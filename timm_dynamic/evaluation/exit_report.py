@@ -32,7 +32,7 @@ class Report:
     markers: dict[str, Curve] = field(default_factory=dict)
 
     def add(self, model: str, caption: str, rows: Sequence[Row], hide: Sequence[str] = ('split', 'fitted_on')) -> None:
-        """Add rows that belong together. Columns that the caption tells are hidden in the terminal."""
+        """Add rows that belong together. Columns that the caption names are hidden in the terminal."""
         self.points += [{'model': model, **row} for row in rows]
         shown = [{k: v for k, v in row.items() if k not in ('images', *hide)} for row in rows]
         self.text.append(f'{caption}\n{format_table(shown)}')
@@ -51,7 +51,7 @@ def point_row(label: str, point: ExitPoint, **more: Any) -> Row:
 
     Args:
         label: Name of the point.
-        point: What `ExitTable.evaluate` gave.
+        point: Result of `ExitTable.evaluate`.
         **more: Further entries; 'budget' comes first.
     """
     row: Row = {'point': label}

@@ -49,8 +49,8 @@ def evaluate(
         model: A static model, or a `DynamicNet` in eval mode. Its mode is not changed.
         loader: A timm evaluation loader, of this process's share.
         accelerator: For device, autocast and processes.
-        predict: Gives the outputs of all steps for x (default: `predict_steps` of the model, which alone gives an exit
-            table).
+        predict: Computes the outputs of all steps for x (default: `predict_steps` of the model). There is an exit table
+            with the default only.
         create_evaluator: Makes a timm evaluator.
         classes: Indices of the classes that count [C'], int64 (default: all); targets are positions among them.
         tta: Average this many neighbouring outputs.

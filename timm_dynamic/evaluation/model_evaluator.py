@@ -29,7 +29,7 @@ _logger = logging.getLogger(__name__)
 
 
 class OutOfFold(NamedTuple):
-    """Exit table of a cascade, by confidence nets that had not seen the images: its own net was trained on them."""
+    """Exit table of a cascade by the nets of a cross-validation: the cascade's own net was trained on these images."""
     table: ExitTable
     split: str
 
@@ -53,10 +53,10 @@ class ModelEvaluator:
         args: Options of validate.py.
         accelerator: Processes, device, precision.
         data_config: Preprocessing (default: the options', else the model's).
-        out_of_fold: Exit table that takes the place of running a cascade on the images of its split.
+        out_of_fold: Exit table of a cascade. It is used instead of running the model on the images of its split.
         fit_splits: Splits to fit exits on, the best first, unless `--calibrate-split` names one.
         fold_nets: Confidence nets of a cross-validation, for a cascade.
-        compared: The model is one of `--compare`: budgets and the like are not asked of it.
+        compared: The model is one of `--compare`: only its accuracy and cost are reported.
     """
 
     def __init__(
@@ -86,7 +86,8 @@ class ModelEvaluator:
         model = model.eval().to(device=accelerator.device, dtype=model_dtype(args))
         if args.channels_last:
             model = model.to(memory_format=torch.channels_last)
-        self.exported = self.model = model  # as it is saved, and as it runs
+        self.exported = model  # to be saved
+        self.model = model  # to be run, perhaps compiled
         self.replay: CascadeReplay | None = None
         if isinstance(model, CLCNet) and not compared and (fold_nets or args.confidence == 'all'):
             self.replay = CascadeReplay(model, fold_nets, args.confidence == 'all')
@@ -122,7 +123,8 @@ class ModelEvaluator:
         if self.replay is not None:
             self.replay.add_split(args.split, loader.dataset, some=True)
         fit_on, fit_loader = '', None
-        if self.dynamic and not self.compared and needs_fit(args) and not args.calibrate_table:  # its errors come early
+        if self.dynamic and not self.compared and needs_fit(args) and not args.calibrate_table:
+            # Before the model runs, so that errors come early.
             fit_on, fit_loader = self._find_calibration(loader)
         measured = self._measure(loader, args.split, self.name)
         report = Report(self._row(measured, loader))
@@ -230,7 +232,7 @@ class ModelEvaluator:
                 'crop_pct': config['crop_pct'], 'interpolation': config['interpolation']}
 
     def _update_row(self, row: Row, table: ExitTable, members: MemberAnswers) -> None:
-        """Let the row tell what was replayed."""
+        """Replace the figures in the row by those of the replayed cascade."""
         last = table.anytime()[-1]
         row.update(**accuracy(last.top1, last.top5), gmacs=round(last.gmacs, 6))
         row.pop('loss')  # that of another answer
@@ -285,7 +287,7 @@ class ModelEvaluator:
             loader: Any,
             calibration: Calibration | None,
     ) -> None:
-        """Write a row for every image, by the one policy asked for, else by the one in use, else of all steps."""
+        """Write a row per image: with the given policy, else that of the model, else after all steps."""
         args, policy, where = self.args, self.exported.exit_policy, self.args.split
         images = torch.arange(len(table))
         if args.thresholds:
@@ -301,7 +303,7 @@ class ModelEvaluator:
         columns = (
             [names[i] for i in images.tolist()], answers[at].tolist(), target[images].tolist(),
             steps[images].tolist(), table.confidence[at].tolist())
-        keys = ('file', 'prediction', 'truth', 'steps_used', 'confidence')
+        keys = ('file', 'prediction', 'target', 'steps_used', 'confidence')
         write_rows(args.save_predictions, [dict(zip(keys, row)) for row in zip(*columns)], 'csv')
         _logger.info(f'Answer to every image of {where} ({len(images)}): {args.save_predictions}')
 

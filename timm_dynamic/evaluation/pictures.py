@@ -250,7 +250,7 @@ def draw_sheet(
 ) -> Image.Image:
     """Draw a row per image: the image with its windows in their order, and what each step sees.
 
-    Under each view stands the prediction after that step: green if it is correct, else red.
+    The prediction after a step is written below its view: green if it is correct, else red.
 
     Args:
         images: Pixels of the images as the model sees them [3, S, S], uint8.
@@ -296,7 +296,7 @@ def draw_image(
         image: Pixels of the image as the model sees it [3, S, S], uint8.
         seen: What `look` found.
         name_of: Names of classes.
-        title: Stands above.
+        title: Written above.
         target: The true class.
     """
     panels = 1 if seen.cam is None else 2

@@ -1,4 +1,4 @@
-"""What is asked of a model's exits, and whether it can be answered: checked before anything is run."""
+"""Checks of the options about exits, before anything is run."""
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,17 +20,17 @@ def dynamic_options(args: argparse.Namespace) -> list[str]:
 
 
 def needs_fit(args: argparse.Namespace) -> bool:
-    """Whether exits are to be fitted."""
+    """Whether an option needs exits to be fitted."""
     return bool(args.budget or args.geometric or args.save_budgets or args.curve or args.confidence == 'all')
 
 
 def only_stored(args: argparse.Namespace) -> bool:
-    """Whether only results that the model keeps are asked for, so that no data is needed."""
+    """Whether only results stored in the model are requested, so that no data is needed."""
     return args.stored_results and dynamic_options(args) == ['--stored-results'] and not args.compare
 
 
 def check_model(args: argparse.Namespace, name: str, model: Any) -> None:
-    """See that a model and what is asked of it fit each other.
+    """Check that the options fit the model.
 
     Raises:
         ValueError: They do not.
@@ -78,8 +78,8 @@ def check_requests(args: argparse.Namespace, step_macs: Sequence[int], what: str
         given = ' '.join(f'{value:g}' for value in thresholds)
         if len(thresholds) != len(step_macs):
             raise ValueError(
-                f'--thresholds {given}: expected {len(step_macs)} for {what}, one a step (the last is ignored: all '
-                f'that are left stop there), got {len(thresholds)}.')
+                f'--thresholds {given}: expected {len(step_macs)} for {what}, one per step (the last is '
+                f'ignored: all remaining images stop there), got {len(thresholds)}.')
         if any(value != value for value in thresholds[:-1]):
             raise ValueError(f'--thresholds {given}: expected numbers, to be compared with confidences in 0..1.')
 

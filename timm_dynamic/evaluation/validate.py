@@ -73,10 +73,10 @@ def validate_model(
         name: Model name, as `timm.create_model` takes it.
         checkpoint: File or folder with its weights; empty for pretrained ones.
         accelerator: Processes, device, precision.
-        compared: It is one of --compare: budgets and the like are not asked of it.
+        compared: The model is one of `--compare`: only its accuracy and cost are reported.
 
     Returns:
-        A row of the table, with timm's column names and 'gmacs'; for dynamic models also all that is asked of them.
+        A row of the table, with timm's column names and 'gmacs'; for dynamic models also steps, budgets and curves.
     """
     args = argparse.Namespace(**{**vars(args), 'model': name})
     fold_nets = FoldNets.read(args.fold_nets, args.fold_dir) if args.fold_nets and not compared else None
@@ -116,12 +116,12 @@ def validate_table(args: argparse.Namespace, name: str, checkpoint: str, acceler
 
     Args:
         args: Options of validate.py.
-        name: Name of the model that it is of; empty if not known.
+        name: Name of the model that was measured; empty if not known.
         checkpoint: File with the model's weights.
         accelerator: Processes.
 
     Returns:
-        A row with what the last step gives, and all that is asked for.
+        A row for the last step, and the results for the given exits.
     """
     model = data_config = step_macs = None
     if name:
@@ -214,18 +214,19 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
             if getattr(args, option):
                 parser.error(
                     f"--exit-table evaluates what was measured before and runs no model: --{option.replace('_', '-')} "
-                    'has no effect beside it. Exits are fitted on --calibrate-table, or on one half of the table.')
+                    'has no effect with it. Exits are fitted on --calibrate-table, or on one half of the table.')
         if not args.model and (args.stored_results or args.stored_thresholds or args.save_budgets):
-            parser.error('--stored-results, --stored-thresholds and --save-budgets need --model beside --exit-table.')
+            parser.error(
+                '--stored-results, --stored-thresholds and --save-budgets need --model if --exit-table is given.')
     several = len(args.thresholds or ()) + len(args.budget or ()) > 1 or (args.save_budgets and not args.budget)
     if args.save_predictions and (several or args.geometric or args.stored_thresholds):
         parser.error(
-            '--save-predictions writes one answer to an image: beside it, ask for one list of --thresholds or for one '
-            '--budget, not for several exits.')
+            '--save-predictions writes one prediction per image: give one list of --thresholds or one --budget with '
+            'it, not several.')
     if args.fold_dir and not args.fold_nets:
-        parser.error('--fold-dir says which images each of --fold-nets has not seen: give some.')
+        parser.error('--fold-dir needs --fold-nets: it says which images each net has not seen.')
     if args.strict and not args.thresholds:
-        parser.error('--strict says how to compare with --thresholds: give some.')
+        parser.error('--strict needs --thresholds: it says how confidences are compared with them.')
     for option in ('steps', 'anchor_gmacs'):
         if getattr(args, option) is not None and not (args.exit_table or args.calibrate_table):
             parser.error(

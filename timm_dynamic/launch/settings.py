@@ -108,7 +108,7 @@ def validation_options(args: argparse.Namespace, split: str, **given: Any) -> ar
         **given: Further options of validate.py.
     """
     defaults = vars(create_validate_parser().parse_args([]))
-    # Of another meaning in each script; and the layout, because validate.py should give the same digits.
+    # These mean something else in each script. And the layout is left out: validate.py shall give the same digits.
     not_shared = ('confidence', 'fold_dir', 'torchcompile', 'torchcompile_mode', 'channels_last')
     shared = {k: v for k, v in vars(args).items() if k in defaults and k not in not_shared}
     batch_size = args.validation_batch_size or args.batch_size

@@ -181,7 +181,7 @@ class GFNet(DynamicNet):
 
         Returns:
             Logits, and a state with 'image' [n, C, S, S]; 'map' [n, C, h, w] and 'feature' [n, F] of this step; the
-            'memory' of the step classifier; and from step 1 on the 'action' in [0, 1] [n, 2] and the 'coords' of the
+            'memory' of the step classifier; and from t = 1 on the 'action' in [0, 1] [n, 2] and the 'coords' of the
             patch [n, 2] (both row and column), and the 'policy_hidden' of the patch policy [n, H].
         """
         state = self._look(t, state)

@@ -44,7 +44,7 @@ def create_glance_focus_task(
         model: GFNet,
         args: argparse.Namespace,
         context: StageContext,
-        positions: str = 'random',
+        positions: str,
 ) -> TrainingTask:
     """Create the task of stage 1 or 3, see `GlanceFocusTask`."""
     return GlanceFocusTask(
@@ -173,7 +173,8 @@ def create_gfnet_recipe(args: argparse.Namespace, demo: bool, model: Any) -> Rec
     defaults = _DEMO if demo else _paper_defaults(model, args)
     return Recipe('gfnet', (
         *_static_stages(args, model, defaults),
-        Stage('warmup', create_glance_focus_task, defaults['warmup'], prepare=_init_encoders, shown=False),
+        Stage('warmup', partial(create_glance_focus_task, positions='random'), defaults['warmup'],
+              prepare=_init_encoders, shown=False),
         Stage('policy', create_policy_task, defaults['policy'], starts_from='warmup', shown=False, options=_NO_MIXING,
               check=_check_policy_updates, prepare=partial(_load_init_from, optional=('policy',))),
         Stage('finetune', partial(create_glance_focus_task, positions='policy'), defaults['finetune'],

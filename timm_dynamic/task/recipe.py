@@ -25,7 +25,7 @@ RECIPES: dict[str, Callable[[argparse.Namespace, bool, Any], Recipe]] = {
     'clcnet': create_clcnet_recipe,
     'end-to-end': create_end_to_end_recipe,
 }
-# Families with recipes of their own, by the name of their module, which is also the name of the recipe.
+# Classes of models that need their own recipe, by the name of their module, which is also the name of the recipe.
 FAMILIES: dict[str, type] = {'gfnet': GFNet, 'anchornet': AnchorNetPatch, 'clcnet': CLCNet}
 # Options that only some recipes read. Their defaults are None, False, '' or []; 0 is a value that was given.
 _RECIPES_OF_OPTION = {

@@ -68,7 +68,7 @@ class RunningMeans:
         self.sums = dict(sums or {})
 
     def add(self, key: str, value: torch.Tensor, count: int) -> None:
-        """Add what holds for `count` samples; a tensor [T] has a value per step."""
+        """Add a mean over `count` samples; a tensor [T] has one value per step."""
         value = value.detach().double() * count
         value = value if value.ndim == 1 and len(value) > 1 else value.reshape(())
         self.sums[key] = self.sums[key] + value if key in self.sums else value
@@ -152,7 +152,7 @@ class TrainingLog:
         _logger.info(
             f"{self.stage}: epoch {row['epoch']} done: " + ', '.join(f'{k} {v:.4g}' for k, v in numbers.items()))
         if skipped:
-            _logger.warning(f'{skipped} images could not be read so far; others took their place.')
+            _logger.warning(f'{skipped} images could not be read so far and were replaced by others.')
         self._track(numbers, updates)
 
     def _track(self, values: Mapping[str, Any], updates: int) -> None:

@@ -188,7 +188,7 @@ class TrainingRun:
         if stage.name != next((s.name for s in self.stages if s.model is None), None):
             args.init_from = ''  # is for the first stage that trains the model
         if stage.name in self.results:
-            # The stage that the state is of may be given more epochs.
+            # The last stage that ran may be given more epochs.
             last = self.state is not None and self.state['identity']['stage'] == stage.name
             if self.state is None or not last or args.epochs <= self.state['progress']['epoch']:
                 _logger.info(f'Stage {stage.name} is finished.')
@@ -204,7 +204,7 @@ class TrainingRun:
             self._train(stage, args, state, stop)
 
     def _take_state(self) -> dict[str, Any] | None:
-        """The state to continue from, unless its stage is finished. It is given once."""
+        """The state to continue from, unless its stage is finished. The first call only."""
         state, self.state = self.state, None
         return None if state is None or state['identity']['stage'] in self.results else state
 

@@ -169,7 +169,7 @@ _MAY_CHANGE = {
 }
 
 
-# Those of optimizer and schedule may change, too, if --no-resume-opt starts these anew.
+# Options of the optimizer and its schedule may also change if --no-resume-opt restarts both.
 _OPTIMIZER = re.compile(
     r'(opt|lr|sched|warmup|decay|layer_decay|clip|cooldown|patience)(_|$)|(momentum|weight_decay|min_lr)$')
 
@@ -332,7 +332,7 @@ class RunLock:
         self._file = file
 
     def release(self) -> None:
-        """Let others have the folder."""
+        """Release the folder for other runs."""
         if self._file is not None:
             self._file.close()
             self._file = None

@@ -1,4 +1,4 @@
-"""The training loop. It knows a task, a loader and options, and nothing of what is trained."""
+"""The training loop, for any task, loader and options."""
 import argparse
 import itertools
 import logging
@@ -113,7 +113,7 @@ class Trainer:
 
         context.device, context.dtype, context.verbose = self.device, model_dtype(args), self.main
         context.data_config = self.data_config
-        with seeded(args.seed, 'task'):  # what a task has beside the model has initial values, too
+        with seeded(args.seed, 'task'):  # modules of the task, e.g. a critic, have initial values, too
             assert stage.create_task is not None
             self.task: TrainingTask = stage.create_task(model, args, context).to(self.device)
         if task_state:
@@ -207,7 +207,7 @@ class Trainer:
                 if state['scaler'] is not None and self.accelerator.scaler is not None:
                     self.accelerator.scaler.load_state_dict(state['scaler'])
                 if self.scheduler is not None:
-                    own = self.scheduler.state_dict().get('t_initial')  # of the epochs that are to be trained now
+                    own = self.scheduler.state_dict().get('t_initial')  # for the number of epochs given now
                     self.scheduler.load_state_dict({k: v for k, v in state['scheduler'].items() if k != 't_initial'})
                     if own != state['scheduler'].get('t_initial'):
                         self._schedule(state['progress']['epoch'], state['progress']['updates'])
@@ -415,7 +415,7 @@ class Trainer:
             self.means.add('count', loss.new_ones(()), input.shape[0])
 
     def _update(self, count: int) -> None:
-        """Update on the batch just learned from; again as often as the task asks, as reinforcement learning may."""
+        """Update on the last batch, and again for each further loss of the task, as in reinforcement learning."""
         self._step()
         self.updates += 1
         self.task.update_ema(step=self.updates)
