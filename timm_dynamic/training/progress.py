@@ -3,11 +3,12 @@
 Means and losses stay on the device until they are shown, so that nothing waits for them.
 """
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from tqdm import tqdm
 
 from ..utils import UserError
@@ -80,6 +81,19 @@ class RunningMeans:
     def __str__(self) -> str:
         return ' '.join(
             f"{k} {'/'.join(f'{v:.4g}' for v in value.reshape(-1).tolist())}" for k, value in self.values().items())
+
+    def gather(self) -> list[dict[str, torch.Tensor]]:
+        """Sums of each process, on the CPU: a state has them. All processes call it."""
+        return gather_object([{k: v.cpu() for k, v in self.sums.items()}])
+
+    @classmethod
+    def from_gathered(cls, gathered: Sequence[Mapping[str, torch.Tensor]], accelerator: Any) -> 'RunningMeans':
+        """Continue with this process's share of what `gather` returned, perhaps to another number of processes."""
+        rank, number = accelerator.process_index, accelerator.num_processes
+        own = gathered[rank::number] if len(gathered) >= number else gathered[rank:rank + 1]
+        if not own:
+            return cls()
+        return cls({k: torch.stack([sums[k] for sums in own]).sum(dim=0).to(accelerator.device) for k in own[0]})
 
     def reduce(self, accelerator: Any) -> dict[str, float]:
         """Means over all processes; a value per step becomes one entry a step, e.g. 'top1_step1'."""

@@ -165,7 +165,7 @@ class Trainer:
     # state
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that training would continue with, at the end of an update."""
+        """What training continues with, at the end of an update; but for the means so far, which each process has."""
         scheduler = self.scheduler.state_dict() if self.scheduler is not None else {}
         ema = self.task.get_trainable_module(ema=True)
         return {
@@ -182,7 +182,6 @@ class Trainer:
             'scaler': self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None,
             'best': self.results.best,
             'checkpoints': self.results.kept,
-            'totals': self.means.sums,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -226,7 +225,7 @@ class Trainer:
         if not self.loader.resumable:
             self.batch = 0
         self.results.best, self.results.kept = dict(state['best']), [list(c) for c in state['checkpoints']]
-        self.means = RunningMeans({k: v.to(self.device) for k, v in state['totals'].items()} if self.batch else {})
+        self.means = RunningMeans.from_gathered(state['totals'] if self.batch else [], self.accelerator)
         self._override_start_epoch()
 
     def load_timm_checkpoint(self, path: str) -> None:
@@ -265,8 +264,9 @@ class Trainer:
             NonFiniteLoss: The loss of some process went wrong; the last good state is kept.
         """
         self._check_finite()
+        totals, name = self.means.gather(), f'{self.stage.name}-{self.epoch:04d}-{self.batch:07d}'
         if self.main:
-            self.states.save(self.state_dict(), f'{self.stage.name}-{self.epoch:04d}-{self.batch:07d}')
+            self.states.save({**self.state_dict(), 'totals': totals}, name)
 
     # training
 
