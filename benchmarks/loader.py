@@ -54,7 +54,7 @@ def benchmark_loader(
                          f'{list(workers)} workers, images of {img_size}.')
     name = dataset if dataset is not None else '' if data_dir else DEMO_DATASET
     size = img_size or (96 if name == DEMO_DATASET else 224)
-    extra = {'img_size': size} if name == DEMO_DATASET else {}
+    extra: dict[str, Any] = {'img_size': size} if name == DEMO_DATASET else {}
     rows = []
     for n in workers:
         data = create_dataset(name, root=data_dir, split=split, **extra)

@@ -3,7 +3,12 @@ import pytest
 import yaml
 from flag_tables import fresh_accelerate
 
-from timm_dynamic.launch.options import REFUSED_TRAIN, create_train_parser, create_validate_parser
+from timm_dynamic.launch.options import (
+    REFUSED_TRAIN,
+    create_predict_parser,
+    create_train_parser,
+    create_validate_parser,
+)
 from timm_dynamic.launch.settings import TrainOptions
 from timm_dynamic.task import create_recipe
 
@@ -178,7 +183,7 @@ def test_config_that_is_not_there(says):
     assert "--config: cannot read 'nowhere.yaml'" in says(resolve, '-c', 'nowhere.yaml')
 
 
-@pytest.mark.parametrize('create', [create_train_parser, create_validate_parser])
+@pytest.mark.parametrize('create', [create_train_parser, create_validate_parser, create_predict_parser])
 def test_typos_and_abbreviations_are_explained(create, says):
     parse = create().parse_args
     assert '--batch-sise. Did you mean --batch-size' in says(parse, ['--batch-sise', '3'])

@@ -4,15 +4,22 @@ from .dataset_factory import DEMO_ARGS, DEMO_DATASET, class_to_idx, create_datas
 from .folds import FoldMap, fold_names
 from .loader import TrainLoader, WorkerInit, create_train_loader, worker_context
 from .multi_view import MultiViewLoader, MultiViewTransform, collate_views, create_multi_view_transform
+from .prediction_images import BatchKeys, CollateKeys, ImageKey, ImageList, PredictionImages, PredictionStream
 
 __all__ = [
     'DEMO_ARGS',
     'DEMO_DATASET',
+    'BatchKeys',
     'ClutteredDigits',
+    'CollateKeys',
     'ConfidenceFeatures',
     'FoldMap',
+    'ImageKey',
+    'ImageList',
     'MultiViewLoader',
     'MultiViewTransform',
+    'PredictionImages',
+    'PredictionStream',
     'TrainLoader',
     'WorkerInit',
     'class_to_idx',

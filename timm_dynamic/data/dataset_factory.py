@@ -43,7 +43,13 @@ def _describe(error: Exception) -> str:
     return f'{type(error).__name__}: {error}'
 
 
-def create_dataset(name: str, root: str | None = None, split: str = 'validation', **kwargs: Any) -> Any:
+def create_dataset(
+        name: str,
+        root: str | None = None,
+        split: str = 'validation',
+        labelled: bool = True,
+        **kwargs: Any,
+) -> Any:
     """Create a dataset.
 
     Args:
@@ -51,6 +57,7 @@ def create_dataset(name: str, root: str | None = None, split: str = 'validation'
             a name with the prefix torch/, hfds/, hfids/, wds/, tfds/.
         root: Folder, for most of timm's datasets.
         split: Name of the split.
+        labelled: There must be classes, at least two. False for images to predict.
         **kwargs: Passed on. The demo set takes `img_size`, `digit_scale`, `clutter` and `num_samples` and ignores the
             rest.
 
@@ -87,7 +94,7 @@ def create_dataset(name: str, root: str | None = None, split: str = 'validation'
         dataset.__class__ = TolerantImageDataset
         del dataset._max_retries  # the class has its own
     classes = class_to_idx(dataset)
-    if classes is not None and len(classes) < 2:
+    if labelled and classes is not None and len(classes) < 2:
         raise ValueError(
             f"'{root}' holds {len(classes)} class ({', '.join(map(repr, classes))}) for the split '{split}': expected "
             'one sub-folder per class and at least two of them.')

@@ -1,4 +1,6 @@
+from .predict import main as predict_main
+from .predict import run_prediction
 from .validate import main as validate_main
 from .validate import run_validation
 
-__all__ = ['run_validation', 'validate_main']
+__all__ = ['predict_main', 'run_prediction', 'run_validation', 'validate_main']

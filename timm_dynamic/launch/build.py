@@ -44,7 +44,8 @@ _logger = logging.getLogger(__name__)
 
 def uses_demo_data(args: argparse.Namespace) -> bool:
     """Whether the options name the embedded demo set, or no data."""
-    return args.dataset == DEMO_DATASET or not (args.dataset or args.data_dir or args.data)
+    return args.dataset == DEMO_DATASET or not (
+        args.dataset or args.data_dir or args.data or getattr(args, 'file_list', None))
 
 
 def default_split(args: argparse.Namespace) -> str:
@@ -146,34 +147,40 @@ def place_model(model: Any, args: argparse.Namespace, device: torch.device, num_
     return model
 
 
-def _open_dataset(
+def open_dataset(
         args: argparse.Namespace,
         split: str,
         data_config: dict[str, Any],
         training: bool,
         samples: int | None,
+        labelled: bool = True,
 ) -> Any:
+    """Open the dataset of the options: see `create_dataset`."""
     name, root = args.dataset, args.data_dir or args.data
     if uses_demo_data(args):
         name = DEMO_DATASET
-    channels = data_config['input_size'][0]
     return create_dataset(
         name,
         root=root,
         split=split,
+        labelled=labelled,
         is_training=training,
         class_map=args.class_map,
         download=args.dataset_download,
         batch_size=args.batch_size,
         seed=args.seed,
         repeats=getattr(args, 'epoch_repeats', 0) if training else 0,
-        input_img_mode=args.input_img_mode or ('RGB' if channels == 3 else 'L'),
+        input_img_mode=image_mode(args, data_config),
         input_key=args.input_key,
         target_key=args.target_key,
         num_samples=samples,
         trust_remote_code=args.dataset_trust_remote_code,
         **{'img_size': data_config['input_size'][-1], **read_demo_note(data_config.get('notes'))},
     )
+
+
+def image_mode(args: argparse.Namespace, data_config: Mapping[str, Any]) -> str:
+    return args.input_img_mode or ('RGB' if data_config['input_size'][0] == 3 else 'L')
 
 
 def check_classes(dataset: Any, num_classes: int, what: str) -> None:
@@ -199,7 +206,7 @@ def build_train_loader(
         world_size: int = 1,
 ) -> tuple[TrainLoader, Mixup | None]:
     """Create the training loader, and the mixup to apply to its batches if the loader does not do that."""
-    dataset = _open_dataset(args, args.train_split, data_config, True, args.train_num_samples)
+    dataset = open_dataset(args, args.train_split, data_config, True, args.train_num_samples)
     check_classes(dataset, num_classes, 'training')
     names = class_to_idx(dataset)
     if args.aug_splits == 1 or args.aug_splits < 0:
@@ -320,7 +327,7 @@ def build_eval_loader(
     Raises:
         ValueError: The dataset has more classes than the model, or fewer random images than processes are requested.
     """
-    dataset = _open_dataset(args, split, data_config, False, samples)
+    dataset = open_dataset(args, split, data_config, False, samples)
     check_classes(dataset, num_classes, f"'{split}'")
     workers, whole = args.workers, dataset
     if random_samples is not None and not isinstance(dataset, torch.utils.data.IterableDataset):
@@ -332,16 +339,39 @@ def build_eval_loader(
         dataset = torch.utils.data.Subset(dataset, indices)
     if world_size > 1 and isinstance(dataset, torch.utils.data.IterableDataset):
         workers = min(2, workers)  # as in timm: fewer workers need less padding
+    size = batch_size or getattr(args, 'validation_batch_size', None) or args.batch_size
+    loader = create_eval_loader(
+        args, dataset, data_config, size, workers, device, world_size, views, distributed=world_size > 1, **kwargs)
+    if views is not None:
+        whole.transform = create_multi_view_transform(views, normalise=args.no_prefetcher)
+        loader = MultiViewLoader(loader, views, device, model_dtype(args) or torch.float32)
+    elif indices is not None:
+        whole.transform = dataset.transform
+    loader.class_to_idx, loader.views = class_to_idx(whole), views
+    return loader
+
+
+def create_eval_loader(
+        args: argparse.Namespace,
+        dataset: Any,
+        data_config: Mapping[str, Any],
+        batch_size: int,
+        workers: int,
+        device: torch.device,
+        world_size: int,
+        views: Sequence[Mapping[str, Any]] | None,
+        **kwargs: Any,
+) -> Any:
+    """Create timm's loader for evaluation, with workers that end with their process: see `build_eval_loader`."""
     loader = create_loader(
         dataset,
         data_config['input_size'],
-        batch_size or getattr(args, 'validation_batch_size', None) or args.batch_size,
+        batch_size,
         is_training=False,
         interpolation=data_config['interpolation'],
         mean=data_config['mean'],
         std=data_config['std'],
         num_workers=workers,
-        distributed=world_size > 1,
         crop_pct=data_config['crop_pct'],
         crop_mode=data_config['crop_mode'],
         pin_memory=args.pin_mem,
@@ -355,12 +385,6 @@ def build_eval_loader(
     inner.worker_init_fn = WorkerInit(inner.worker_init_fn)
     if inner.num_workers:
         inner.multiprocessing_context = worker_context(world_size)
-    if views is not None:
-        whole.transform = create_multi_view_transform(views, normalise=args.no_prefetcher)
-        loader = MultiViewLoader(loader, views, device, model_dtype(args) or torch.float32)
-    elif indices is not None:
-        whole.transform = dataset.transform
-    loader.class_to_idx, loader.views = class_to_idx(whole), views
     return loader
 
 

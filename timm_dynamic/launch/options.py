@@ -1,4 +1,4 @@
-"""Command line options of train.py and validate.py: those of timm, with timm's meanings and defaults, and ours."""
+"""Command line options of train.py, validate.py and predict.py: those of timm, with timm's meanings and defaults, and ours."""
 import argparse
 from collections.abc import Mapping
 from typing import Any, NoReturn
@@ -9,6 +9,7 @@ from ..models.clcnet import CONFIDENCES, FINAL_RULES
 from ..task.clcnet import NUM_FOLDS
 from ..utils import did_you_mean
 
+RESULTS_FORMATS = ('csv', 'json', 'json-record', 'json-split', 'parquet')
 _INTERPOLATIONS = ['nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos']
 # Unsupported options of timm, and their replacements.
 REFUSED_TRAIN = {
@@ -35,6 +36,11 @@ REFUSED_VALIDATE = {
     '--naflex-max-seq-len': (
         "It needs --naflex-loader. Use timm's script: "
         'python -m timm_dynamic /path/to/timm/validate.py --naflex-loader ...'),
+}
+
+REFUSED_PREDICT = {
+    **{name: REFUSED_VALIDATE[name] for name in ('--torchscript', '--fuser', '--aot-autograd')},
+    '--num-gpu': 'One process uses one GPU. Use accelerate launch --num_processes N predict.py ...',
 }
 
 
@@ -107,6 +113,31 @@ def _device_options(g: Any) -> None:
     g.add_argument('--model-dtype', choices=['float32', 'float16', 'bfloat16'], help='dtype of the weights, without --amp')
     g.add_argument('--torchcompile', nargs='?', const='inductor', metavar='BACKEND', help='use torch.compile (backend: inductor)')
     g.add_argument('--torchcompile-mode', metavar='MODE', help='mode of torch.compile')
+
+
+def _checkpoint_options(g: Any) -> None:
+    g.add_argument('--pretrained', action='store_true', help='use pretrained weights (default without --checkpoint)')
+    g.add_argument('--checkpoint', default='', metavar='FILE', help='weights: a file, or a folder with several files')
+    g.add_argument('--use-ema', action='store_true', help="use the checkpoint's averaged weights")
+    g.add_argument('--reparam', action='store_true', help='reparameterise the model for inference')
+    g.add_argument('--test-pool', action='store_true', help='use test-time pooling')
+
+
+def _eval_input_options(g: Any) -> None:
+    _input_options(g)
+    g.add_argument('--use-train-size', action='store_true', help="use the model's training size instead of its test size")
+    g.add_argument('--crop-mode', metavar='MODE', help='center, squash or border')
+    g.add_argument('--crop-border-pixels', type=int, metavar='N', help='pixels to crop from each border')
+    g.add_argument('--tf-preprocessing', action='store_true', help="use TensorFlow's preprocessing (needs tensorflow)")
+
+
+def _eval_run_options(g: Any, workers: int) -> None:
+    g.add_argument('-b', '--batch-size', type=int, default=256, metavar='N', help='batch size per process (%(default)s)')
+    g.add_argument('-j', '--workers', type=int, default=workers, metavar='N', help='worker processes of the loader (%(default)s)')
+    g.add_argument('--log-freq', type=int, default=10, metavar='N', help='batches between updates of the progress bar (%(default)s)')
+    g.add_argument('--no-prefetcher', action='store_true', help='normalise in the workers instead of on the device')
+    g.add_argument('--pin-mem', action='store_true', help='use pinned memory in the loader')
+    g.add_argument('--seed', type=int, default=0, metavar='S', help='(%(default)s)')
 
 
 def create_train_parser() -> argparse.ArgumentParser:
@@ -364,17 +395,9 @@ def create_validate_parser() -> argparse.ArgumentParser:
     g = p.add_argument_group('Model')
     g.add_argument('--model', '-m', default='', metavar='NAME',
                    help="model, 'local-dir:FOLDER', a wildcard, 'all', or a text file with one name per line")
-    g.add_argument('--pretrained', action='store_true', help='use pretrained weights (default without --checkpoint)')
-    g.add_argument('--checkpoint', default='', metavar='FILE', help='weights: a file, or a folder with several files')
-    g.add_argument('--use-ema', action='store_true', help="use the checkpoint's averaged weights")
+    _checkpoint_options(g)
     g.add_argument('--compare', nargs='+', default=[], metavar='MODEL', help='other models to evaluate on the same images')
-    g.add_argument('--reparam', action='store_true', help='reparameterise the model for inference')
-    g.add_argument('--test-pool', action='store_true', help='use test-time pooling')
-    _input_options(g)
-    g.add_argument('--use-train-size', action='store_true', help="use the model's training size instead of its test size")
-    g.add_argument('--crop-mode', metavar='MODE', help='center, squash or border')
-    g.add_argument('--crop-border-pixels', type=int, metavar='N', help='pixels to crop from each border')
-    g.add_argument('--tf-preprocessing', action='store_true', help="use TensorFlow's preprocessing (needs tensorflow)")
+    _eval_input_options(g)
 
     g = p.add_argument_group('Dynamic inference', (
         'For models with early exit. Budgets are multiply-adds per image, in 10⁹ (GMACs). Exits are never fitted\n'
@@ -414,13 +437,8 @@ def create_validate_parser() -> argparse.ArgumentParser:
     g.add_argument('--curve', metavar='FILE', help='draw accuracy over multiply-adds, with the --compare models (needs matplotlib)')
 
     g = p.add_argument_group('Run')
-    g.add_argument('-b', '--batch-size', type=int, default=256, metavar='N', help='batch size per process (%(default)s)')
-    g.add_argument('-j', '--workers', type=int, default=4, metavar='N', help='worker processes of the loader (%(default)s)')
-    g.add_argument('--log-freq', type=int, default=10, metavar='N', help='batches between updates of the progress bar (%(default)s)')
-    g.add_argument('--no-prefetcher', action='store_true', help='normalise in the workers instead of on the device')
-    g.add_argument('--pin-mem', action='store_true', help='use pinned memory in the loader')
+    _eval_run_options(g, workers=4)
     g.add_argument('--retry', action='store_true', help='halve the batch size if the device is out of memory')
-    g.add_argument('--seed', type=int, default=0, metavar='S', help='(%(default)s)')
     g.add_argument('--metrics-avg', default='', choices=['', 'micro', 'macro', 'weighted'],
                    help='also print precision, recall and F1 with this average (needs scikit-learn)')
     g.add_argument('--results-file', default='', metavar='FILE', help='write the results to this file')
@@ -429,4 +447,60 @@ def create_validate_parser() -> argparse.ArgumentParser:
     g = p.add_argument_group('Device', 'Processes, devices and precision are set by accelerate launch or accelerate config.')
     _device_options(g)
     p.refuse(REFUSED_VALIDATE)
+    return p
+
+
+def create_predict_parser() -> argparse.ArgumentParser:
+    """Parser for predict.py. Its defaults are those of timm's inference.py; help and docs name the departures."""
+    p = _Parser(
+        prog='predict.py',
+        description='Predict the classes of images with timm models and dynamic models on one or many devices.\n\n'
+                    '  python predict.py --model local-dir:RUN/best --data-dir IMAGES --results-file predictions.csv --topk 5\n\n'
+                    'Results are kept in parts while it runs. The same command continues after an interruption.')
+    g = p.add_argument_group('Dataset', 'Labels are not used. A folder of images needs no sub-folders.')
+    _dataset_options(g, split_names=False)
+    g.add_argument('--file-list', metavar='FILE', help='text file with one image path per line, relative to --data-dir (default: to the working directory)')
+    g.add_argument('--split', metavar='NAME', help='split to predict (default: validation; of the demo set test)')
+    g.add_argument('--num-samples', type=int, metavar='N', help='number of samples, for iterable datasets')
+
+    g = p.add_argument_group('Model')
+    g.add_argument('--model', '-m', default='resnet50', metavar='NAME', help="model, or 'local-dir:FOLDER' (%(default)s)")
+    _checkpoint_options(g)
+    _eval_input_options(g)
+
+    g = p.add_argument_group('Dynamic inference', (
+        "For models with early exit. Default: the model's exit policy if it has one, else all steps."))
+    g.add_argument('--budget', type=float, metavar='G', help='use the exits that the model stores for this average cost (GMACs per image)')
+    g.add_argument('--thresholds', type=float, nargs='+', metavar='T', help='use these thresholds, one per step')
+    g.add_argument('--confidence', choices=CONFIDENCES, help='confidence of a cascade (default: that of the model)')
+    g.add_argument('--final-rule', choices=FINAL_RULES, help="final rule of a cascade: which member's prediction is used (default: that of the model)")
+
+    g = p.add_argument_group('Results')
+    g.add_argument('--results-dir', metavar='DIR', help='folder of the results')
+    g.add_argument('--results-file', metavar='FILE', help='results, relative to --results-dir (default: MODEL-SIZE)')
+    g.add_argument('--results-format', nargs='+', choices=RESULTS_FORMATS, metavar='NAME', help=(
+        f"{', '.join(RESULTS_FORMATS)} (default: by the extension of --results-file, else csv)"))
+    g.add_argument('--results-separate-col', action='store_true', help='a column for each of several predictions')
+    g.add_argument('--topk', type=int, default=1, metavar='K', help='number of predicted classes; 0: outputs of all classes, in their order (%(default)s)')
+    g.add_argument('--fullname', action=argparse.BooleanOptionalAction, default=True, help=(
+        'name images by their path relative to the root, or by their base name only (timm: base name)'))
+    g.add_argument('--filename-col', default='filename', metavar='NAME', help='column of image names (%(default)s)')
+    g.add_argument('--index-col', default='index', metavar='NAME', help='column of class indices (%(default)s)')
+    g.add_argument('--label-col', default='label', metavar='NAME', help='column of class names (%(default)s)')
+    g.add_argument('--output-col', metavar='NAME', help='column of outputs (default: --output-type)')
+    g.add_argument('--output-type', default='prob', choices=['prob', 'logit'], help='probabilities or logits (%(default)s)')
+    g.add_argument('--label-type', default='description', choices=['none', 'name', 'description', 'detail', 'detailed'], help=(
+        "class names, from the model's config or timm's ImageNet info (%(default)s); without names, indices are written"))
+    g.add_argument('--include-index', action='store_true', help='write class indices in addition to names')
+    g.add_argument('--exclude-output', action='store_true', help='do not write probabilities or logits')
+    g.add_argument('--no-console-results', action='store_true', help='do not print the first rows')
+
+    g = p.add_argument_group('Run')
+    _eval_run_options(g, workers=2)
+    g.add_argument('--shard-size', type=int, metavar='N', help=(
+        'images per saved part of the results, rounded up to whole batches (default: 1/32 of the images, at most 4096)'))
+
+    g = p.add_argument_group('Device', 'Processes, devices and precision are set by accelerate launch or accelerate config.')
+    _device_options(g)
+    p.refuse(REFUSED_PREDICT)
     return p
