@@ -119,6 +119,19 @@ def test_bad_use(model, images):
         collect_exit_table(model, [])
 
 
+def test_the_models_own_policy_is_the_default(model, images):
+    thresholds = spread_thresholds(model, images)
+    expected = early_exit(model, images, thresholds)
+    for run in (early_exit, lambda model, x: model.forward_exit(x), lambda model, x: next(ExitStream(model).run([x]))):
+        with pytest.raises(ValueError, match=r'no exit policy. Give one, or set one with model.set_budget'):
+            run(model, images)
+        model.set_exit(thresholds)
+        result = run(model, images)
+        model.clear_exit()
+        assert torch.equal(result.steps_used, expected.steps_used)
+        torch.testing.assert_close(result.logits, expected.logits, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize(('rule', 'found'), [
     (lambda history: torch.ones(len(history), dtype=torch.int64), r'int64 \[24\]'),
     (lambda history: torch.ones(1, dtype=torch.bool), r'bool \[1\]'),

@@ -10,9 +10,10 @@ from collections.abc import Generator, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
 from ..models.dynamic_net import DynamicNet, ExitResult, State, StopRule, num_rows
-from ..models.exit_cfg import ask_stop_rule
+from ..models.exit_cfg import Policy, ask_stop_rule
 from .collect import check_ready, move_images
 
 _HISTORY = 'confidences so far'  # kept among the states; no name clash, as names of states are identifiers
@@ -35,7 +36,8 @@ class ExitStream:
 
     Args:
         model: A `DynamicNet` in eval mode.
-        policy: T thresholds, as a float tensor or a sequence, or an `ExitPolicy`: see `early_exit`.
+        policy: T thresholds, as a float tensor or a sequence, or an `ExitPolicy`: see `early_exit`. Default: the exit
+            policy that the model has now.
         batch_size: Images that a step is run on.
         max_pending: Images whose results may wait for that of an earlier image. Beyond it, the queue with the oldest
             image is run though it is not full. This bounds memory and delay where few images reach a late step. A
@@ -44,13 +46,14 @@ class ExitStream:
             results are dropped. Default: only if the steps are compiled, see `DynamicNet.compile_steps`.
 
     Raises:
-        ValueError: The policy does not fit the model, the model is in train mode, or a number is not positive.
+        ValueError: The policy does not fit the model, or there is none; the model is in train mode; or a number is not
+            positive.
     """
 
     def __init__(
             self,
-            model: Any,
-            policy: Any,
+            model: nn.Module,
+            policy: Policy | None = None,
             batch_size: int = 64,
             max_pending: int | None = None,
             pad: bool | None = None,

@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..layers.fuse import fuse_conv_bn
 from .exit_cfg import (
+    Policy,
     StopRule,
     ask_stop_rule,
     budgets_to_json,
@@ -237,17 +238,18 @@ class DynamicNet(nn.Module):
             logits, state = self.step(t, state)
             yield logits
 
-    def forward_exit(self, x: Any, stop_rule: StopRule) -> ExitResult:
+    def forward_exit(self, x: Any, stop_rule: StopRule | None = None) -> ExitResult:
         """Predict with early exit: after each step, the batch shrinks to the images that continue.
 
         Args:
             x: See `init_state`.
-            stop_rule: See the attribute `exit_policy`.
+            stop_rule: See the attribute `exit_policy`, which is the default.
 
         Raises:
             RuntimeError: It is traced or exported. The graph would hold the path of the example images, for all images.
-            ValueError: The stop rule returns something else than bool [n].
+            ValueError: The stop rule returns something else than bool [n], or there is none.
         """
+        stop_rule = self.make_stop_rule() if stop_rule is None else stop_rule
         if torch.jit.is_tracing() or torch.compiler.is_exporting():
             raise RuntimeError(
                 'A traced graph cannot exit early: it would repeat the path of the example images. Call '
@@ -310,15 +312,21 @@ class DynamicNet(nn.Module):
 
     # When to stop
 
-    def make_stop_rule(self, policy: Any) -> StopRule:
-        """Turn a policy, see `set_exit`, into the stop rule that `forward_exit` takes.
+    def make_stop_rule(self, policy: Policy | None = None) -> StopRule:
+        """Turn a policy, see `set_exit`, into the stop rule that `forward_exit` takes. Default: the model's own.
 
         Raises:
-            ValueError: The policy does not fit the model.
+            ValueError: The policy does not fit the model, or the model has none.
         """
-        return make_stop_rule(policy, self.num_steps)
+        if policy is not None:
+            return make_stop_rule(policy, self.num_steps)
+        if self.exit_policy is None:
+            raise ValueError(
+                'The model has no exit policy. Give one, or set one with model.set_budget(gmacs=...) or '
+                'model.set_exit(thresholds).')
+        return self.exit_policy
 
-    def set_exit(self, policy: Any) -> None:
+    def set_exit(self, policy: Policy) -> None:
         """Let `forward` exit early in eval mode.
 
         Args:

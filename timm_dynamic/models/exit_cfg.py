@@ -15,6 +15,8 @@ import torch
 
 # Confidences of the steps so far [n, t] -> which images stop after step t, bool [n].
 StopRule = Callable[[torch.Tensor], torch.Tensor]
+# What can be set as exits: thresholds or a stop rule.
+Policy = torch.Tensor | Sequence[float] | StopRule
 
 _exit_policies: dict[str, Any] = {}
 
