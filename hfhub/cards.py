@@ -14,7 +14,7 @@ HERE = Path(__file__).parent
 
 def write_cards(folder: Path) -> None:
     """Write FOLDER/MODEL.TAG/README.md and its plot for every model of the family 'digits'."""
-    for entry in read_catalog(HERE / 'catalog.json').values():
+    for entry in read_catalog().values():
         if entry.family == 'digits':
             with tempfile.TemporaryDirectory() as staged:
                 stage_bundled(entry, staged)

@@ -1,6 +1,5 @@
 """A pickle instead of a checkpoint executes nothing, wherever a file is read."""
 import pickle
-import runpy
 import shutil
 import zipfile
 from pathlib import Path
@@ -8,12 +7,12 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from helpers import ROOT
 
 from timm_dynamic import ConfidenceNet
 from timm_dynamic.data import ConfidenceFeatures
 from timm_dynamic.evaluation import validate_main
 from timm_dynamic.exits import ExitTable
+from timm_dynamic.hub import convert_main
 from timm_dynamic.training import train_main
 from timm_dynamic.training.run_folder import CheckpointManager
 from timm_dynamic.utils import CheckpointError, sha256_of
@@ -59,8 +58,7 @@ def create(name):
 
 
 def convert(path):
-    main = runpy.run_path(str(ROOT / 'hfhub/convert.py'))['main']
-    assert main([str(path), '--model', 'focusnet_resnet18', '--out', f'{path}.out']) == 1
+    assert convert_main([str(path), '--model', 'focusnet_resnet18', '--out', f'{path}.out']) == 1
     assert not Path(f'{path}.out').exists()
 
 

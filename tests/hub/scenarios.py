@@ -13,7 +13,6 @@ import os
 import pickle
 import re
 import resource
-import runpy
 import shutil
 import signal
 import sys
@@ -59,6 +58,7 @@ from timm_dynamic.hub import (
     files_to_publish,
     fixed_logits,
     publish,
+    publish_main,
     read_catalog,
 )
 from timm_dynamic.models.builder import BUNDLED
@@ -67,7 +67,7 @@ from timm_dynamic.utils import CheckpointError, fetch_weights, save_pretrained
 
 ENTRY = Entry('test_gfnet.mine', description='A net.', recipe='None.', licence='mit', limits='All.')
 REPO = 'org/test_gfnet.mine'
-CATALOG = read_catalog(ROOT / 'hfhub/catalog.json')
+CATALOG = read_catalog()
 MEMBERS = ('mobilenetv3_small_100.lamb_in1k', 'resnet50.a1_in1k')  # of clcnet; they come from timm's repositories
 SCENARIOS = {}
 
@@ -129,10 +129,9 @@ def files_on_the_hub(branch: str = 'main') -> dict[str, bytes]:
 
 
 def run_publish(*args: str | Path) -> tuple[int, str, str]:
-    """Exit status, output and errors of hfhub/publish.py."""
-    main = runpy.run_path(str(ROOT / 'hfhub/publish.py'))['main']
+    """Exit status, output and errors of the command publish."""
     with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
-        status = main(list(map(str, args)))
+        status = publish_main(list(map(str, args)))
     return status, out.getvalue(), err.getvalue()
 
 

@@ -16,7 +16,7 @@ from timm_dynamic.hub.runs import describe_run, show_option
 from timm_dynamic.models.builder import BUNDLED
 from timm_dynamic.utils import save_pretrained
 
-CATALOG = read_catalog(ROOT / 'hfhub/catalog.json')
+CATALOG = read_catalog()
 CARDS = ROOT / 'hfhub/cards'
 
 

@@ -10,7 +10,7 @@ from timm.models import model_entrypoint
 import timm_dynamic  # noqa: F401
 from timm_dynamic.hub import find_entry, read_catalog
 
-CATALOG = ROOT / 'hfhub/catalog.json'
+CATALOG = ROOT / 'timm_dynamic/hub/catalog.json'
 
 
 @pytest.fixture(scope='module')
@@ -35,7 +35,7 @@ def registered() -> dict:
 
 def test_catalog_and_default_cfgs_agree(catalog):
     cfgs = registered()
-    assert cfgs.keys() == catalog.keys(), 'every tag with weights has an entry in hfhub/catalog.json, and only those'
+    assert cfgs.keys() == catalog.keys(), 'every tag with weights has an entry in the catalog, and only those'
     for name, cfg in cfgs.items():
         entry = catalog[name]
         assert cfg.hf_hub_id == entry.hub_id

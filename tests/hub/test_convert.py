@@ -3,22 +3,20 @@ import hashlib
 import json
 import os
 import re
-import runpy
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import timm
 import torch
-from helpers import ROOT
 from parity.test_gfnet import RECIPES, build_checkpoint
 
-from timm_dynamic.hub import Entry, convert, fixed_logits, match_tensors, read_catalog
+from timm_dynamic.hub import Entry, convert, convert_main, fixed_logits, match_tensors, read_catalog
 from timm_dynamic.models.gfnet import checkpoint_filter_fn
 from timm_dynamic.utils import CheckpointError
 
 FULL = os.environ.get('TIMM_DYNAMIC_FULL_TESTS') == '1'
-CATALOG = read_catalog(ROOT / 'hfhub/catalog.json')
+CATALOG = read_catalog()
 
 
 def config_of(folder) -> dict:
@@ -136,8 +134,7 @@ def test_the_script(tmp_path, capsys):
     torch.save({'epoch': 90, 'arch': 'resnet18', 'best_acc1': np.float64(70.422), 'optimizer': momentum,
                 'state_dict': {f'module.{k}': v for k, v in weights.items()}}, file)
     folder = tmp_path / 'out'
-    main = runpy.run_path(str(ROOT / 'hfhub/convert.py'))['main']
-    assert main([str(file), '--model', 'focusnet_resnet18', '--out', str(folder)]) == 0
+    assert convert_main([str(file), '--model', 'focusnet_resnet18', '--out', str(folder)]) == 0
     out = capsys.readouterr().out
     assert 'focusnet_resnet18.paper_in1k: 122 tensors kept\n' in out
     assert 'left out, state of the optimizer: 1\n    optimizer/state/0/momentum_buffer\n' in out
@@ -147,7 +144,7 @@ def test_the_script(tmp_path, capsys):
     assert all(torch.equal(v, weights[k]) for k, v in model.state_dict().items())
     assert config_of(folder)['metrics'] == {'top1': 70.422, 'top5': 89.562}
 
-    assert main([str(file), '--model', 'anchornet', '--out', str(tmp_path / 'no')]) == 1
+    assert convert_main([str(file), '--model', 'anchornet', '--out', str(tmp_path / 'no')]) == 1
     err = capsys.readouterr().err
     assert err.startswith('error: ')
     assert 'does not fit anchornet' in err

@@ -50,7 +50,7 @@ def test_validate_repeats_the_table_of_train(family, settings, small_splits, tmp
 
 
 def _published(name):
-    catalog = json.loads((Path(__file__).parents[2] / 'hfhub' / 'catalog.json').read_text())
+    catalog = json.loads((Path(__file__).parents[2] / 'timm_dynamic/hub/catalog.json').read_text())
     return next(m['metrics'] for m in catalog['models'] if m['name'] == name)
 
 

@@ -498,12 +498,22 @@ sys.exit(7)
 
 
 @pytest.mark.parametrize(('argv', 'status', 'message'), [
-    (['nope.py'], "python -m timm_dynamic: there is no script 'nope.py'.", ''),
-    (['--help'], 0, 'python -m timm_dynamic SCRIPT ARGS'),
-    ([], 2, 'python -m timm_dynamic SCRIPT ARGS')])
-def test_the_plugin_without_a_script_says_how_to_use_it(monkeypatch, capsys, argv, status, message):
-    monkeypatch.setattr(sys, 'argv', ['timm_dynamic', *argv])
-    with pytest.raises(SystemExit) as e:
-        run_with_plugin()
-    assert e.value.code == status
-    assert message in capsys.readouterr().out
+    (['nope.py'], 1, "timm-dynamic: 'nope.py' is neither a command (train, validate, "),
+    (['--help'], 0, 'timm-dynamic SCRIPT ...'),
+    ([], 2, 'timm-dynamic SCRIPT ...'),
+    (['validate'], 2, 'timm-dynamic validate: error: --model is needed'),
+    (['train', '--nonsense'], 2, 'timm-dynamic train: error: '),
+    (['predict', '--topk', '-1'], 2, 'timm-dynamic predict: error: --topk'),
+    (['convert'], 2, 'usage: timm-dynamic convert'),
+    (['publish'], 2, 'usage: timm-dynamic publish'),
+    (['benchmark', 'exit', '--steps'], 2, 'usage: timm-dynamic benchmark'),
+    (['visualize'], 2, '--model'),
+])
+def test_commands(monkeypatch, capsys, argv, status, message):
+    monkeypatch.setattr(sys, 'argv', ['timm-dynamic', *argv])
+    try:
+        found = run_with_plugin()
+    except SystemExit as e:
+        found = e.code
+    assert found == status
+    assert message in ''.join(capsys.readouterr())

@@ -2,6 +2,7 @@
 import argparse
 import json
 import logging
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,8 @@ def create_benchmark_parser(
         benchmarks: Modules, see `BENCHMARKS`.
         prog: Name of the command.
     """
-    parser = argparse.ArgumentParser(
-        prog=prog, description='Measure how fast timm_dynamic is.', allow_abbrev=False)
+    prog = sys.argv[0] if sys.argv[0].startswith('timm-dynamic ') else prog
+    parser = argparse.ArgumentParser(prog=prog, description='Measure how fast timm_dynamic is.', allow_abbrev=False)
     commands = parser.add_subparsers(dest='benchmark', metavar='BENCHMARK', required=True)
     for benchmark in benchmarks:
         p = commands.add_parser(benchmark.NAME, help=benchmark.HELP, description=benchmark.HELP, allow_abbrev=False)

@@ -7,6 +7,8 @@ from typing import Any
 
 from ..models.builder import hub_id
 
+CATALOG = Path(__file__).parent / 'catalog.json'
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -52,7 +54,7 @@ class Entry:
         return hub_id(self.name)
 
 
-def read_catalog(path: str | Path) -> dict[str, Entry]:
+def read_catalog(path: str | Path = CATALOG) -> dict[str, Entry]:
     """Read a catalog. An entry inherits the fields of its family.
 
     Args:

@@ -1,5 +1,6 @@
 """Command line options of train.py, validate.py and predict.py: those of timm, with timm's meanings and defaults, and ours."""
 import argparse
+import sys
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
@@ -140,10 +141,16 @@ def _eval_run_options(g: Any, workers: int) -> None:
     g.add_argument('--seed', type=int, default=0, metavar='S', help='(%(default)s)')
 
 
+def _prog(name: str) -> str:
+    """Name of a script in help and errors: as a command of timm-dynamic, or as a file."""
+    command = f'timm-dynamic {name}'
+    return command if sys.argv[0] == command else f'{name}.py'
+
+
 def create_train_parser() -> argparse.ArgumentParser:
     """Parser for train.py. Its defaults are timm's."""
     p = _Parser(
-        prog='train.py',
+        prog=_prog('train'),
         description='Train timm models and dynamic models on one or many devices.\n\n'
                     '  accelerate launch train.py --model focusnet_resnet18 --focus-baseline resnet18.tv_in1k '
                     '--data-dir IMAGENET\n\n'
@@ -379,7 +386,7 @@ def create_train_parser() -> argparse.ArgumentParser:
 def create_validate_parser() -> argparse.ArgumentParser:
     """Parser for validate.py. Its defaults are timm's."""
     p = _Parser(
-        prog='validate.py',
+        prog=_prog('validate'),
         description='Evaluate timm models and dynamic models on one or many devices.\n\n'
                     '  python validate.py --model focusnet_resnet18 --checkpoint FILE --data-dir IMAGENET '
                     '--compare resnet18.tv_in1k\n'
@@ -453,7 +460,7 @@ def create_validate_parser() -> argparse.ArgumentParser:
 def create_predict_parser() -> argparse.ArgumentParser:
     """Parser for predict.py. Its defaults are those of timm's inference.py; help and docs name the departures."""
     p = _Parser(
-        prog='predict.py',
+        prog=_prog('predict'),
         description='Predict the classes of images with timm models and dynamic models on one or many devices.\n\n'
                     '  python predict.py --model local-dir:RUN/best --data-dir IMAGES --results-file predictions.csv --topk 5\n\n'
                     'Results are kept in parts while it runs. The same command continues after an interruption.')
