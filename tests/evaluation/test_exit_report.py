@@ -7,7 +7,7 @@ from exit_tables import make_table
 import timm_dynamic  # noqa: F401
 from timm_dynamic.evaluation import exit_report
 from timm_dynamic.evaluation.calibration import Calibration
-from timm_dynamic.exits import ExitTable, geometric_thresholds
+from timm_dynamic.exits import ExitTable, geometric_thresholds, solve_curve
 
 
 @pytest.fixture
@@ -32,6 +32,27 @@ class TestRows:
         curve = [(gmacs, round(top1, 4)) for gmacs, top1 in exit_report.step_curve(table)]
         assert curve == [(row['gmacs'], row['top1']) for row in rows]
         assert 'top5' not in exit_report.step_rows(make_table(top5=False))[0]
+
+    @pytest.mark.parametrize('method', ['thresholds', 'value'])
+    def test_cross_fitting_by_hand(self, method):
+        table = make_table(201, seed=3)
+        calibration = Calibration.cross_fitted(table, 'val', seed=5)
+        first, second = table.split_indices(0.5, 5)
+        assert sorted([*first.tolist(), *second.tolist()]) == list(range(201))
+        row, = exit_report.budget_rows(calibration, [2.0], method)
+        kept, = exit_report.budgets_to_keep(calibration, [2.0], method)
+        top1 = gmacs = 0.
+        for fit, held_out in ((first, second), (second, first)):
+            policy, = (p.policy for p in solve_curve(table.subset(fit), [2.0], method=method))
+            point = table.subset(held_out).evaluate(policy)
+            top1, gmacs = top1 + point.top1 * len(held_out) / 201, gmacs + point.gmacs * len(held_out) / 201
+        assert (row['top1'], row['gmacs']) == (pytest.approx(top1, abs=1e-4), pytest.approx(gmacs, abs=1e-6))
+        assert (row['images'], row['split'], row['fitted_on']) == (201, 'val, cross-fitted in halves', 'all of val')
+        whole, = solve_curve(table, [2.0], method=method)
+        assert kept['gmacs'] == whole.gmacs == table.evaluate(kept['policy']).gmacs  # what is kept is fitted on all
+        assert kept['evaluated']['top1'] == row['top1']
+        assert len(exit_report.budget_rows(calibration, method=method)) > 3
+        assert len(exit_report.geometric_rows(calibration)) == 39
 
     @pytest.mark.parametrize('method', ['thresholds', 'value'])
     def test_budgets_are_fitted_on_one_and_evaluated_on_the_other(self, method):

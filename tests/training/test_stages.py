@@ -110,6 +110,17 @@ def test_budgets_are_shown_and_kept(image_folder, tmp_path, caplog):
     assert 'budgets' not in timm.create_model(f'local-dir:{run / "last"}', pretrained=True).exit_cfg
 
 
+def test_without_a_test_split_budgets_are_cross_fitted(image_folder, tmp_path):
+    run_training(_args(image_folder, tmp_path, '--val-split', 'val'))
+    rows = json.loads((tmp_path / 'run' / 'budgets.json').read_text())
+    budgets = [row for row in rows if row['point'] == 'budget']
+    assert {(row['split'], row['fitted_on'], row['images']) for row in budgets} == {
+        ('val, cross-fitted in halves', 'all of val', 33)}
+    model = timm.create_model(f'local-dir:{tmp_path / "run" / "best"}', pretrained=True).eval()
+    assert [b['evaluated']['top1'] for b in model.exit_cfg['budgets']] == [row['top1'] for row in budgets]
+    assert model.set_budget(model.step_macs[1] / 1e9)['gmacs'] <= model.step_macs[1] / 1e9
+
+
 def test_stages_one_by_one(image_folder, tmp_path, capsys):
     args = [a for a in _args(image_folder, tmp_path) if a not in ('--init-local', 'scratch')]
     assert train_main([*args, '--stage', 'policy']) == 1
@@ -268,8 +279,9 @@ def test_clcnet_judged_on_its_own_features_is_judged_out_of_fold(image_folder, t
     args = _args(image_folder, tmp_path, '--val-split', 'val', '--confidence', 'all', family='clcnet')
     with caplog.at_level('INFO'):
         run_training(args)
-    halves = 'a random half of val, out of fold', 'the other half of val, out of fold'
-    assert 'fitted on {} (16 images), evaluated on {} (17 images)'.format(*halves) in caplog.text
+    name = 'val, out of fold'
+    where = f'fitted on all of {name} (33 images), evaluated on {name}, cross-fitted in halves (33 images)'
+    assert where in caplog.text
     table = ExitTable.load(tmp_path / 'run/calibration.safetensors')
     results = list(csv.DictReader((tmp_path / 'run/results.csv').open()))
     assert [r['split'] for r in results] == ['val', 'val', 'val, out of fold']  # the net that is exported has seen val
@@ -279,6 +291,7 @@ def test_clcnet_judged_on_its_own_features_is_judged_out_of_fold(image_folder, t
     rows = list(csv.DictReader((tmp_path / 'run/confidences.csv').open()))
     best = max(rows, key=lambda row: float(row['area']))
     model = timm.create_model(f'local-dir:{tmp_path / "run/best"}', pretrained=True)
+    assert model.exit_cfg['budgets']
     assert (model.confidence_kind, model.final_rule) == (best['confidence'], best['final_rule'])
 
 

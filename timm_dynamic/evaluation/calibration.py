@@ -8,11 +8,12 @@ import torch
 from torchvision.datasets import VisionDataset
 
 from ..data.dataset_factory import TRAIN_SPLITS, VALIDATION_SPLITS
-from ..exits import ExitTable
+from ..exits import ExitPoint, ExitTable
 
 _logger = logging.getLogger(__name__)
 
 HALF = 'half'
+CROSS = 'cross'
 
 
 @dataclass(frozen=True)
@@ -24,8 +25,9 @@ class Calibration:
         evaluation: The table that they are evaluated on.
         fitted_on: Name of the images of the first.
         evaluated_on: Name of the images of the second.
-        note: A warning to show beside the results.
+        note: A warning to show with the results.
         rows: Which images of the split the evaluation table has, int64; None for all.
+        halves: Of cross-fitting, the images of both halves, int64. Both tables are the whole one then.
     """
     calibration: ExitTable
     evaluation: ExitTable
@@ -33,6 +35,7 @@ class Calibration:
     evaluated_on: str
     note: str = ''
     rows: torch.Tensor | None = None
+    halves: tuple[torch.Tensor, torch.Tensor] | None = None
 
     @classmethod
     def of_tables(
@@ -67,6 +70,33 @@ class Calibration:
             rows=second.sort().values)
 
 
+    @classmethod
+    def cross_fitted(cls, table: ExitTable, name: str, seed: int) -> 'Calibration':
+        """Fit on all images of a table. Evaluate each random half of it with what was fitted on the other half."""
+        return cls(
+            table, table, f'all of {name}', f'{name}, cross-fitted in halves', halves=table.split_indices(0.5, seed))
+
+    def solve(self, solver: Callable[[ExitTable], Sequence[Any]]) -> list[ExitPoint]:
+        """Fit policies, and evaluate them on images that they were not fitted on.
+
+        Args:
+            solver: Fits a number of policies, always the same number, on a table.
+
+        Returns:
+            A point for each. Its policy is the one fitted on `calibration`. With cross-fitting, its accuracy and cost
+            are those of two policies, each fitted on one half and evaluated on the other.
+        """
+        policies = solver(self.calibration)
+        if self.halves is None:
+            return [self.evaluation.evaluate(policy) for policy in policies]
+        steps = torch.zeros(len(policies), len(self.evaluation), dtype=torch.int64)
+        for fit, held_out in (self.halves, self.halves[::-1]):
+            table = self.evaluation.subset(held_out)
+            for row, policy in zip(steps, solver(self.calibration.subset(fit))):
+                row[held_out] = table.steps_used(policy)
+        return [self.evaluation.evaluate_steps(row, policy) for row, policy in zip(steps, policies)]
+
+
 def same_split(a: str, b: str) -> bool:
     """Whether two names mean the same split to timm."""
     return a == b or any(a in names and b in names for names in (TRAIN_SPLITS, VALIDATION_SPLITS))
@@ -83,14 +113,14 @@ def open_calibration_loader(
 
     Args:
         split: Split that is evaluated on.
-        asked: Split that `--calibrate-split` names, or 'half'.
-        candidates: Otherwise these, the best first; 'half' among them means a half of the evaluated images.
+        asked: Split that `--calibrate-split` names, or 'half' or 'cross'.
+        candidates: Otherwise these, the best first; 'half' and 'cross' among them use the evaluated images.
         evaluated: Loader of the images to evaluate on.
         open_loader: Makes a loader of a split.
 
     Returns:
-        Name of the split and its loader; 'half' and None if a half of the evaluated images is fitted on; '' and None if
-        there are no images to fit on.
+        Name of the split and its loader; 'half' or 'cross' and None if exits are fitted on a half of the evaluated
+        images, or by cross-fitting; '' and None if there are no images to fit on.
 
     Raises:
         ValueError: `asked` names the images to evaluate on, or does not exist.
@@ -98,10 +128,10 @@ def open_calibration_loader(
     if asked and same_split(asked, split):
         raise ValueError(
             f"--calibrate-split {asked}: --split {split} evaluates on these images. Name another split to fit on, or "
-            f"'{HALF}' to fit on a random half of it and evaluate on the other half.")
+            f"'{HALF}' to fit on a random half of it and evaluate on the other half, or '{CROSS}' for both ways round.")
     for name in [asked] if asked else [s for s in candidates if not same_split(s, split)]:
-        if name == HALF:
-            return HALF, None
+        if name in (HALF, CROSS):
+            return name, None
         try:
             loader = open_loader(name)
         except (ValueError, FileNotFoundError, RuntimeError) as e:

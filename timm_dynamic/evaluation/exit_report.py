@@ -104,20 +104,16 @@ def budget_rows(
     Raises:
         ValueError: A budget is below the cost of the first step or above that of all.
     """
-    table, names = calibration.evaluation, _names(calibration)
+    solved, points = _solve(calibration, budgets, method, num)
     return [
-        point_row('budget', table.evaluate(point.policy), budget=budget, **names)
-        for budget, point in _solve(calibration.calibration, budgets, method, num)
-    ]
+        point_row('budget', point, budget=budget, **_names(calibration))
+        for (budget, _), point in zip(solved, points)]
 
 
 def geometric_rows(calibration: Calibration) -> list[Row]:
     """Fit the 39 points of GFNet's paper, and evaluate them on other images."""
-    return [
-        policy_row(
-            calibration.evaluation, geometric_thresholds(calibration.calibration, p), f'geometric p={p}',
-            **_names(calibration))
-        for p in range(1, 40)]
+    points = calibration.solve(lambda table: [geometric_thresholds(table, p) for p in range(1, 40)])
+    return [point_row(f'geometric p={p}', point, **_names(calibration)) for p, point in enumerate(points, 1)]
 
 
 def budgets_to_keep(
@@ -136,10 +132,10 @@ def budgets_to_keep(
     confidence = calibration.calibration.confidence
     low, high = confidence.min().item(), confidence.max().item()
     scale = {'confidence_range': [low, high]} if low < 0 or high > 1 else {}  # to interpolate in
-    for _, point in _solve(calibration.calibration, budgets, method, num):
-        row = point_row('budget', calibration.evaluation.evaluate(point.policy), **_names(calibration))
+    for (_, fitted), point in zip(*_solve(calibration, budgets, method, num)):
+        row = point_row('budget', point, **_names(calibration))
         evaluated = {k: v for k, v in row.items() if k not in ('point', 'thresholds')}
-        kept.append({'gmacs': point.gmacs, 'policy': point.policy, **scale, 'evaluated': evaluated})
+        kept.append({'gmacs': fitted.gmacs, 'policy': fitted.policy, **scale, 'evaluated': evaluated})
     return kept
 
 
@@ -148,24 +144,32 @@ def _names(calibration: Calibration) -> Row:
 
 
 def _solve(
-        table: ExitTable,
+        calibration: Calibration,
         budgets: Sequence[float] | None,
         method: str,
         num: int,
-) -> list[tuple[float, ExitPoint]]:
-    """Budgets and what was solved for them. Of default ones, those that cost the same count once."""
-    points = solve_curve(table, budgets, num, method)
-    if budgets is not None:
-        return list(zip(budgets, points))
-    return list({point.gmacs: (point.gmacs, point) for point in points}.values())
+) -> tuple[list[tuple[float, ExitPoint]], list[ExitPoint]]:
+    """Budgets with the points solved for them, on the images to fit on; and the same points on those to evaluate on.
+
+    Of default budgets, those that cost the same count once.
+    """
+    fitted = solve_curve(calibration.calibration, budgets, num, method)
+    solved = list({p.gmacs: (p.gmacs, p) for p in fitted}.values()) if budgets is None else list(zip(budgets, fitted))
+
+    def solver(table: ExitTable) -> list[Any]:
+        if table is calibration.calibration:
+            return [point.policy for _, point in solved]
+        low, high = table.step_macs[0] / 1e9, table.step_macs[-1] / 1e9
+        return [p.policy for p in solve_curve(table, [min(max(b, low), high) for b, _ in solved], method=method)]
+
+    return solved, calibration.solve(solver)
 
 
 # Curves
 
 def budget_curve(calibration: Calibration, method: str = 'thresholds', num: int = 48) -> list[tuple[float, float]]:
     """Solve a grid of budgets on one table and evaluate it on another: (GMACs, top-1 in %), by rising cost."""
-    solved = solve_curve(calibration.calibration, num=num, method=method)
-    points = [calibration.evaluation.evaluate(point.policy) for point in solved]
+    _, points = _solve(calibration, None, method, num)
     return sorted({(point.gmacs, point.top1) for point in points})
 
 

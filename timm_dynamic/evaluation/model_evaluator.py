@@ -19,7 +19,7 @@ from ..models.clcnet import CLCNet
 from ..models.dynamic_net import DynamicNet
 from ..models.macs import count_macs
 from ..utils.report import write_rows
-from .calibration import HALF, Calibration, open_calibration_loader, same_split, share_images
+from .calibration import CROSS, HALF, Calibration, open_calibration_loader, same_split, share_images
 from .cascade import CascadeReplay, FoldNets, MemberAnswers
 from .exit_report import Report, Row, report_points, report_steps, short_name
 from .metrics import evaluate
@@ -169,6 +169,10 @@ class ModelEvaluator:
         fit_on, fit_loader = open_calibration_loader(
             self.args.split, self.args.calibrate_split, self.fit_splits, loader,
             lambda split: self._open_loader(split, num, random_samples=num))
+        if fit_on == CROSS and (self.replay is not None or self.args.save_predictions):
+            raise ValueError(
+                f'--calibrate-split {CROSS} evaluates two policies, one on each half. With --save-predictions, '
+                f'--fold-nets or --confidence all, choose {HALF}.')
         if self.replay is not None and fit_loader is not None:
             self.replay.add_split(fit_on, fit_loader.dataset)
         return fit_on, fit_loader
@@ -185,6 +189,8 @@ class ModelEvaluator:
             measured = self._measure(fit_loader, fit_on, f'{self.name}: {fit_on}')
             assert measured.table is not None
             return Calibration.of_tables(measured.table, table, fit_on, args.split)
+        if fit_on == CROSS and len(table) > 1:
+            return Calibration.cross_fitted(table, args.split, args.seed)
         return Calibration.in_halves(table, args.split, args.seed) if fit_on == HALF else None
 
     # Running it
@@ -251,13 +257,13 @@ class ModelEvaluator:
             self._open_loader(split, self.args.num_samples).dataset, loader.dataset)
 
     def _report_out_of_fold(self, table: ExitTable) -> Report:
-        """Report by a table that was measured before, a half of it fitted on."""
+        """Report by a table that was measured before. Exits are cross-fitted on it."""
         args, last, where = self.args, table.anytime()[-1], f'{self.args.split}, out of fold'
         report = Report({
             'model': self.name, 'top1': round(last.top1, 4), 'images': len(table),
             'gmacs': round(last.gmacs, 6), **self._described(), 'split': where})
         report_steps(report, self.name, table, where)
-        calibration = Calibration.in_halves(table, where, args.seed) if needs_fit(args) else None
+        calibration = Calibration.cross_fitted(table, where, args.seed) if needs_fit(args) else None
         report_points(report, args, self.name, table, calibration, self.exported)
         return report
 

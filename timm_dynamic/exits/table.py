@@ -124,7 +124,7 @@ class ExitTable:
         Raises:
             ValueError: There are not T thresholds, or one is NaN; or `strict` is given with an `ExitPolicy`.
         """
-        return self._point(*self._run(policy, strict))
+        return self.evaluate_steps(*self._run(policy, strict))
 
     def anytime(self) -> list[ExitPoint]:
         """Evaluate stopping all samples after step 1, 2, ... T."""
@@ -132,10 +132,16 @@ class ExitTable:
         for t in range(self.num_steps):
             thresholds = torch.full((self.num_steps,), float('inf'))
             thresholds[t] = -float('inf')
-            points.append(self._point(torch.full((self.num_samples,), t + 1), thresholds))
+            points.append(self.evaluate_steps(torch.full((self.num_samples,), t + 1), thresholds))
         return points
 
-    def _point(self, steps_used: torch.Tensor, policy: Any) -> ExitPoint:
+    def evaluate_steps(self, steps_used: torch.Tensor, policy: Any) -> ExitPoint:
+        """Accuracy and cost if each sample stops after a given step.
+
+        Args:
+            steps_used: [N] int64, in 1..T.
+            policy: What decided so: for `ExitPoint.policy`.
+        """
         counts = torch.bincount(steps_used - 1, minlength=self.num_steps)
         macs = sum(count * m for count, m in zip(counts.tolist(), self.step_macs))
         at = steps_used[:, None] - 1

@@ -419,7 +419,8 @@ def create_validate_parser() -> argparse.ArgumentParser:
     g.add_argument('--stored-results', action='store_true', help='show the results stored in the model, without data (--eval_mode 0 of the original)')
     g.add_argument('--stored-thresholds', action='store_true', help='evaluate the exits stored in the model (--eval_mode 1 of the original)')
     g.add_argument('--calibrate-split', metavar='NAME', help=(
-        "split to fit exits on, or 'half': fit on a random half of --split and evaluate on the other half (default: the "
+        "split to fit exits on, or 'half': fit on a random half of --split and evaluate on the other half, or 'cross': both "
+        'ways round, and keep what is fitted on all (default: the '
         'validation split; if --split is the validation split, the training split; else half)'))
     g.add_argument('--calibrate-samples', type=int, metavar='N', help='fit on N random images (default: all)')
     g.add_argument('--exit-table', metavar='FILE', help='evaluate exits on a table of --save-exit-table, or of AnchorNet (.pth), without running the model')

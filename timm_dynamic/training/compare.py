@@ -8,6 +8,7 @@ from typing import Any
 import timm
 from accelerate import Accelerator
 
+from ..evaluation.calibration import CROSS
 from ..evaluation.exit_report import Row
 from ..evaluation.model_evaluator import ModelEvaluator, OutOfFold
 from ..exits import ExitTable
@@ -33,8 +34,8 @@ def compare_stages(
 ) -> list[Row]:
     """Evaluate the best weights of every stage, and the recipe's references, on the same images.
 
-    The last model, if it is a dynamic one, gets budgets: exits are fitted on the validation split, and kept in its
-    config.json.
+    The last model, if it is a dynamic one, gets budgets, which are kept in its config.json: exits are fitted on the
+    validation split or, if that is the one to evaluate on, cross-fitted on its halves.
 
     Args:
         recipe: The recipe.
@@ -68,7 +69,7 @@ def compare_stages(
         evaluator = ModelEvaluator(
             model, label, validation_options(own, split, save_budgets=budgets, curve=budgets), accelerator,
             resolve_data(own, model), out_of_fold if last else None,
-            fit_splits=[own.val_split] if own.val_split else [], compared=not budgets)
+            fit_splits=[own.val_split, CROSS] if own.val_split else [CROSS], compared=not budgets)
         report = evaluator.run()
         rows.append(_result_row(report.row or {}, evaluator, split))
         reports.append(report)
