@@ -23,12 +23,7 @@ import timm
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import SqueezeExcite, get_device_dtype
-from timm.models import (
-    build_model_with_cfg,
-    clean_state_dict,
-    generate_default_cfgs,
-    register_model,
-)
+from timm.models import build_model_with_cfg, clean_state_dict, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from torch import nn
 
@@ -187,18 +182,10 @@ class AnchorNet(nn.Module):
             output_fmt: str = 'NCHW',
             intermediates_only: bool = False,
     ) -> list[torch.Tensor] | tuple[torch.Tensor, list[torch.Tensor]]:
-        """Feature maps of the layers in `feature_info`, as in timm.
-
-        Args:
-            x: Images [B, C, H, W].
-            indices: Which of them: the last N, or a list of indices; None for all.
-            norm: Has no effect, as in timm's other networks without a last norm.
-            stop_early: Stop after the last of these layers.
-            output_fmt: 'NCHW'.
-            intermediates_only: Return only these feature maps.
+        """Feature maps [B, num_chs, h, w] of the layers in `feature_info`, with timm's arguments; `norm` has no effect.
 
         Returns:
-            What `forward_features` returns, and a list of feature maps [B, num_chs, h, w].
+            What `forward_features` returns, and the list of feature maps; or the latter only.
         """
         assert output_fmt == 'NCHW', 'Output shape must be NCHW.'
         _, positions = self._take_indices(indices)
