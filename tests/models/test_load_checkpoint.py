@@ -323,6 +323,7 @@ class TestExits:
 
     @pytest.mark.parametrize(('text', 'message'), [
         ('[', r'config.json'),
+        pytest.param('{"model_args": {"exit_cfg": ' + 99999 * '[' + 99999 * ']' + '}}', r'config.json', id='deep'),
         ('{"architecture": "test_gfnet", "model_args": {"exit_cfg": [1]}}', r'config.json. must be a dict, got list'),
     ])
     def test_a_damaged_config(self, folder, text, message):
@@ -332,6 +333,13 @@ class TestExits:
         with pytest.raises(CheckpointError, match=message):
             load_checkpoint(model, folder)
         assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+    def test_an_exit_cfg_of_thousands_of_levels(self):
+        deep = []
+        for _ in range(99999):
+            deep = [deep]
+        with pytest.raises(ValueError, match='exit_cfg must be plain JSON: RecursionError'):
+            FAMILIES['gfnet'](exit_cfg={'budgets': deep})
 
     def test_damaged_results_of_the_authors(self):
         model = FAMILIES['gfnet']()

@@ -233,6 +233,21 @@ class TestOptionsOnResume:
                 again('--epochs', 2)
 
 
+@pytest.mark.parametrize('state', [
+    [1], {'identity': 3}, {'identity': {}, 'run': [], 'progress': {}}, {'identity': {}, 'run': {}, 'progress': {}}])
+def test_a_state_of_something_else(image_folder, tmp_path, state, capsys):
+    CheckpointManager(tmp_path / 'run' / 'state').save(state, 'x')
+    assert train_main(_args(image_folder, tmp_path, '--resume', 'auto')) == 1
+    assert "is not one of a run." in capsys.readouterr().err
+
+
+def test_a_config_of_thousands_of_levels(image_folder, tmp_path, capsys):
+    (tmp_path / 'deep.yaml').write_text('[' * 5000)
+    with pytest.raises(SystemExit):
+        train_main(_args(image_folder, tmp_path, '--config', tmp_path / 'deep.yaml'))
+    assert "--config: cannot read '" in capsys.readouterr().err
+
+
 def test_resume_auto_finds_the_newest_run_of_the_model(image_folder, tmp_path):
     args = [a for a in _args(image_folder, tmp_path) if a not in ('--experiment', 'run')]
     first = run_training([*args, '--resume', 'auto'])['folder']  # nothing there yet

@@ -133,7 +133,7 @@ def read_config(parser: argparse.ArgumentParser, path: str) -> dict[str, Any]:
     """
     try:
         values = yaml.safe_load(Path(path).read_text(encoding='utf-8')) or {}
-    except (OSError, yaml.YAMLError) as e:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as e:
         parser.error(f"--config: cannot read '{path}': {e}")
     if not isinstance(values, dict):
         parser.error(f"--config: '{path}' must map options to values, found {type(values).__name__}.")

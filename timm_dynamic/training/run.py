@@ -126,11 +126,11 @@ class TrainingRun:
         self.checkpoints = CheckpointManager(self.folder / 'state')
         resumes = base.resume and not self.timm_checkpoint and self.checkpoints.exists()
         self.state = self.checkpoints.load() if resumes else None  # to continue from, until its stage begins
-        self.run_state: dict[str, Any] = self.state['run'] if self.state is not None else {'results': {}, 'options': {}}
-        self.results: dict[str, Any] = self.run_state['results']
         self.identity = {'recipe': recipe.name, 'model': base.model}
         if self.state is not None:
             check_identity(self.state, self.identity, self.checkpoints.folder)
+        self.run_state: dict[str, Any] = self.state['run'] if self.state is not None else {'results': {}, 'options': {}}
+        self.results: dict[str, Any] = self.run_state['results']
         for stage in self.stages:
             self._check_stage(stage, self._args_of(stage))
         if self.main:

@@ -145,7 +145,10 @@ def _check_plain(value: Any, path: str = 'state') -> None:
 
 
 def check_identity(state: Mapping[str, Any], identity: Mapping[str, Any], folder: Path) -> None:
-    """Raise a ValueError if a state belongs to something else; what differs is named."""
+    """Raise a ValueError if a state belongs to something else, which is named, or is none of a run."""
+    parts = (state.get(name) if isinstance(state, Mapping) else None for name in ('identity', 'run', 'progress'))
+    if not all(isinstance(part, Mapping) for part in parts) or not {'results', 'options'} <= state['run'].keys():
+        raise ValueError(f"The state at '{folder}' is not one of a run.")
     saved, differ = state['identity'], []
     for key, own in identity.items():
         other = saved.get(key)
