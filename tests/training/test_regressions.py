@@ -65,7 +65,7 @@ def test_train_does_not_evaluate_a_confidence_net_on_the_images_it_has_seen(imag
     budgets = [row for row in json.loads((tmp_path / 'run/budgets.json').read_text()) if row['point'] == 'budget']
     assert budgets
     assert {(row['fitted_on'], row['split'], row['images']) for row in budgets} == {
-        ('a random half of test, out of fold', 'the other half of test, out of fold', 17)}
+        ('all of test, out of fold', 'test, out of fold, cross-fitted in halves', 33)}
 
 
 # A loss that is not finite in one of two processes

@@ -336,7 +336,7 @@ class DynamicNet(nn.Module):
         Raises:
             ValueError: The policy does not fit the model.
         """
-        self.exit_policy = self.make_stop_rule(policy)
+        self.exit_policy = make_stop_rule(policy, self.num_steps)
         stored = policy_to_json(policy)
         if stored is None:
             self.exit_cfg.pop('exit', None)
