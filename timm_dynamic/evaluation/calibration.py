@@ -69,30 +69,29 @@ class Calibration:
             table.subset(first), table.subset(second), f'a random half of {name}', f'the other half of {name}',
             rows=second.sort().values)
 
-
     @classmethod
     def cross_fitted(cls, table: ExitTable, name: str, seed: int) -> 'Calibration':
         """Fit on all images of a table. Evaluate each random half of it with what was fitted on the other half."""
         return cls(
             table, table, f'all of {name}', f'{name}, cross-fitted in halves', halves=table.split_indices(0.5, seed))
 
-    def solve(self, solver: Callable[[ExitTable], Sequence[Any]]) -> list[ExitPoint]:
-        """Fit policies, and evaluate them on images that they were not fitted on.
+    def evaluate(self, policies: Sequence[Any], refit: Callable[[ExitTable], Sequence[Any]]) -> list[ExitPoint]:
+        """Evaluate policies on images that they were not fitted on.
 
         Args:
-            solver: Fits a number of policies, always the same number, on a table.
+            policies: Policies fitted on `calibration`.
+            refit: Fits the same policies on another table, for cross-fitting.
 
         Returns:
-            A point for each. Its policy is the one fitted on `calibration`. With cross-fitting, its accuracy and cost
-            are those of two policies, each fitted on one half and evaluated on the other.
+            A point for each of `policies`. With cross-fitting, its accuracy and cost are those of two other policies,
+            each fitted on one half and evaluated on the other.
         """
-        policies = solver(self.calibration)
         if self.halves is None:
             return [self.evaluation.evaluate(policy) for policy in policies]
         steps = torch.zeros(len(policies), len(self.evaluation), dtype=torch.int64)
         for fit, held_out in (self.halves, self.halves[::-1]):
             table = self.evaluation.subset(held_out)
-            for row, policy in zip(steps, solver(self.calibration.subset(fit))):
+            for row, policy in zip(steps, refit(self.calibration.subset(fit))):
                 row[held_out] = table.steps_used(policy)
         return [self.evaluation.evaluate_steps(row, policy) for row, policy in zip(steps, policies)]
 

@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..exits import ExitPoint, ExitTable, geometric_thresholds, solve_curve
+from ..exits import ExitPoint, ExitTable, solve_curve
+from ..exits.geometric import all_geometric_thresholds
 from ..models.dynamic_net import DynamicNet
 from ..models.exit_cfg import policy_from_json
 from ..utils.report import Curve, format_table
@@ -112,7 +113,7 @@ def budget_rows(
 
 def geometric_rows(calibration: Calibration) -> list[Row]:
     """Fit the 39 points of GFNet's paper, and evaluate them on other images."""
-    points = calibration.solve(lambda table: [geometric_thresholds(table, p) for p in range(1, 40)])
+    points = calibration.evaluate(all_geometric_thresholds(calibration.calibration), all_geometric_thresholds)
     return [point_row(f'geometric p={p}', point, **_names(calibration)) for p, point in enumerate(points, 1)]
 
 
@@ -156,13 +157,11 @@ def _solve(
     fitted = solve_curve(calibration.calibration, budgets, num, method)
     solved = list({p.gmacs: (p.gmacs, p) for p in fitted}.values()) if budgets is None else list(zip(budgets, fitted))
 
-    def solver(table: ExitTable) -> list[Any]:
-        if table is calibration.calibration:
-            return [point.policy for _, point in solved]
+    def refit(table: ExitTable) -> list[Any]:
         low, high = table.step_macs[0] / 1e9, table.step_macs[-1] / 1e9
         return [p.policy for p in solve_curve(table, [min(max(b, low), high) for b, _ in solved], method=method)]
 
-    return solved, calibration.solve(solver)
+    return solved, calibration.evaluate([point.policy for _, point in solved], refit)
 
 
 # Curves
