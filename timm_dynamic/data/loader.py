@@ -196,30 +196,28 @@ class WorkerInit:
 
     def __call__(self, worker_id: int) -> None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
+        parent = multiprocessing.parent_process()
         if hasattr(signal, 'sigwaitinfo'):  # tells who sent a signal
             signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-            threading.Thread(target=_end_at_command, daemon=True).start()
+            threading.Thread(target=_end_at_command, args=(parent,), daemon=True).start()
         else:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        threading.Thread(target=_end_with_parent, daemon=True).start()
+        threading.Thread(target=_end_with_parent, args=(parent,), daemon=True).start()
         if self.worker_init_fn is not None:
             self.worker_init_fn(worker_id)
 
 
-def _end_at_command() -> None:
+def _end_at_command(parent: Any) -> None:
     """End this process at a SIGTERM of the one that started it."""
-    parent = multiprocessing.parent_process()
-    while parent is None or signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent.pid:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent.pid:
         pass
     os._exit(0)  # as told: torch takes another status for a failure
 
 
-def _end_with_parent() -> None:
+def _end_with_parent(parent: Any) -> None:
     """End this process when the one that started it has ended, even if that was before this call."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
+    parent.join()
+    os._exit(1)
 
 
 class TrainLoader:
