@@ -9,7 +9,7 @@ import socket
 from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -47,6 +47,12 @@ class StateError(UserError, RuntimeError):
     """A state could not be written."""
 
 
+class _StateFile(NamedTuple):
+    number: int
+    sha256: str
+    path: Path
+
+
 class CheckpointManager:
     """States of one run: files of torch.save in a folder of their own.
 
@@ -80,7 +86,7 @@ class CheckpointManager:
         """
         _check_plain(state)
         states = self._states()
-        number = int(self._NAME.fullmatch(states[-1].name)[1]) + 1 if states else 1  # type: ignore[index]
+        number = states[-1].number + 1 if states else 1
         tmp = self.folder / partial_name(name)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -93,17 +99,17 @@ class CheckpointManager:
         except (OSError, RuntimeError) as e:  # torch's writer raises the latter
             size = tmp.stat().st_size / 2 ** 20 if tmp.exists() else 0
             tmp.unlink(missing_ok=True)
-            last = f"The last good one, '{states[-1].name}', is intact: free some space and continue with --resume " \
+            last = f"The last good one, '{states[-1].path.name}', is intact: free some space and continue with --resume " \
                 'auto.' if states else 'There is no earlier one.'
             raise StateError(
                 f"The state of the run could not be written to '{self.folder}' ({size:.0f} MiB were): "
                 f'{str(e).splitlines()[0]}. {last}') from e
         self.clean()
 
-    def _states(self) -> list[Path]:
+    def _states(self) -> list[_StateFile]:
         """Files of states, the newest last."""
-        found = [p for p in self.folder.glob('*.pt') if self._NAME.fullmatch(p.name) and p.is_file()]
-        return sorted(found, key=lambda p: int(self._NAME.fullmatch(p.name)[1]))  # type: ignore[index]
+        names = ((self._NAME.fullmatch(path.name), path) for path in self.folder.glob('*.pt') if path.is_file())
+        return sorted(_StateFile(int(name[1]), name[3], path) for name, path in names if name)
 
     def exists(self) -> bool:
         return bool(self._states())
@@ -115,10 +121,10 @@ class CheckpointManager:
             CheckpointError: There is none.
         """
         states = self._states()
-        for path in reversed(states):
-            if sha256_of(path) == self._NAME.fullmatch(path.name)[3]:  # type: ignore[index]
-                return read_checkpoint(path)
-            _logger.warning(f"The state '{path}' is damaged: its content does not have the SHA-256 in its name.")
+        for state in reversed(states):
+            if sha256_of(state.path) == state.sha256:
+                return read_checkpoint(state.path)
+            _logger.warning(f"The state '{state.path}' is damaged: its content does not have the SHA-256 in its name.")
         if states:
             raise CheckpointError(f"All states of the run at '{self.folder}' are damaged.")
         raise CheckpointError(f"There is no state of a run at '{self.folder}'.")
@@ -126,8 +132,8 @@ class CheckpointManager:
     def clean(self) -> None:
         """Remove what killed writers left, and all states but the last two."""
         clean_partial_files(self.folder)
-        for path in self._states()[:-2]:
-            path.unlink(missing_ok=True)
+        for state in self._states()[:-2]:
+            state.path.unlink(missing_ok=True)
 
 
 def _check_plain(value: Any, path: str = 'state') -> None:
@@ -145,7 +151,7 @@ def _check_plain(value: Any, path: str = 'state') -> None:
 
 
 def check_identity(state: Mapping[str, Any], identity: Mapping[str, Any], folder: Path) -> None:
-    """Raise a ValueError if a state belongs to something else, which is named, or is none of a run."""
+    """Raise a ValueError if a state is not that of a run, or is that of another run; what differs is named."""
     parts = (state.get(name) if isinstance(state, Mapping) else None for name in ('identity', 'run', 'progress'))
     if not all(isinstance(part, Mapping) for part in parts) or not {'results', 'options'} <= state['run'].keys():
         raise ValueError(f"The state at '{folder}' is not one of a run.")
@@ -270,7 +276,7 @@ def _check_no_results(run: Path | None) -> None:
 
 
 def _new_folder(output: Path, model: str) -> Path:
-    """Make a folder that nobody else has: runs may start in the same second."""
+    """Make a new folder. Its name has a number if another run started in the same second."""
     stamp = f'{datetime.now():%Y%m%d-%H%M%S}-{safe_model_name(model)}'
     number = 1
     while True:
