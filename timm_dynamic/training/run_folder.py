@@ -99,8 +99,10 @@ class CheckpointManager:
         except (OSError, RuntimeError) as e:  # torch's writer raises the latter
             size = tmp.stat().st_size / 2 ** 20 if tmp.exists() else 0
             tmp.unlink(missing_ok=True)
-            last = f"The last good one, '{states[-1].path.name}', is intact: free some space and continue with --resume " \
-                'auto.' if states else 'There is no earlier one.'
+            last = 'There is no earlier one.'
+            if states:
+                last = (f"The last good one, '{states[-1].path.name}', is intact: free some space and continue with "
+                        '--resume auto.')
             raise StateError(
                 f"The state of the run could not be written to '{self.folder}' ({size:.0f} MiB were): "
                 f'{str(e).splitlines()[0]}. {last}') from e
