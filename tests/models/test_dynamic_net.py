@@ -196,7 +196,7 @@ BUDGETS = [
 
 
 def test_budgets(model):
-    with pytest.raises(ValueError, match=r'no stored budgets.*model\.store_budgets'):
+    with pytest.raises(ValueError, match=r'no stored budgets.*validate\.py --model .*model\.store_budgets'):
         model.set_budget(30e-9)
     model.store_budgets(BUDGETS)
     assert [b['gmacs'] for b in model.exit_cfg['budgets']] == [20e-9, 40e-9]

@@ -188,7 +188,8 @@ def test_anchornet(image_folder, tmp_path):
 
 
 def test_clcnet(image_folder, tmp_path, caplog):
-    args = _args(image_folder, tmp_path, '--test-split', 'train', '--feature-split', 'val', family='clcnet')
+    args = _args(image_folder, tmp_path, '--test-split', 'train', '--feature-split', 'val', '--confidence', 'clcnet',
+                 family='clcnet')
     with caplog.at_level('INFO'):
         result = run_training(args)
     run = tmp_path / 'run'
@@ -197,6 +198,7 @@ def test_clcnet(image_folder, tmp_path, caplog):
         ('test_focusnet at 24', 72), ('test_focusnet at 48', 72), ('test_clcnet', 72)]
     assert "exits fitted on val, out of fold (33 images), evaluated on train (72 images)" in caplog.text
     assert 'Best by area' in caplog.text
+    assert 'exported with clcnet and most_confident.' in caplog.text
 
     # the cascade has the members that were trained, and the features are what they say of their own views
     model = timm.create_model(f'local-dir:{run / "best"}', pretrained=True).eval()
@@ -276,7 +278,7 @@ def test_clcnet_whose_members_are_given_whole(image_folder, tmp_path, monkeypatc
 
 
 def test_clcnet_judged_on_its_own_features_is_judged_out_of_fold(image_folder, tmp_path, caplog):
-    args = _args(image_folder, tmp_path, '--val-split', 'val', '--confidence', 'all', family='clcnet')
+    args = _args(image_folder, tmp_path, '--val-split', 'val', family='clcnet')
     with caplog.at_level('INFO'):
         run_training(args)
     name = 'val, out of fold'
@@ -290,9 +292,21 @@ def test_clcnet_judged_on_its_own_features_is_judged_out_of_fold(image_folder, t
     assert [(r['split'], r['top1']) for r in again] == [('val', float(results[1]['top1']))]
     rows = list(csv.DictReader((tmp_path / 'run/confidences.csv').open()))
     best = max(rows, key=lambda row: float(row['area']))
+    assert best['confidence'] != 'clcnet'  # else the following would hold for the model's own confidence, too
     model = timm.create_model(f'local-dir:{tmp_path / "run/best"}', pretrained=True)
     assert model.exit_cfg['budgets']
     assert (model.confidence_kind, model.final_rule) == (best['confidence'], best['final_rule'])
+    assert f"exported with {best['confidence']} and {best['final_rule']}; --confidence overrides." in caplog.text
+    model.set_confidence('clcnet', net=ConfidenceNet.from_pretrained(tmp_path / 'run/confidence_net.safetensors'))
+    assert model(torch.rand(2, 3, 48, 48)).isfinite().all()
+
+
+def test_the_final_rule_of_a_cascade_that_is_given_is_kept(image_folder, tmp_path):
+    run_training(_args(image_folder, tmp_path, '--model-kwargs', 'final_rule=last', family='clcnet'))
+    rows = list(csv.DictReader((tmp_path / 'run/confidences.csv').open()))
+    best = max((row for row in rows if row['final_rule'] == 'last'), key=lambda row: float(row['area']))
+    model = timm.create_model(f'local-dir:{tmp_path / "run/best"}', pretrained=True)
+    assert (model.confidence_kind, model.final_rule) == (best['confidence'], 'last')
 
 
 def _save_members(folder):

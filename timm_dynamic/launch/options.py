@@ -195,7 +195,8 @@ def create_train_parser() -> argparse.ArgumentParser:
         'folds of the cross-validation: a folder with one sub-folder of images for each (e.g. split_part_1 to 5), or a CSV '
         'with the columns file and fold (default: random folds)'))
     g.add_argument('--confidence', choices=['clcnet', 'max_prob', 'margin', 'entropy', 'all'], help=(
-        "confidence of a cascade; 'all' selects the best one by cross-validation (default: that of the model)"))
+        "confidence of a cascade (default: 'all', which selects the best confidence and final rule by cross-validation; "
+        "the paper's is clcnet)"))
     g.add_argument('--init-from', default='', metavar='PATH', help=(
         "initial weights of a whole GFNet for the first stage: the folder of a stage, a file, or an authors' checkpoint"))
     g.add_argument('--aux-weight', type=float, default=1.0, metavar='W', help="weight of the encoders' auxiliary losses (%(default)s)")

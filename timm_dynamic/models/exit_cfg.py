@@ -267,8 +267,9 @@ def choose_budget(
         raise ValueError(f'A budget is a number of GMACs, got {gmacs!r}.') from e
     if not budgets:
         raise ValueError(
-            'This model has no stored budgets. Solve them with timm_dynamic.exits.solve_thresholds or validate.py and '
-            'store them with model.store_budgets, or set your own thresholds with model.set_exit.')
+            'This model has no stored budgets. Fit them on labelled images with "python validate.py --model MODEL '
+            '--data-dir DATA --calibrate-split cross --save-budgets FOLDER" and create the model local-dir:FOLDER; or '
+            'store your own with model.store_budgets, or set thresholds with model.set_exit.')
     lowest, highest = step_macs[0] / 1e9, step_macs[-1] / 1e9
     if not lowest <= gmacs <= highest:
         raise ValueError(

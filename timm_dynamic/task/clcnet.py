@@ -272,18 +272,25 @@ def train_confidence(args: argparse.Namespace, context: StageContext) -> dict[st
             fold.net for fold in fit_folds(merged.probabilities, merged.correct, folds, seed=args.seed, **settings)]
         result = {'val_error': fit.val_error, 'test_error': fit.test_error, 'best': fit.val_error,
                   'best_epoch': fit.best_epoch}
-        requested = args.confidence or model.confidence_kind
+        default = model.confidence_kind, model.final_rule
         model.set_confidence('clcnet', net=fit.net)
-        choice, entries = _compare_out_of_fold(args, context, model, features, merged, nets, folds, requested)
+        choice, entries = _compare_out_of_fold(args, context, model, features, merged, nets, folds, default)
         result.update(entries)
         if choice != (model.confidence_kind, model.final_rule):
             model.set_confidence(*choice)
         write_rows(context.folder / 'summary.csv', [{'epoch': i, **row} for i, row in enumerate(fit.history)])
+        fit.net.save(context.folder / 'confidence_net.safetensors')  # kept where another confidence was better
         _export(context, model, None if args.features else _read_index(context)['label_names'], merged, nets, folds)
     context.accelerator.wait_for_everyone()
     shared: list[Any] = [result]
     broadcast_object_list(shared)  # all processes return the same
     return shared[0]
+
+
+def _requested(args: argparse.Namespace) -> str | None:
+    """Confidence that the options name; None if the best is to be chosen."""
+    name = args.confidence or args.model_kwargs.get('confidence')
+    return None if name == 'all' else name
 
 
 def _compare_out_of_fold(
@@ -294,14 +301,17 @@ def _compare_out_of_fold(
         merged: ConfidenceFeatures,
         nets: Sequence[Any],
         folds: torch.Tensor | None,
-        requested: str,
+        default: Choice,
 ) -> tuple[Choice, dict[str, Any]]:
     """Choose confidence and final rule, and write the out-of-fold exit table, on which exits are fitted.
+
+    The best out of fold is chosen, among those that the options leave open; without out-of-fold scores of the run's
+    own images the default is.
 
     Returns:
         The choice, and entries of the stage's result.
     """
-    folder, choice = context.folder, (requested, model.final_rule)
+    folder, choice = context.folder, (_requested(args) or default[0], default[1])
     same_images = args.features is None  # the files of --features may be of different images
     result = {'split': _read_index(context)['split']} if same_images else {}
     if folds is not None and same_images:
@@ -312,11 +322,15 @@ def _compare_out_of_fold(
         tables = tables_out_of_fold(model, features, scores)
         rows = compare_confidences(tables)
         write_rows(folder / 'confidences.csv', rows)
+        if not _requested(args):
+            best = max(
+                (row for row in rows if 'final_rule' not in args.model_kwargs or row['final_rule'] == default[1]),
+                key=lambda row: row['area'])
+            choice = best['confidence'], best['final_rule']
         _logger.info(
             f'Confidences, {len(nets)}-fold cross-validation on {len(features[0])} images (area: mean top-1 over all '
-            f'budgets, exits fitted on the other half):\n{format_table(rows)}\n{describe_best(rows)}')
-        best = max(rows, key=lambda row: row['area'])
-        choice = (best['confidence'], best['final_rule']) if requested == 'all' else choice
+            f'budgets, exits fitted on the other half):\n{format_table(rows)}\n{describe_best(rows)} The model is '
+            f"exported with {choice[0]} and {choice[1]}{'' if _requested(args) else '; --confidence overrides'}.")
         tables[choice].save(folder / CALIBRATION)
         return choice, {**result, 'auroc': next(r['auroc'] for r in rows if r['confidence'] == choice[0])}
     for name in (CALIBRATION, 'confidences.csv'):
