@@ -25,7 +25,7 @@ def spellings(table: Iterable[str]) -> list[Any]:
 
 def named(parser: Any) -> set[str]:
     """All that a parser accepts, refused options included."""
-    return {s for a in parser._actions for s in a.option_strings or [a.dest]} - {'-h', '--help'}
+    return {s for a in parser._actions for s in a.option_strings or [a.dest]} - {'-h', '--help', '--help-all'}
 
 
 def effect(start: str, probe: Callable, *value: str, gives: Any, base: Iterable = (), drop: Iterable = ()):

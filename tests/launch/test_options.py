@@ -192,6 +192,30 @@ def test_typos_and_abbreviations_are_explained(create, says):
     assert 'Did you mean' not in says(parse, ['--zzzzzz'])
 
 
+@pytest.mark.parametrize(('create', 'common', 'rare', 'most'), [
+    (create_train_parser, '--model-kwargs', '--lr-k-decay', 130),
+    (create_validate_parser, '--save-budgets', '--strict', 110),
+    (create_predict_parser, '--topk', '--shard-size', 100)])
+def test_help_shows_the_common_options_and_help_all_every_one(create, common, rare, most, capsys):
+    parser = create()
+    assert {a.dest for a in parser._actions} >= parser.common
+    texts = []
+    for option in ('--help', '--help-all', '--help'):
+        with pytest.raises(SystemExit, match='0'):
+            parser.parse_args([option])
+        texts.append(capsys.readouterr().out)
+    short, whole, again = texts
+    assert short == again
+    assert short.count('\n') < most
+    assert common in short
+    assert rare not in short
+    assert common in whole
+    assert rare in whole
+    shown = {'help', 'help_all', *parser.common}
+    hidden = sum(a.help != '==SUPPRESS==' and a.dest not in shown for a in parser._actions)
+    assert short.endswith(f'{hidden} more options: --help-all\n')
+
+
 def test_refused_options_are_not_in_the_help():
     text = create_train_parser().format_help()
     assert not [name for name in REFUSED_TRAIN if f'{name} ' in text]

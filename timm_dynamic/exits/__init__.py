@@ -30,3 +30,7 @@ __all__ = [
     'solve_policy',
     'solve_thresholds',
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,14 +1,13 @@
 """Command line options of train.py, validate.py and predict.py: those of timm, with timm's meanings and defaults, and ours."""
 import argparse
 import sys
-from collections.abc import Mapping
-from typing import Any, NoReturn
+from typing import Any
 
 from timm.utils import ParseKwargs
 
 from ..models.clcnet import CONFIDENCES, FINAL_RULES
 from ..task.clcnet import NUM_FOLDS
-from ..utils import did_you_mean
+from .parser import OptionParser
 
 RESULTS_FORMATS = ('csv', 'json', 'json-record', 'json-split', 'parquet')
 _INTERPOLATIONS = ['nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos']
@@ -45,30 +44,23 @@ REFUSED_PREDICT = {
 }
 
 
-class _Refuse(argparse.Action):
-    def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option_string: str | None = None):
-        parser.error(f'{option_string} is not supported. {self.const}')
-
-
-class _Parser(argparse.ArgumentParser):
-    """Suggests the nearest option for an unknown one, and does not accept abbreviations: a typo is an error."""
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
-
-    def error(self, message: str) -> NoReturn:
-        if message.startswith('unrecognized arguments'):
-            known = [s for a in self._actions for s in a.option_strings]
-            for word in message.split(': ', 1)[1].split():
-                near = did_you_mean(word.split('=')[0], known) if word.startswith('--') else ''
-                if near:
-                    message += f'.{near}'
-                    break
-        super().error(message)
-
-    def refuse(self, advice: Mapping[str, str]) -> None:
-        for name, why in advice.items():
-            self.add_argument(name, action=_Refuse, nargs='*', const=why, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+# What --help shows. The rest: --help-all.
+_COMMON_DATA = ('data_dir', 'dataset', 'class_map')
+_COMMON_MODEL = ('model', 'pretrained', 'num_classes', 'img_size', 'model_kwargs')
+_COMMON_DEVICE = ('device', 'amp')
+COMMON_TRAIN = (
+    *_COMMON_DATA, *_COMMON_MODEL, *_COMMON_DEVICE, 'config', 'train_split', 'val_split', 'test_split', 'recipe', 'stage',
+    'stage_args', 'focus_baseline', 'init_local', 'init_downstream', 'init_members', 'init_from', 'confidence',
+    'initial_checkpoint', 'resume', 'batch_size', 'opt', 'weight_decay', 'clip_grad', 'sched', 'lr', 'warmup_epochs',
+    'epochs', 'aa', 'reprob', 'mixup', 'cutmix', 'smoothing', 'drop_path', 'model_ema', 'seed', 'workers', 'output',
+    'experiment', 'push_to_hub', 'eval_metric', 'log_with')
+_COMMON_EVAL = (
+    *_COMMON_DATA, *_COMMON_MODEL, *_COMMON_DEVICE, 'split', 'checkpoint', 'batch_size', 'workers', 'results_file',
+    'results_format', 'budget', 'thresholds', 'confidence')
+COMMON_VALIDATE = (
+    *_COMMON_EVAL, 'compare', 'calibrate_split', 'save_budgets', 'save_exit_table', 'exit_table', 'save_predictions',
+    'curve', 'stored_results', 'stored_thresholds')
+COMMON_PREDICT = (*_COMMON_EVAL, 'file_list', 'topk', 'label_type', 'output_type', 'results_dir')
 
 
 def _dataset_options(g: Any, split_names: bool) -> None:
@@ -149,7 +141,8 @@ def _prog(name: str) -> str:
 
 def create_train_parser() -> argparse.ArgumentParser:
     """Parser for train.py. Its defaults are timm's."""
-    p = _Parser(
+    p = OptionParser(
+        common=COMMON_TRAIN,
         prog=_prog('train'),
         description='Train timm models and dynamic models on one or many devices.\n\n'
                     '  accelerate launch train.py --model focusnet_resnet18 --focus-baseline resnet18.tv_in1k '
@@ -157,60 +150,6 @@ def create_train_parser() -> argparse.ArgumentParser:
                     "timm's options have the same names, meanings and defaults. Priority of values: command line, "
                     '--config,\ndefaults of the recipe, defaults of timm.')
     p.add_argument('-c', '--config', default='', metavar='FILE', help='YAML file with options')
-
-    g = p.add_argument_group('Recipe')
-    g.add_argument('--recipe', metavar='NAME', help=(
-        "'classification', 'focusnet', 'gfnet', 'end-to-end', 'anchornet' or 'clcnet' (default: depends on the model and other options)"))
-    g.add_argument('--stage', nargs='+', metavar='NAME', help='run only these stages of the recipe')
-    g.add_argument('--stage-args', nargs='+', default=[], metavar='STAGE.OPTION=VALUE',
-                   help='options for one stage, e.g. baseline.epochs=5')
-    g.add_argument('--focus-baseline', metavar='MODEL', help=(
-        "frozen baseline of a FocusNet: a timm model with weights, 'local-dir:FOLDER', a checkpoint file of the same "
-        "architecture, or 'scratch' to train a net like --model with cross-entropy first"))
-    g.add_argument('--focus-plain', action='store_true', help=(
-        'also train the same net with cross-entropy for the same number of epochs, and compare in the final table'))
-    g.add_argument('--focus-temperature', type=float, default=2.0, metavar='T',
-                   help="temperature of the baseline's probabilities for picking confused classes (%(default)s)")
-    g.add_argument('--focus-attention-weight', type=float, default=1.0, metavar='W', help='weight of the attention loss (%(default)s)')
-    g.add_argument('--focus-negentropy-weight', type=float, default=1.0, metavar='W', help='weight of the negentropy loss (%(default)s)')
-
-    g.add_argument('--init-local', metavar='SOURCE', help=(
-        "initial weights of a GFNet's local encoder: a timm model, a folder or file with weights of the backbone, or "
-        "'scratch' to train the backbone on whole images first (default: the backbone's pretrained weights if there are "
-        'any; with the demo set: scratch)'))
-    g.add_argument('--init-global', metavar='SOURCE', help='the same for the global encoder (default: --init-local)')
-    g.add_argument('--init-downstream', metavar='SOURCE', help='the same for the resized and the patch net of an AnchorNet-patch')
-    g.add_argument('--init-members', nargs='+', metavar='SOURCE', help=(
-        "initial weights of a cascade's members: 'pretrained', 'scratch' to train them first, a folder or a file; one "
-        'for all or one for each (default: pretrained; with the demo set: scratch)'))
-    g.add_argument('--feature-split', metavar='NAME', help=(
-        "split on which a cascade's confidence net is trained; the members should not be trained on it (default: "
-        '--val-split)'))
-    g.add_argument('--features', nargs='+', metavar='FILE', help=(
-        "train the confidence net on these features, without running the members: .safetensors, or .csv in the format of "
-        "the CLCNet authors' scripts"))
-    g.add_argument('--folds', type=int, metavar='K', help=(
-        f'K-fold cross-validation of the confidence net; 0 for none ({NUM_FOLDS})'))
-    g.add_argument('--fold-dir', metavar='DIR', help=(
-        'folds of the cross-validation: a folder with one sub-folder of images for each (e.g. split_part_1 to 5), or a CSV '
-        'with the columns file and fold (default: random folds)'))
-    g.add_argument('--confidence', choices=['clcnet', 'max_prob', 'margin', 'entropy', 'all'], help=(
-        "confidence of a cascade (default: 'all', which selects the best confidence and final rule by cross-validation; "
-        "the paper's is clcnet)"))
-    g.add_argument('--init-from', default='', metavar='PATH', help=(
-        "initial weights of a whole GFNet for the first stage: the folder of a stage, a file, or an authors' checkpoint"))
-    g.add_argument('--aux-weight', type=float, default=1.0, metavar='W', help="weight of the encoders' auxiliary losses (%(default)s)")
-    g.add_argument('--freeze-global', action=argparse.BooleanOptionalAction, default=False, help="freeze a GFNet's global encoder")
-    g.add_argument('--classifier-lr-scale', type=float, default=1.0, metavar='S',
-                   help="the classifier's learning rate, as a multiple of --lr (%(default)s)")
-    g.add_argument('--policy-std', type=float, default=0.1, metavar='S', help="standard deviation of the patch policy's actions in training (%(default)s)")
-    g.add_argument('--policy-gamma', type=float, default=0.7, metavar='G', help='PPO: discount of later rewards (%(default)s)')
-    g.add_argument('--policy-epsilon', type=float, default=0.2, metavar='E', help='PPO: ratios are clipped to 1 - E .. 1 + E (%(default)s)')
-    g.add_argument('--policy-value-coeff', type=float, default=0.5, metavar='W', help="PPO: weight of the critic's loss (%(default)s)")
-    g.add_argument('--policy-entropy-coeff', type=float, default=0.01, metavar='W', help='PPO: weight of the entropy (%(default)s)')
-    g.add_argument('--policy-updates', type=int, default=1, metavar='K', help='PPO: updates per batch (%(default)s)')
-    g.add_argument('--save-patches', type=int, default=0, metavar='N',
-                   help="draw a GFNet's patches in N images after every validation")
 
     g = p.add_argument_group('Dataset')
     _dataset_options(g, split_names=True)
@@ -231,6 +170,65 @@ def create_train_parser() -> argparse.ArgumentParser:
     g.add_argument('--grad-checkpointing', action='store_true', help='recompute activations to save memory')
     g.add_argument('--head-init-scale', type=float, metavar='S', help="multiply the classifier's initial weights and bias")
     g.add_argument('--head-init-bias', type=float, metavar='B', help="set the classifier's initial bias")
+
+    g = p.add_argument_group('Recipe')
+    g.add_argument('--recipe', metavar='NAME', help=(
+        "'classification', 'focusnet', 'gfnet', 'end-to-end', 'anchornet' or 'clcnet' (default: depends on the model and other options)"))
+    g.add_argument('--stage', nargs='+', metavar='NAME', help='run only these stages of the recipe')
+    g.add_argument('--stage-args', nargs='+', default=[], metavar='STAGE.OPTION=VALUE',
+                   help='options for one stage, e.g. baseline.epochs=5')
+    g.add_argument('--init-from', default='', metavar='PATH', help=(
+        "initial weights of a whole GFNet for the first stage: the folder of a stage, a file, or an authors' checkpoint"))
+
+    g = p.add_argument_group('FocusNet')
+    g.add_argument('--focus-baseline', metavar='MODEL', help=(
+        "frozen baseline of a FocusNet: a timm model with weights, 'local-dir:FOLDER', a checkpoint file of the same "
+        "architecture, or 'scratch' to train a net like --model with cross-entropy first"))
+    g.add_argument('--focus-plain', action='store_true', help=(
+        'also train the same net with cross-entropy for the same number of epochs, and compare in the final table'))
+    g.add_argument('--focus-temperature', type=float, default=2.0, metavar='T',
+                   help="temperature of the baseline's probabilities for picking confused classes (%(default)s)")
+    g.add_argument('--focus-attention-weight', type=float, default=1.0, metavar='W', help='weight of the attention loss (%(default)s)')
+    g.add_argument('--focus-negentropy-weight', type=float, default=1.0, metavar='W', help='weight of the negentropy loss (%(default)s)')
+
+    g = p.add_argument_group('GFNet and AnchorNet-patch')
+    g.add_argument('--init-local', metavar='SOURCE', help=(
+        "initial weights of a GFNet's local encoder: a timm model, a folder or file with weights of the backbone, or "
+        "'scratch' to train the backbone on whole images first (default: the backbone's pretrained weights if there are "
+        'any; with the demo set: scratch)'))
+    g.add_argument('--init-global', metavar='SOURCE', help='the same for the global encoder (default: --init-local)')
+    g.add_argument('--init-downstream', metavar='SOURCE', help='the same for the resized and the patch net of an AnchorNet-patch')
+    g.add_argument('--aux-weight', type=float, default=1.0, metavar='W', help="weight of the encoders' auxiliary losses (%(default)s)")
+    g.add_argument('--freeze-global', action=argparse.BooleanOptionalAction, default=False, help="freeze a GFNet's global encoder")
+    g.add_argument('--classifier-lr-scale', type=float, default=1.0, metavar='S',
+                   help="the classifier's learning rate, as a multiple of --lr (%(default)s)")
+    g.add_argument('--policy-std', type=float, default=0.1, metavar='S', help="standard deviation of the patch policy's actions in training (%(default)s)")
+    g.add_argument('--policy-gamma', type=float, default=0.7, metavar='G', help='PPO: discount of later rewards (%(default)s)')
+    g.add_argument('--policy-epsilon', type=float, default=0.2, metavar='E', help='PPO: ratios are clipped to 1 - E .. 1 + E (%(default)s)')
+    g.add_argument('--policy-value-coeff', type=float, default=0.5, metavar='W', help="PPO: weight of the critic's loss (%(default)s)")
+    g.add_argument('--policy-entropy-coeff', type=float, default=0.01, metavar='W', help='PPO: weight of the entropy (%(default)s)')
+    g.add_argument('--policy-updates', type=int, default=1, metavar='K', help='PPO: updates per batch (%(default)s)')
+    g.add_argument('--save-patches', type=int, default=0, metavar='N',
+                   help="draw a GFNet's patches in N images after every validation")
+
+    g = p.add_argument_group('Cascades')
+    g.add_argument('--init-members', nargs='+', metavar='SOURCE', help=(
+        "initial weights of a cascade's members: 'pretrained', 'scratch' to train them first, a folder or a file; one "
+        'for all or one for each (default: pretrained; with the demo set: scratch)'))
+    g.add_argument('--feature-split', metavar='NAME', help=(
+        "split on which a cascade's confidence net is trained; the members should not be trained on it (default: "
+        '--val-split)'))
+    g.add_argument('--features', nargs='+', metavar='FILE', help=(
+        "train the confidence net on these features, without running the members: .safetensors, or .csv in the format of "
+        "the CLCNet authors' scripts"))
+    g.add_argument('--folds', type=int, metavar='K', help=(
+        f'K-fold cross-validation of the confidence net; 0 for none ({NUM_FOLDS})'))
+    g.add_argument('--fold-dir', metavar='DIR', help=(
+        'folds of the cross-validation: a folder with one sub-folder of images for each (e.g. split_part_1 to 5), or a CSV '
+        'with the columns file and fold (default: random folds)'))
+    g.add_argument('--confidence', choices=['clcnet', 'max_prob', 'margin', 'entropy', 'all'], help=(
+        "confidence of a cascade (default: 'all', which selects the best confidence and final rule by cross-validation; "
+        "the paper's is clcnet)"))
 
     g = p.add_argument_group('Device', 'Processes, devices and precision are set by accelerate launch or accelerate config.')
     _device_options(g)
@@ -386,7 +384,8 @@ def create_train_parser() -> argparse.ArgumentParser:
 
 def create_validate_parser() -> argparse.ArgumentParser:
     """Parser for validate.py. Its defaults are timm's."""
-    p = _Parser(
+    p = OptionParser(
+        common=COMMON_VALIDATE,
         prog=_prog('validate'),
         description='Evaluate timm models and dynamic models on one or many devices.\n\n'
                     '  python validate.py --model focusnet_resnet18 --checkpoint FILE --data-dir IMAGENET '
@@ -461,7 +460,8 @@ def create_validate_parser() -> argparse.ArgumentParser:
 
 def create_predict_parser() -> argparse.ArgumentParser:
     """Parser for predict.py. Its defaults are those of timm's inference.py; help and docs name the departures."""
-    p = _Parser(
+    p = OptionParser(
+        common=COMMON_PREDICT,
         prog=_prog('predict'),
         description='Predict the classes of images with timm models and dynamic models on one or many devices.\n\n'
                     '  python predict.py --model local-dir:RUN/best --data-dir IMAGES --results-file predictions.csv --topk 5\n\n'
