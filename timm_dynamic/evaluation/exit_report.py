@@ -28,12 +28,16 @@ class Report:
         text: These as tables, for the terminal.
         curves: Lines of the picture, by label.
         markers: Points of the picture that no line joins, by label.
+        static: Points of the picture of static nets and of a cascade's members, by label.
+        images: Number of images that the curves are of.
     """
     row: Row | None
     points: list[Row] = field(default_factory=list)
     text: list[str] = field(default_factory=list)
     curves: dict[str, Curve] = field(default_factory=dict)
     markers: dict[str, Curve] = field(default_factory=dict)
+    static: dict[str, Curve] = field(default_factory=dict)
+    images: int | None = None
 
     def add(
             self,
@@ -268,6 +272,7 @@ def report_steps(report: Report, name: str, table: ExitTable, split: str, note: 
         name, f'{short_name(name)} on {split} ({len(table)} images), all of them stopped after the same step{note}:',
         step_rows(table, split=split))
     report.curves[f'{short_name(name)}: steps'] = step_curve(table)
+    report.images = len(table)
 
 
 def report_points(
@@ -317,6 +322,7 @@ def report_points(
     if args.curve:
         fitted_on = calibration.fitted_on.partition(' of ')[0]
         report.curves[f'{label}: steps'] = step_curve(calibration.evaluation)  # on the same half, if it is one
+        report.images = len(calibration.evaluation)
         report.curves[f'{label}: budgets, fitted on {fitted_on}'] = budget_curve(calibration, args.budget_rule)
     if args.save_budgets and model is not None:
         model.store_budgets(budgets_to_keep(calibration, args.budget, args.budget_rule))
