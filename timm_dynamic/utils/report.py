@@ -254,9 +254,10 @@ def plot_accuracy_over_macs(
     markers = ('s', '^', 'D', 'v', 'P', 'X')
     for i, (label, curve) in enumerate({**points, **static}.items()):
         at, top1s = zip(*curve)
+        size = 3 if len(curve) > 1 else 5 if errors else 8
         axis.errorbar(
             at, top1s, yerr=[errors[top1] for _, top1 in curve] if errors and len(curve) == 1 else None, label=label,
-            linestyle='', marker=markers[i % len(markers)], markersize=3 if len(curve) > 1 else 5 if errors else 8, capsize=5)
+            linestyle='', marker=markers[i % len(markers)], markersize=size, capsize=5)
     if static:
         _mark_same_accuracy(axis, curves, max((curve[0] for curve in static.values()), key=lambda point: point[1]))
     if max(costs) > 30 * min(costs):
