@@ -59,6 +59,14 @@ def describe_device(args: argparse.Namespace, accelerator: Accelerator) -> str:
     return f'{device}, {count(accelerator.num_processes, "process", "processes")}, {precision}'
 
 
+def describe_training_batch(args: argparse.Namespace, accelerator: Accelerator, updates_per_epoch: int) -> str:
+    """Images of an update, and how they are divided among processes and accumulation steps."""
+    processes, steps = accelerator.num_processes, accelerator.gradient_accumulation_steps
+    return (f'{args.batch_size * processes * steps} images: {args.batch_size} per process x '
+            f'{count(processes, "process", "processes")} x {count(steps, "accumulation step", "accumulation steps")}; '
+            f'{count(updates_per_epoch, "update", "updates")} per epoch')
+
+
 def count(number: int, one: str, several: str) -> str:
     """'1 process', '2 processes'."""
     return f'{number} {one if number == 1 else several}'

@@ -24,7 +24,7 @@ from ..launch.build import (
     resolve_data,
     uses_demo_data,
 )
-from ..launch.describe import describe_device
+from ..launch.describe import describe_data, describe_device, describe_model, describe_training_batch
 from ..launch.script import run_script
 from ..launch.settings import TrainOptions
 from ..models.builder import check_model_name
@@ -228,7 +228,15 @@ class TrainingRun:
                 StageContext(stage_weights=self.weights, resumed=state is not None), self.run_state,
                 sum(self._args_of(s).epochs for s in later if s.run is None))
         if self.main:
-            self._show_block(stage, trainer.describe())
+            loaders = {args.train_split: trainer.loader}
+            if trainer.eval_loader is not None:
+                loaders[args.val_split] = trainer.eval_loader
+            self._show_block(stage, {
+                'data': describe_data(args, loaders),
+                'model': describe_model(args.model, trainer.model, trainer.data_config),
+                'device': describe_device(args, self.accelerator),
+                'batch': describe_training_batch(args, self.accelerator, trainer.updates_per_epoch),
+            })
         if state is not None:
             trainer.load_state_dict(state)
             if self.main:

@@ -35,7 +35,6 @@ from ..launch.build import (
     resolve_learning_rate,
     sorted_classes,
 )
-from ..launch.describe import count, describe_data, describe_device, describe_model
 from ..models.builder import load_checkpoint
 from ..models.dynamic_net import DynamicNet
 from ..task import Stage, StageContext
@@ -167,22 +166,6 @@ class Trainer:
                 f'{did_you_mean(metric, names)}')
         return metric
 
-    def describe(self) -> dict[str, str]:
-        """Data, model, device and batch, to show before training."""
-        args = self.args
-        loaders = {args.train_split: self.loader}
-        if self.eval_loader is not None:
-            loaders[args.val_split] = self.eval_loader
-        parts = [args.batch_size, self.world_size, self.accum]
-        return {
-            'data': describe_data(args, loaders),
-            'model': describe_model(args.model, self.model, self.data_config),
-            'device': describe_device(args, self.accelerator),
-            'batch': f'{math.prod(parts)} images: {parts[0]} per process x {count(parts[1], "process", "processes")} x '
-                     f'{count(parts[2], "accumulation step", "accumulation steps")}; '
-                     f'{count(self.updates_per_epoch, "update", "updates")} per epoch',
-        }
-
     # state
 
     def state_dict(self) -> dict[str, Any]:
@@ -310,8 +293,8 @@ class Trainer:
         while self.epoch < self.num_epochs:
             row = self._run_epoch(stop)
         row = row or (self.results.last_row() if self.main else {})  # if nothing was left to do
-        return {**row, 'best': self.results.best['value'], 'best_epoch': self.results.best['epoch'],
-                'updates': self.updates}
+        best = self.results.best
+        return {**row, 'best': best['value'], 'best_epoch': best['epoch'], 'updates': self.updates}
 
     def _run_epoch(self, stop: StopRequest) -> dict[str, Any]:
         epoch, began = self.epoch, time.time()
