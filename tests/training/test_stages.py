@@ -58,6 +58,24 @@ def test_all_stages(image_folder, tmp_path, caplog):
     assert list(result['results']) == list(STAGES)
     table = next(r.message for r in caplog.records if r.message.startswith('What the recipe sets'))
     assert all(name in table for name in (*STAGES, 'classifier_lr_scale', '0.0003'))
+    lines = {line.split()[0]: line for line in table.splitlines()}
+    assert len(lines['momentum'].split()) == 4  # not in 'policy', which uses Adam
+    blocks = [r.message for r in caplog.records if r.message.startswith('Stage ')]
+    assert [block.splitlines()[0] for block in blocks] == ['Stage static', 'Stage warmup']  # then nothing is new
+    images = {split: sum(1 for _ in (image_folder / split).rglob('*.*')) for split in ('train', 'val')}
+    first = ' '.join(blocks[0].split())
+    for text in (f"data {image_folder}; train: {images['train']} images of 3 classes; validation: "
+                 f"{images['val']} images of 3 classes model", 'images of 3x48x48',
+                 'GMACs device cpu, 1 process, float32 batch 8 images:',
+                 '8 per process x 1 process x 1 accumulation step;',
+                 'epochs static 1, warmup 1, policy 1, finetune 1', f'results {run}'):
+        assert text in first
+    assert [line.split()[0] for line in blocks[1].splitlines()[1:] if line[0] != ' '] == ['model']  # what is different
+    assert 'GMACs up to step 1..3' in ' '.join(blocks[1].split())
+    assert all(len(line) <= 100 or str(tmp_path.parent) in line for block in blocks for line in block.splitlines())
+    loaded = [r.message for r in caplog.records if 'retrained weights' in r.message]
+    assert all('state dict' not in message for message in loaded)
+    assert any(f"from '{run / 'policy' / 'best'}'" in message for message in loaded)
 
     steps = {f'{what}_step{t}' for what in ('eval_top1', 'train_top1') for t in (1, 2, 3)}
     for folder in (run / 'warmup', run / 'policy', run):

@@ -1,5 +1,7 @@
 """What is shown of a dynamic model: every step, budgets, thresholds, and what it keeps; as rows, tables and curves."""
 import argparse
+import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +15,7 @@ from ..utils.report import Curve, format_table
 from .calibration import Calibration, same_split
 
 Row = dict[str, Any]
+_GRID = 48  # budgets of a curve
 
 
 @dataclass
@@ -25,17 +28,39 @@ class Report:
         text: These as tables, for the terminal.
         curves: Lines of the picture, by label.
         markers: Points of the picture that no line joins, by label.
+        static: Points of the picture of static nets and of a cascade's members, by label.
+        images: Number of images that the curves are of.
     """
     row: Row | None
     points: list[Row] = field(default_factory=list)
     text: list[str] = field(default_factory=list)
     curves: dict[str, Curve] = field(default_factory=dict)
     markers: dict[str, Curve] = field(default_factory=dict)
+    static: dict[str, Curve] = field(default_factory=dict)
+    images: int | None = None
 
-    def add(self, model: str, caption: str, rows: Sequence[Row], hide: Sequence[str] = ('split', 'fitted_on')) -> None:
-        """Add rows that belong together. Columns that the caption names are hidden in the terminal."""
+    def add(
+            self,
+            model: str,
+            caption: str,
+            rows: Sequence[Row],
+            hide: Sequence[str] = ('split', 'fitted_on'),
+            fitted: ExitTable | None = None,
+    ) -> None:
+        """Add rows that belong together. Columns that the caption names are hidden in the terminal.
+
+        Args:
+            model: Name of the model.
+            caption: Text above the table.
+            rows: The rows.
+            hide: Columns that are not shown.
+            fitted: Table that the thresholds in the rows were fitted on, see `show_thresholds`.
+        """
         self.points += [{'model': model, **row} for row in rows]
         shown = [{k: v for k, v in row.items() if k not in ('images', *hide)} for row in rows]
+        for row in shown:
+            if 'thresholds' in row:
+                row['thresholds'] = show_thresholds(row['thresholds'], fitted)
         self.text.append(f'{caption}\n{format_table(shown)}')
 
 
@@ -43,6 +68,30 @@ def short_name(name: str) -> str:
     """A model's name for captions: of a folder, the last two parts."""
     source, colon, path = name.partition(':')
     return '/'.join(Path(path).parts[-2:]) if colon and source == 'local-dir' else name
+
+
+def show_thresholds(thresholds: Sequence[float], fitted: ExitTable | None = None) -> list[float | str]:
+    """Replace thresholds by 'always' if every image stops at this step, and by 'never' if none does.
+
+    A solver expresses both by a number outside the confidences that it saw, e.g. -0.6807 or 1.84. Files have the
+    numbers, tables for the terminal have the words.
+
+    Args:
+        thresholds: A threshold for each step [T]. The last one is ignored: every image stops there.
+        fitted: Table that they were fitted on. 'always' means not above the least confidence of the step in it, 'never'
+            above the greatest. None: only infinite thresholds, and GFNet's ±1e8, are replaced.
+    """
+    shown: list[float | str] = []
+    for t, threshold in enumerate(thresholds):
+        low, high = -1e8, math.nextafter(1e8, 0)
+        if fitted is not None:
+            known = fitted.confidence[:, t]
+            known = known[known.isfinite()]
+            if len(known):
+                low, high = known.min().item(), known.max().item()
+        always = t == len(thresholds) - 1 or threshold <= low
+        shown.append('always' if always else 'never' if threshold > high else threshold)
+    return shown
 
 
 # Rows
@@ -94,7 +143,7 @@ def budget_rows(
 
     Args:
         calibration: Tables to solve on and to evaluate on.
-        budgets: Mean cost of an image, in 10⁹ multiply-adds. By default `num` evenly spaced ones.
+        budgets: Mean cost of an image, in 10⁹ multiply-adds. By default `num` of them, see `spread_budgets`.
         method: 'thresholds', or 'value' for policies that look at the confidences of all steps so far.
         num: Number of budgets, by default.
 
@@ -154,8 +203,13 @@ def _solve(
 
     Of default budgets, those that cost the same count once.
     """
-    fitted = solve_curve(calibration.calibration, budgets, num, method)
-    solved = list({p.gmacs: (p.gmacs, p) for p in fitted}.values()) if budgets is None else list(zip(budgets, fitted))
+    table = calibration.calibration
+    if budgets is None:
+        grid = solve_curve(table, None, max(num, _GRID), method)
+        fitted = grid if num >= _GRID else solve_curve(table, spread_budgets(grid, num), method=method)
+        solved = list({p.gmacs: (p.gmacs, p) for p in fitted}.values())
+    else:
+        solved = list(zip(budgets, solve_curve(table, budgets, method=method)))
 
     def refit(table: ExitTable) -> list[Any]:
         low, high = table.step_macs[0] / 1e9, table.step_macs[-1] / 1e9
@@ -164,9 +218,42 @@ def _solve(
     return solved, calibration.evaluate([point.policy for _, point in solved], refit)
 
 
+def spread_budgets(points: Sequence[ExitPoint], num: int) -> list[float]:
+    """Choose budgets where the curve of a model moves.
+
+    The curve goes from the cheapest point to the most accurate one. Cost and accuracy are both scaled to 0..1. The
+    budgets are at equal distances along the curve, so neighbours differ in accuracy where it rises steeply, and in cost
+    where it is flat.
+
+    Args:
+        points: Points of the curve.
+        num: Number of budgets.
+
+    Returns:
+        Rising budgets in 10⁹ multiply-adds, at most `num`. The first and the last are those of the curve's ends.
+    """
+    rising: list[tuple[float, float]] = []
+    for gmacs, top1 in sorted({(point.gmacs, point.top1) for point in points}):
+        if not rising or top1 > rising[-1][1]:  # a point that costs more and gives less is not on the curve
+            rising.append((gmacs, top1))
+    span, gain = (rising[-1][i] - rising[0][i] for i in (0, 1))
+    if num < 2 or not span:
+        return [rising[-1][0]]
+    along = [0., *itertools.accumulate(
+        math.hypot((b[0] - a[0]) / span, (b[1] - a[1]) / gain) for a, b in itertools.pairwise(rising))]
+    budgets = []
+    for i in range(num):
+        aim = along[-1] * i / (num - 1)
+        k = next((k for k in range(len(rising) - 1) if along[k + 1] >= aim), len(rising) - 2)
+        share = min((aim - along[k]) / (along[k + 1] - along[k]), 1.)
+        budgets.append(rising[k][0] + share * (rising[k + 1][0] - rising[k][0]))
+    budgets[-1] = rising[-1][0]
+    return budgets
+
+
 # Curves
 
-def budget_curve(calibration: Calibration, method: str = 'thresholds', num: int = 48) -> list[tuple[float, float]]:
+def budget_curve(calibration: Calibration, method: str = 'thresholds', num: int = _GRID) -> list[tuple[float, float]]:
     """Solve a grid of budgets on one table and evaluate it on another: (GMACs, top-1 in %), by rising cost."""
     _, points = _solve(calibration, None, method, num)
     return sorted({(point.gmacs, point.top1) for point in points})
@@ -185,6 +272,7 @@ def report_steps(report: Report, name: str, table: ExitTable, split: str, note: 
         name, f'{short_name(name)} on {split} ({len(table)} images), all of them stopped after the same step{note}:',
         step_rows(table, split=split))
     report.curves[f'{short_name(name)}: steps'] = step_curve(table)
+    report.images = len(table)
 
 
 def report_points(
@@ -225,14 +313,16 @@ def report_points(
                f'{calibration.evaluated_on} ({len(calibration.evaluation)} images).{calibration.note}')
     if args.budget or args.save_budgets:
         rule = ', looking at all steps so far' if args.budget_rule == 'value' else ''
-        report.add(name, f'{label}, budgets{rule}: {caption}', budget_rows(calibration, args.budget, args.budget_rule))
+        report.add(name, f'{label}, budgets{rule}: {caption}', budget_rows(calibration, args.budget, args.budget_rule),
+                   fitted=calibration.calibration)
     if args.geometric:
         rows = geometric_rows(calibration)
-        report.add(name, f"{label}, GFNet's geometric rule: {caption}", rows)
+        report.add(name, f"{label}, GFNet's geometric rule: {caption}", rows, fitted=calibration.calibration)
         report.markers[f'{label}: geometric'] = [(row['gmacs'], row['top1']) for row in rows]
     if args.curve:
         fitted_on = calibration.fitted_on.partition(' of ')[0]
         report.curves[f'{label}: steps'] = step_curve(calibration.evaluation)  # on the same half, if it is one
+        report.images = len(calibration.evaluation)
         report.curves[f'{label}: budgets, fitted on {fitted_on}'] = budget_curve(calibration, args.budget_rule)
     if args.save_budgets and model is not None:
         model.store_budgets(budgets_to_keep(calibration, args.budget, args.budget_rule))

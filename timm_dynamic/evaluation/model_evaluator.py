@@ -15,10 +15,11 @@ from ..exits import ExitTable, solve_curve
 from ..exits.anchornet_table import save_anchornet_table
 from ..exits.collect import Outputs, SampleRecorder
 from ..launch.build import build_eval_loader, eval_views, model_dtype, resolve_data
+from ..launch.describe import describe_data, describe_device, describe_model
 from ..models.clcnet import CLCNet
 from ..models.dynamic_net import DynamicNet
 from ..models.macs import count_macs
-from ..utils.report import write_rows
+from ..utils.report import format_block, write_rows
 from .calibration import CROSS, HALF, Calibration, open_calibration_loader, same_split, share_images
 from .cascade import CascadeReplay, FoldNets, MemberAnswers
 from .exit_report import Report, Row, report_points, report_steps, short_name
@@ -57,6 +58,7 @@ class ModelEvaluator:
         fit_splits: Splits to fit exits on, the best first, unless `--calibrate-split` names one.
         fold_nets: Confidence nets of a cross-validation, for a cascade.
         compared: The model is one of `--compare`: only its accuracy and cost are reported.
+        announce: Log data, model, device and batch before the model is run.
     """
 
     def __init__(
@@ -70,7 +72,9 @@ class ModelEvaluator:
             fit_splits: Sequence[str] = ('validation', 'train', HALF),
             fold_nets: FoldNets | None = None,
             compared: bool = False,
+            announce: bool = False,
     ) -> None:
+        self.announce = announce
         self.name, self.args, self.accelerator = name, args, accelerator
         self.out_of_fold, self.fit_splits, self.compared = out_of_fold, fit_splits, compared
         self.dynamic = isinstance(model, DynamicNet)
@@ -126,12 +130,20 @@ class ModelEvaluator:
         if self.dynamic and not self.compared and needs_fit(args) and not args.calibrate_table:
             # Before the model runs, so that errors come early.
             fit_on, fit_loader = self._find_calibration(loader)
+        if self.announce and self.accelerator.is_main_process:
+            loaders = {args.split: loader} if fit_loader is None else {args.split: loader, fit_on: fit_loader}
+            _logger.info(format_block({
+                'data': describe_data(args, loaders),
+                'model': describe_model(self.name, self.exported, self.data_config),
+                'device': describe_device(args, self.accelerator),
+                'batch': f'{args.batch_size} images per process',
+            }))
         measured = self._measure(loader, args.split, self.name)
         report = Report(self._row(measured, loader))
         assert report.row is not None
         if not self.dynamic:
             if report.row['gmacs']:
-                report.markers[short_name(self.name)] = [(report.row['gmacs'], report.row['top1'])]
+                report.static[short_name(self.name)] = [(report.row['gmacs'], report.row['top1'])]
             return report
         answers, calibration = measured.steps_top1, None
         if self.replay is not None and measured.members is not None:
@@ -139,6 +151,8 @@ class ModelEvaluator:
             (table, answers), calibration = self.replay.finish(
                 report, self.name, measured.members, fitted, args.seed)
             self._update_row(report.row, table, measured.members)
+            report.static.update({
+                row['member']: [(row['gmacs'], row['top1'])] for row in report.points if 'member' in row})
         else:
             assert measured.table is not None
             table = measured.table

@@ -12,7 +12,7 @@ from timm.models import is_model, is_model_in_modules, list_pretrained, parse_mo
 from timm.utils import check_batch_size_retry, decay_batch_step, reparameterize_model
 
 from ..launch.accelerator import create_accelerator
-from ..launch.build import build_model, default_split, resolve_data, uses_demo_data
+from ..launch.build import build_model, default_split, resolve_data
 from ..launch.options import create_validate_parser
 from ..launch.script import run_script
 from ..models.builder import Family, check_model_name, load_checkpoint
@@ -88,7 +88,8 @@ def validate_model(
             caption = f'{short_name(name)}, results kept in the model (nothing was run):'
             report.add(name, caption, stored_rows(model, name), hide=())
             return report
-    evaluator = ModelEvaluator(model, name, args, accelerator, fold_nets=fold_nets, compared=compared)
+    evaluator = ModelEvaluator(
+        model, name, args, accelerator, fold_nets=fold_nets, compared=compared, announce=True)
     report = evaluator.run()
     if checkpoint and report.row is not None:
         report.row['checkpoint'] = checkpoint
@@ -260,8 +261,6 @@ def run_validation(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     if args.curve:
         check_plot(args.curve, '--curve')
     accelerator = create_accelerator(args)
-    if accelerator.is_main_process and uses_demo_data(args) and not args.exit_table and not only_stored(args):
-        _logger.info(f"No data given: split '{args.split}' of the embedded demo set cluttered_digits is used.")
     if not accelerator.is_main_process:
         logging.getLogger('timm_dynamic').setLevel(logging.WARNING)
     reports: list[Report] = []
@@ -300,7 +299,11 @@ def _show(reports: Sequence[Report], args: argparse.Namespace) -> None:
     if args.curve:
         curves = {label: curve for r in reports for label, curve in r.curves.items()}
         markers = {label: curve for r in reports for label, curve in r.markers.items()}
-        plot_accuracy_over_macs(args.curve, curves, markers, f'evaluated on {args.exit_table or args.split}')
+        static = {label: curve for r in reports for label, curve in r.static.items()}
+        images = {r.images for r in reports if r.images is not None}
+        plot_accuracy_over_macs(
+            args.curve, curves, markers, f'evaluated on {args.exit_table or args.split}', static,
+            images.pop() if len(images) == 1 else None)
         _logger.info(f'Accuracy over multiply-adds: {args.curve}')
 
 

@@ -34,7 +34,7 @@ from ..data import (
     read_demo_note,
     worker_context,
 )
-from ..models.builder import check_model_name, load_checkpoint
+from ..models.builder import check_model_name, check_timm_weights, load_checkpoint
 from ..models.dynamic_net import DynamicNet
 from ..task.classification import mixes
 from ..utils import seeded
@@ -87,6 +87,8 @@ def build_model(args: argparse.Namespace, **kwargs: Any) -> Any:
         global_pool=args.gp,
         **{**args.model_kwargs, **{k: v for k, v in kwargs.items() if v is not None}},
     )
+    if kwargs.get('pretrained'):
+        check_timm_weights(args.model)
     try:
         model = timm.create_model(**resolved)
     except TypeError as e:

@@ -16,6 +16,7 @@ import torch
 from timm.models import (
     PretrainedCfg,
     get_model_traits,
+    get_pretrained_cfg,
     is_model,
     list_models,
     model_entrypoint,
@@ -26,6 +27,7 @@ from torch import nn
 
 from ..utils import (
     CheckpointError,
+    check_available,
     did_you_mean,
     fetch_weights,
     load_weights,
@@ -94,6 +96,22 @@ class Family:
         name = model_name.split('.')[0]
         module = sys.modules[model_entrypoint(name).__module__] if is_model(name) else None
         return cls(**{f.name: getattr(module, f.name) for f in fields(cls) if hasattr(module, f.name)})
+
+
+def check_timm_weights(model_name: str, cache_dir: str | Path | None = None) -> None:
+    """Raise a FileNotFoundError if timm would have to download a model's weights and cannot: see `check_available`.
+
+    Args:
+        model_name: As for `timm.create_model`. Names that are not of timm's own models are not checked.
+        cache_dir: Folder for downloads. Default: that of the Hub's client.
+    """
+    source, name = parse_model_name(model_name)
+    name = str(name)
+    if source is not None or not is_model(name) or not model_entrypoint(name).__module__.startswith('timm.'):
+        return
+    cfg = get_pretrained_cfg(name)
+    if cfg is not None and cfg.hf_hub_id and not cfg.file and not cfg.hf_hub_filename:
+        check_available(cfg.hf_hub_id, cache_dir)
 
 
 def checkpoint_filter_of(model_name: str) -> FilterFn | None:

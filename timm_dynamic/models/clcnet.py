@@ -34,7 +34,7 @@ from torch import nn
 
 from ..layers.renormalize import Renormalize, per_channel
 from ..utils import CheckpointError
-from .builder import BUNDLED, build_dynamic_model, checkpoint_filter_of, hub_id
+from .builder import BUNDLED, build_dynamic_model, check_timm_weights, checkpoint_filter_of, hub_id
 from .cascade_members import Member, number_networks, record_members, resolve_members
 from .confidence_net import ConfidenceNet, confidence_net_filter_fn, read_confidence_net
 from .dynamic_net import DynamicNet, State, on_meta
@@ -534,6 +534,7 @@ def fetch_members(model: CLCNet, absent: Sequence[int], cache_dir: str | Path | 
             continue
         args = {**spec.args, 'img_size': size} if spec.fixed_size else spec.args
         try:
+            check_timm_weights(spec.source, cache_dir)
             net: Any = timm.create_model(
                 spec.source, pretrained=True, num_classes=model.num_classes, in_chans=model.in_chans,
                 cache_dir=cache_dir, **args)

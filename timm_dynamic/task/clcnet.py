@@ -64,7 +64,7 @@ def create_clcnet_recipe(args: argparse.Namespace, demo: bool, model: Any) -> Re
     } if demo else {}
     if not args.features:
         stages.append(Stage('features', None, collect, run=collect_features, shown=False))
-    stages.append(Stage('confidence', None, {**collect, **_CONFIDENCE}, run=train_confidence, label=args.model))
+    stages.append(Stage('confidence', None, _CONFIDENCE, run=train_confidence, label=args.model))
     return Recipe('clcnet', tuple(stages))
 
 

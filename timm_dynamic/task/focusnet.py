@@ -14,7 +14,7 @@ from torch import nn
 
 from ..layers.renormalize import Renormalize
 from ..loss import FocusPickingLoss
-from ..models.builder import checkpoint_filter_of
+from ..models.builder import check_timm_weights, checkpoint_filter_of
 from ..utils import did_you_mean, hash_weights, load_weights
 from .base import OneModuleTask
 from .classification import LOSS_OPTIONS, create_classification_task
@@ -53,6 +53,7 @@ def create_baseline(source: str | Path | nn.Module, model: nn.Module) -> Any:
         baseline = timm.create_model(name, num_classes=focus.num_classes)
         load_weights(baseline, label, checkpoint_filter_of(name))
     elif is_model(label.split('.')[0]):
+        check_timm_weights(label)
         baseline = timm.create_model(label, pretrained=True)
     else:
         raise ValueError(

@@ -15,7 +15,7 @@ from .classification import LOSS_OPTIONS, create_classification_recipe
 from .clcnet import create_clcnet_recipe
 from .focusnet import create_focusnet_recipe
 from .gfnet_recipe import create_end_to_end_recipe, create_gfnet_recipe
-from .stage import Recipe
+from .stage import Recipe, Stage
 
 RECIPES: dict[str, Callable[[argparse.Namespace, bool, Any], Recipe]] = {
     'classification': create_classification_recipe,
@@ -60,3 +60,28 @@ def create_recipe(args: argparse.Namespace, demo: bool = False, model: Any = Non
                 f"--{option.replace('_', '-')} is an option of the recipe {' and '.join(map(repr, recipes))}, "
                 f"not of '{name}'.")
     return RECIPES[name](args, demo, model)
+
+
+# Options without effect: name -> whether a stage uses it.
+_USED_IF: dict[str, Callable[[argparse.Namespace], bool]] = {
+    'warmup_lr': lambda args: args.warmup_epochs > 0,
+    'decay_epochs': lambda args: args.sched == 'step',
+    'decay_rate': lambda args: args.sched in ('step', 'multistep', 'plateau'),
+    'lr_base': lambda args: not args.lr,
+    'lr_base_size': lambda args: not args.lr,
+    'momentum': lambda args: 'adam' not in args.opt,
+}
+
+
+def used_settings(stage: Stage, args: argparse.Namespace) -> dict[str, str]:
+    """What a recipe sets in a stage, without what has no effect there.
+
+    Args:
+        stage: The stage.
+        args: Its options from all sources.
+
+    Returns:
+        The values in `args`, as text.
+    """
+    names = ('batch_size' if name == 'global_batch_size' else name for name in stage.defaults)
+    return {name: str(getattr(args, name)) for name in names if name not in _USED_IF or _USED_IF[name](args)}

@@ -11,7 +11,7 @@ from timm.models import is_model
 from timm.task import TrainingTask
 from torch import nn
 
-from ..models.builder import checkpoint_filter_of
+from ..models.builder import check_timm_weights, checkpoint_filter_of
 from ..models.networks import create_encoder
 from ..utils import CheckpointError, load_weights, read_state_dict
 from .classification import Classification
@@ -91,6 +91,7 @@ def load_encoder(encoder: Any, source: str | Path, model: Any) -> dict[str, torc
             if text.startswith('hf-hub:'):
                 net: Any = timm.create_model(text, pretrained=True, in_chans=model.in_chans)
             else:
+                check_timm_weights(text)
                 net = create_encoder(
                     text, model.in_chans, model.patch_size, model.num_classes, pretrained=True, **model.backbone_args)
         except (OSError, RuntimeError, ValueError) as e:

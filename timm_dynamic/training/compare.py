@@ -9,7 +9,7 @@ import timm
 from accelerate import Accelerator
 
 from ..evaluation.calibration import CROSS
-from ..evaluation.exit_report import Row
+from ..evaluation.exit_report import Report, Row
 from ..evaluation.model_evaluator import ModelEvaluator, OutOfFold
 from ..exits import ExitTable
 from ..launch.build import default_split, resolve_data, uses_demo_data
@@ -77,8 +77,8 @@ def compare_stages(
         for name in ('results.csv', 'results.json'):
             write_rows(folder / name, rows)
         if isinstance(models[-1][1], DynamicNet):
-            markers = {label: points for report in reports[:-1] for label, points in report.markers.items()}
-            _keep_budgets(models[-1][1], reports[-1], markers, split, folder)
+            static = {label: points for report in reports for label, points in report.static.items()}
+            _keep_budgets(models[-1][1], reports[-1], static, split, folder)
     return rows
 
 
@@ -104,8 +104,8 @@ def _result_row(row: Row, evaluator: ModelEvaluator, split: str) -> Row:
 
 def _keep_budgets(
         model: DynamicNet,
-        report: Any,
-        markers: Mapping[str, Any],
+        report: Report,
+        static: Mapping[str, Any],
         split: str,
         folder: Path,
 ) -> None:
@@ -119,6 +119,7 @@ def _keep_budgets(
     for name in ('budgets.csv', 'budgets.json'):
         write_rows(folder / name, report.points)
     picture = folder / 'accuracy_over_macs.png'
-    if plot_accuracy_over_macs(picture, report.curves, {**report.markers, **markers}, f'evaluated on {split}'):
+    title = f'evaluated on {split}'
+    if plot_accuracy_over_macs(picture, report.curves, report.markers, title, static, report.images):
         text += f'\n\nAccuracy over multiply-adds: {picture}'
     _logger.info('\n' + text)

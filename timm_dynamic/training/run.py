@@ -4,7 +4,7 @@ import importlib
 import json
 import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,15 +24,17 @@ from ..launch.build import (
     resolve_data,
     uses_demo_data,
 )
+from ..launch.describe import describe_data, describe_device, describe_model, describe_training_batch
 from ..launch.script import run_script
 from ..launch.settings import TrainOptions
 from ..models.builder import check_model_name
 from ..task import Recipe, Stage, StageContext, create_recipe
-from ..task.recipe import FAMILIES
+from ..task.recipe import FAMILIES, used_settings
 from ..utils import UserError
-from ..utils.report import format_table, write_yaml
+from ..utils.report import format_block, format_table, write_yaml
 from ..utils.signals import StopRequest
 from .compare import compare_stages
+from .progress import log_once
 from .run_folder import OUTPUT, CheckpointManager, check_identity, check_options, find_run_folder
 from .trainer import Trainer
 
@@ -116,11 +118,8 @@ class TrainingRun:
         project = self.accelerator.project_configuration
         project.project_dir = project.logging_dir = str(self.folder)
         if not self.main:
-            logging.getLogger('timm_dynamic').setLevel(logging.WARNING)
-        else:
-            _logger.info(f"Run folder: {self.folder}")
-            if self.demo:
-                _logger.info('No data given: the embedded demo set cluttered_digits is used.')
+            for name in ('timm_dynamic', 'timm'):
+                logging.getLogger(name).setLevel(logging.WARNING)
         _start_trackers(self.accelerator, base, self.folder)
 
         self.checkpoints = CheckpointManager(self.folder / 'state')
@@ -136,6 +135,7 @@ class TrainingRun:
         if self.main:
             self._show_stages()
         self.weights = {s.name: self._folder_of(s) / 'best' for s in recipe.stages}
+        self._shown: Mapping[str, str] = {}  # of the stage before
 
     def _check_stage(self, stage: Stage, args: argparse.Namespace) -> None:
         if stage.check is not None:
@@ -166,15 +166,21 @@ class TrainingRun:
         return self.folder if stage.name == self.recipe.stages[-1].name else self.folder / stage.name
 
     def _show_stages(self) -> None:
-        """Print what the recipe changes, before training."""
-        names: dict[str, None] = {}
-        columns = {}
-        for stage in self.stages:
-            names.update(dict.fromkeys('batch_size' if k == 'global_batch_size' else k for k in stage.defaults))
-            columns[stage.name] = vars(self._args_of(stage))
-        rows = [{'option': k, **{stage: str(args[k]) for stage, args in columns.items()}} for k in names]
+        """Print what the recipe sets in each stage and the stage uses, before training."""
+        columns = {stage.name: used_settings(stage, self._args_of(stage)) for stage in self.stages}
+        names = dict.fromkeys(name for settings in columns.values() for name in settings)
+        rows = [{'option': k, **{stage: settings.get(k, '') for stage, settings in columns.items()}} for k in names]
         if rows:
             _logger.info('What the recipe sets (other options change it):\n' + format_table(rows))
+
+    def _show_block(self, stage: Stage, rows: Mapping[str, str]) -> None:
+        """Print what a stage works with; after the first stage, what is different from the stage before."""
+        epochs = ', '.join(f'{s.name} {self._args_of(s).epochs}' for s in self.stages)
+        rows = {**rows, 'epochs': epochs, 'results': str(self.folder)}
+        new = {k: v for k, v in rows.items() if v != self._shown.get(k)}
+        self._shown = rows
+        if new and self.main:
+            _logger.info(f'Stage {stage.name}\n{format_block(new)}')
 
     # Stages
 
@@ -215,9 +221,22 @@ class TrainingRun:
             state: dict[str, Any] | None,
             stop: StopRequest,
     ) -> None:
-        trainer = Trainer(
-            stage, args, self.accelerator, self._folder_of(stage), self.checkpoints, self.identity,
-            StageContext(stage_weights=self.weights, resumed=state is not None), self.run_state)
+        later = self.stages[self.stages.index(stage) + 1:]
+        with log_once('timm.models._builder', 'timm_dynamic.utils.checkpoint'):  # by several encoders
+            trainer = Trainer(
+                stage, args, self.accelerator, self._folder_of(stage), self.checkpoints, self.identity,
+                StageContext(stage_weights=self.weights, resumed=state is not None), self.run_state,
+                sum(self._args_of(s).epochs for s in later if s.run is None))
+        if self.main:
+            loaders = {args.train_split: trainer.loader}
+            if trainer.eval_loader is not None:
+                loaders[args.val_split] = trainer.eval_loader
+            self._show_block(stage, {
+                'data': describe_data(args, loaders),
+                'model': describe_model(args.model, trainer.model, trainer.data_config),
+                'device': describe_device(args, self.accelerator),
+                'batch': describe_training_batch(args, self.accelerator, trainer.updates_per_epoch),
+            })
         if state is not None:
             trainer.load_state_dict(state)
             if self.main:
@@ -242,6 +261,7 @@ class TrainingRun:
                 args, split, resolve_data(args, model), model.num_classes, device, 1,
                 samples=args.val_num_samples, views=eval_views(args, model), indices=indices)
 
+        self._show_block(stage, {'device': describe_device(args, self.accelerator)})
         context = StageContext(
             device=device, dtype=model_dtype(args), stage_weights=self.weights, verbose=self.main, demo=self.demo,
             folder=folder, accelerator=self.accelerator, stop=stop, build_model=partial(build_model, args),

@@ -46,7 +46,7 @@ from ..utils import (
 )
 from ..utils.report import write_yaml
 from ..utils.signals import Stopped, StopRequest
-from .progress import LossGuard, NonFiniteLoss, RunningMeans, TrainingLog
+from .progress import LossGuard, NonFiniteLoss, Pace, RunningMeans, TrainingLog
 from .run_folder import CheckpointManager, StageResults, check_identity
 
 _logger = logging.getLogger(__name__)
@@ -67,6 +67,7 @@ class Trainer:
         identity: What a state must agree with to be continued: recipe, stage, model.
         context: For the task: weights of earlier stages.
         run_state: State of the run beside this stage's, saved along (earlier stages' results).
+        later_epochs: Epochs of the stages after this one, for the time that is left.
     """
 
     def __init__(
@@ -79,6 +80,7 @@ class Trainer:
             identity: Mapping[str, Any],
             context: StageContext,
             run_state: dict[str, Any],
+            later_epochs: int = 0,
     ) -> None:
         self.stage, self.args, self.accelerator = stage, args, accelerator
         self.folder, self.states, self.run_state = folder, checkpoints, run_state
@@ -140,7 +142,9 @@ class Trainer:
 
         self.epoch = self.batch = self.updates = 0
         self.results = StageResults(folder, self.metric, self.decreasing, args.checkpoint_hist)
-        self.log = TrainingLog(stage.name, accelerator)
+        pace = Pace(len(self.loader), args.batch_size * self.world_size, self.num_epochs, later_epochs)
+        first_update = sum(result.get('updates', 0) for result in run_state['results'].values())
+        self.log = TrainingLog(stage.name, accelerator, pace, first_update)
         self.means = RunningMeans()  # over the epoch's samples so far
         self.guard = LossGuard(self.device)
 
@@ -274,7 +278,7 @@ class Trainer:
         """Train to the end.
 
         Returns:
-            The last epoch's row of the summary, and 'best' and 'best_epoch'.
+            The last epoch's row of the summary, and 'best', 'best_epoch', and 'updates' of the stage.
 
         Raises:
             Stopped: A signal came; the state is saved.
@@ -289,7 +293,8 @@ class Trainer:
         while self.epoch < self.num_epochs:
             row = self._run_epoch(stop)
         row = row or (self.results.last_row() if self.main else {})  # if nothing was left to do
-        return {**row, 'best': self.results.best['value'], 'best_epoch': self.results.best['epoch']}
+        best = self.results.best
+        return {**row, 'best': best['value'], 'best_epoch': best['epoch'], 'updates': self.updates}
 
     def _run_epoch(self, stop: StopRequest) -> dict[str, Any]:
         epoch, began = self.epoch, time.time()
@@ -298,7 +303,7 @@ class Trainer:
             distribute_bn(self.model, self.world_size, self.args.dist_bn == 'reduce')
             if self.task.has_ema() and not self.args.model_ema_force_cpu:
                 distribute_bn(self.task.get_trainable_module(ema=True), self.world_size, self.args.dist_bn == 'reduce')
-        rates = [g['lr'] for g in self.raw_optimizer.param_groups]
+        rates = self._learning_rates()
         row: dict[str, Any] = {'epoch': epoch, **{f'train_{k}': v for k, v in train_metrics.items()}}
 
         metrics: dict[str, float] = {}
@@ -368,8 +373,9 @@ class Trainer:
             if (number - 1) % args.log_interval == 0 or self.batch == num_batches:
                 if self.device.type != 'cpu':
                     self._check_finite()
-                lr = self.raw_optimizer.param_groups[0]['lr']
-                self.log.update(f'{number}/{self.updates_per_epoch}', self.means, lr, self.updates)
+                rates = self._learning_rates()
+                self.log.update(
+                    f'{number}/{self.updates_per_epoch}', self.means, sum(rates) / len(rates), self.updates)
                 if args.save_images and self.main:
                     save_image(
                         input, self.folder / f'train-batch-{self.batch - 1}.jpg', padding=0, normalize=True)
@@ -433,6 +439,10 @@ class Trainer:
             diagnostics = task.diagnose()
         for key, value in diagnostics.items():
             self.means.add(key, value, count)
+
+    def _learning_rates(self) -> list[float]:
+        """Learning rate of each parameter group."""
+        return [group['lr'] for group in self.raw_optimizer.param_groups]
 
     def _step(self) -> None:
         args = self.args
