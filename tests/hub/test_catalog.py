@@ -65,12 +65,12 @@ def test_entries_are_complete(catalog):
     assert licences['CLCNet'] == 'mit'
 
 
-def test_the_readme_and_the_catalog_quote_the_same_numbers(catalog):
-    readme = (ROOT / 'README.md').read_text(encoding='utf-8')
+def test_the_docs_and_the_catalog_quote_the_same_numbers(catalog):
+    page = (ROOT / 'docs/focusnet.md').read_text(encoding='utf-8')
     for name, entry in catalog.items():
         if entry.title == 'FocusNet':
             before, after = ('{top1:.3f} / {top5:.3f}'.format(**m) for m in (entry.baseline, entry.metrics))
-            assert f"| `{name.split('.')[0]}` | {before} | {after} |" in readme
+            assert f"| `{name.split('.')[0]}` | {before} | {after} |" in page
 
 
 def test_anchornet_budgets_are_complete(catalog):
