@@ -41,6 +41,14 @@ class TrainOptions:
         for text in self.base.stage_args:
             self._add_stage_arg(text)
 
+    def set_num_classes(self, num_classes: int) -> None:
+        """Set the number of classes where no source does, e.g. from the data."""
+        for source in (self.config, self.given):
+            if source.get('num_classes', 0) is None:  # timm's args.yaml contains every option
+                del source['num_classes']
+        self.defaults['num_classes'] = num_classes
+        self.base = argparse.Namespace(**{**self.defaults, **self.config, **self.given})
+
     def _add_stage_arg(self, text: str) -> None:
         path, equals, value = text.partition('=')
         stage, dot, option = path.partition('.')
