@@ -6,6 +6,7 @@ from typing import Any, NoReturn
 
 from timm.utils import ParseKwargs
 
+from ..models.builder import model_arguments
 from ..models.clcnet import CONFIDENCES, FINAL_RULES
 from ..task.clcnet import NUM_FOLDS
 from ..utils import did_you_mean
@@ -45,6 +46,12 @@ REFUSED_PREDICT = {
 }
 
 
+def hint_model_argument(option: str, model: str) -> str:
+    """Suggest --model-kwargs for an unknown option that is an argument of the model, e.g. --patch-size; '' for others."""
+    name = option.lstrip('-').replace('-', '_')
+    return f' It is an argument of {model}: --model-kwargs {name}=...' if name in model_arguments(model) else ''
+
+
 class _Refuse(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option_string: str | None = None):
         parser.error(f'{option_string} is not supported. {self.const}')
@@ -55,14 +62,23 @@ class _Parser(argparse.ArgumentParser):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
+        self._model = ''
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        parsed, rest = super().parse_known_args(args, namespace)
+        self._model = str(getattr(parsed, 'model', ''))
+        return parsed, rest
 
     def error(self, message: str) -> NoReturn:
         if message.startswith('unrecognized arguments'):
             known = [s for a in self._actions for s in a.option_strings]
             for word in message.split(': ', 1)[1].split():
-                near = did_you_mean(word.split('=')[0], known) if word.startswith('--') else ''
-                if near:
-                    message += f'.{near}'
+                name = word.split('=')[0]
+                if not word.startswith('--'):
+                    continue
+                hint = hint_model_argument(name, self._model) or did_you_mean(name, known)
+                if hint:
+                    message += f'.{hint}'
                     break
         super().error(message)
 
@@ -454,6 +470,7 @@ def create_validate_parser() -> argparse.ArgumentParser:
 
     g = p.add_argument_group('Device', 'Processes, devices and precision are set by accelerate launch or accelerate config.')
     _device_options(g)
+    g.add_argument('--device-modules', nargs='+', metavar='MODULE', help='Python modules to import first')
     p.refuse(REFUSED_VALIDATE)
     return p
 
@@ -510,5 +527,6 @@ def create_predict_parser() -> argparse.ArgumentParser:
 
     g = p.add_argument_group('Device', 'Processes, devices and precision are set by accelerate launch or accelerate config.')
     _device_options(g)
+    g.add_argument('--device-modules', nargs='+', metavar='MODULE', help='Python modules to import first')
     p.refuse(REFUSED_PREDICT)
     return p

@@ -1,6 +1,5 @@
 """train.py: from a command line to trained, validated and compared weights."""
 import argparse
-import importlib
 import json
 import logging
 import shutil
@@ -26,7 +25,7 @@ from ..launch.build import (
     resolve_data,
     uses_demo_data,
 )
-from ..launch.script import run_script
+from ..launch.script import import_modules, run_script
 from ..launch.settings import TrainOptions
 from ..models.builder import check_model_name
 from ..task import Recipe, Stage, StageContext, create_recipe
@@ -68,11 +67,7 @@ def run_training(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
 def _check_names(base: argparse.Namespace) -> None:
     """Find mistakes in names early: of modules, models, backends, and the Hub's login."""
-    for module in base.device_modules or ():  # they may register the model
-        try:
-            importlib.import_module(module)
-        except ModuleNotFoundError as e:
-            raise ValueError(f'--device-modules {module}: {e}.') from e
+    import_modules(base.device_modules)  # they may register the model
     check_model_name(base.model)
     if base.kd_model_name:
         check_model_name(base.kd_model_name)
