@@ -87,7 +87,7 @@ class TrainOptions:
         for name in ('epochs', 'batch_size', 'val_interval', 'log_interval'):
             if getattr(args, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')}: expected at least 1, got {getattr(args, name)}.")
-        _check_name('--opt', args.opt, args.opt.lower().removeprefix('lookahead_'), list_optimizers())
+        _check_name('--opt', args.opt, args.opt.lower().removeprefix('lookahead_'), list(map(str, list_optimizers())))
         _check_name('--sched', args.sched, args.sched, _SCHEDULES)
         if not 0 <= args.smoothing <= 1:
             raise ValueError(f'--smoothing: expected a number from 0 to 1, got {args.smoothing}.')
