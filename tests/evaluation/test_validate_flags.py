@@ -5,6 +5,7 @@ what reaches Accelerate on a machine with a GPU.
 """
 import csv
 import json
+import sys
 from functools import partial
 from types import SimpleNamespace
 
@@ -283,6 +284,13 @@ def valid_labels(lab, flag):
         lab.opened(*base, flag, '{tmp}/valid.txt')
 
 
+def device_modules(lab, flag):
+    (lab.tmp / 'imported_by_validate.py').write_text('')
+    lab.monkeypatch.syspath_prepend(lab.tmp)
+    lab.opened(flag, 'imported_by_validate')
+    assert sys.modules.pop('imported_by_validate')
+
+
 def retry(lab, flag):
     evaluate, sizes = model_evaluator.evaluate, []
 
@@ -510,6 +518,7 @@ OURS = {
     '--demo-clutter': opened(lambda seen: seen.loader.dataset.clutter, '0.25', gives=0.25, base=DEMO),
     '--compare': evaluated(lambda seen: [row['model'].rpartition('/')[2] for row in seen.rows], 'local-dir:{other}',
                            gives=['weights', 'other']),
+    '--device-modules': device_modules,
     '--anytime': anytime,
     '--budget': dynamic(lambda seen: [row.get('budget') for row in seen.rows][4:], '0.001', '0.0015',
                         gives=[0.001, 0.0015]),

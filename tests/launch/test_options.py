@@ -180,7 +180,7 @@ def test_config_with_errors(tmp_path, says, text, message):
 
 
 def test_config_that_is_not_there(says):
-    assert "--config: cannot read 'nowhere.yaml'" in says(resolve, '-c', 'nowhere.yaml')
+    assert "--config: there is no file 'nowhere.yaml'" in says(resolve, '-c', 'nowhere.yaml')
 
 
 @pytest.mark.parametrize('create', [create_train_parser, create_validate_parser, create_predict_parser])

@@ -401,7 +401,7 @@ def _file_in_the_way(tmp_path, image_folder):
     (['--focus-baseline', 'resnet81'], ["no baseline 'resnet81'"]),
     (['--recipe', 'focusnet'], ['needs a baseline: --focus-baseline MODEL']),
     (['--recipe', 'nothing'], ["no recipe 'nothing'. Choose from classification, focusnet"]),
-    (['--num-classes', '2'], ['data has 3 classes (class0, class1, class2), the model has 2: use --num-classes 3']),
+    (['--num-classes', '2'], ['--num-classes 2: the data has 3 classes']),
     (['--data-dir', '/nowhere'], ["no data at '/nowhere'"]),
     (['--batch-size', '100'], ['72 images, fewer than one batch (100 x 1 processes)']),
     (['--amp'], ['float16 needs a GPU', '--amp-dtype bfloat16']),
@@ -444,7 +444,7 @@ def test_folders_that_differ_between_splits(tmp_path, capsys):
     images = make_images(tmp_path / 'images', {'train': 4, 'val': 4})
     (images / 'val' / 'class0').rename(images / 'val' / 'zebra')
     assert train_main(_args(images, tmp_path, '--batch-size', 2)) == 1
-    assert "has index 1 in training and 0 in validation" in capsys.readouterr().err
+    assert "data has 3 classes, and 2 of them are among the model's 3, but not 'zebra'" in capsys.readouterr().err
 
 
 def test_disk_full_keeps_the_last_state(image_folder, tmp_path, monkeypatch, capsys):

@@ -25,7 +25,7 @@ from ..launch.accelerator import create_accelerator
 from ..launch.build import default_split, eval_views, model_dtype, resolve_data, uses_demo_data
 from ..launch.images import build_image_loader, open_images
 from ..launch.options import create_predict_parser
-from ..launch.script import run_script
+from ..launch.script import import_modules, run_script
 from ..models.dynamic_net import DynamicNet
 from ..models.macs import count_macs
 from ..utils import UserError, hash_weights
@@ -41,9 +41,9 @@ _MAX_SHARD = 4096
 _SHOWN = 5  # rows, and unreadable images, in the log
 # Options that the rows of shards do not depend on: they may change when a prediction is continued.
 _FREE = {
-    'workers', 'pin_mem', 'log_freq', 'results_dir', 'results_file', 'results_format', 'results_separate_col',
-    'fullname', 'filename_col', 'index_col', 'label_col', 'output_col', 'label_type', 'include_index',
-    'exclude_output', 'no_console_results'}
+    'device_modules', 'workers', 'pin_mem', 'log_freq', 'results_dir', 'results_file', 'results_format',
+    'results_separate_col', 'fullname', 'filename_col', 'index_col', 'label_col', 'output_col', 'label_type',
+    'include_index', 'exclude_output', 'no_console_results'}
 
 
 class Predictor:
@@ -269,6 +269,7 @@ def run_prediction(argv: Sequence[str] | None = None) -> dict[str, Any]:
         that cannot be read, and 'images_per_sec' of this run. In processes other than the main one it is empty.
     """
     args = _parse(argv)
+    import_modules(args.device_modules)
     accelerator = create_accelerator(args)
     if not accelerator.is_main_process:
         logging.getLogger('timm_dynamic').setLevel(logging.WARNING)

@@ -14,7 +14,7 @@ from timm.utils import check_batch_size_retry, decay_batch_step, reparameterize_
 from ..launch.accelerator import create_accelerator
 from ..launch.build import build_model, default_split, resolve_data
 from ..launch.options import create_validate_parser
-from ..launch.script import run_script
+from ..launch.script import import_modules, run_script
 from ..models.builder import Family, check_model_name, load_checkpoint
 from ..models.clcnet import CLCNet
 from ..utils import CheckpointError, save_pretrained, seeded
@@ -258,6 +258,7 @@ def run_validation(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
         and so on, which have a 'point'.
     """
     args = _parse(argv)
+    import_modules(args.device_modules)
     if args.curve:
         check_plot(args.curve, '--curve')
     accelerator = create_accelerator(args)

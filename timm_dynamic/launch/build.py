@@ -31,6 +31,7 @@ from ..data import (
     create_multi_view_transform,
     create_train_loader,
     format_demo_note,
+    model_class_to_idx,
     read_demo_note,
     worker_context,
 )
@@ -38,6 +39,7 @@ from ..models.builder import check_model_name, check_timm_weights, load_checkpoi
 from ..models.dynamic_net import DynamicNet
 from ..task.classification import mixes
 from ..utils import seeded
+from .classes import check_classes, match_dataset
 
 _logger = logging.getLogger(__name__)
 
@@ -185,20 +187,6 @@ def image_mode(args: argparse.Namespace, data_config: Mapping[str, Any]) -> str:
     return args.input_img_mode or ('RGB' if data_config['input_size'][0] == 3 else 'L')
 
 
-def check_classes(dataset: Any, num_classes: int, what: str) -> None:
-    """Raise a ValueError if a dataset has more classes than the model."""
-    classes = class_to_idx(dataset)
-    if classes is not None and max(classes.values()) >= num_classes:
-        raise ValueError(
-            f'The {what} data has {max(classes.values()) + 1} classes ({_first_names(classes)}), the model has '
-            f'{num_classes}: use --num-classes {max(classes.values()) + 1}.')
-
-
-def _first_names(classes: dict[str, int]) -> str:
-    names = sorted(classes, key=lambda k: classes[k])
-    return ', '.join(names[:3]) + (', ...' if len(names) > 3 else '')
-
-
 def build_train_loader(
         args: argparse.Namespace,
         data_config: dict[str, Any],
@@ -210,6 +198,7 @@ def build_train_loader(
     """Create the training loader, and the mixup to apply to its batches if the loader does not do that."""
     dataset = open_dataset(args, args.train_split, data_config, True, args.train_num_samples)
     check_classes(dataset, num_classes, 'training')
+    match_dataset(args, dataset, data_config, num_classes, 'training', training=True)
     names = class_to_idx(dataset)
     if args.aug_splits == 1 or args.aug_splits < 0:
         raise ValueError(f'--aug-splits must be 0 or at least 2, got {args.aug_splits}.')
@@ -315,7 +304,7 @@ def build_eval_loader(
     Args:
         args: Options of train.py or validate.py.
         split: Split of the dataset.
-        data_config: Preprocessing, see `timm.data.resolve_data_config`.
+        data_config: Preprocessing and the model's classes, see `resolve_data`.
         num_classes: Number of classes of the model.
         device: Device of the images.
         world_size: Number of processes. Each process loads a share of the images.
@@ -327,10 +316,12 @@ def build_eval_loader(
         **kwargs: Further arguments of timm's `create_loader`.
 
     Raises:
-        ValueError: The dataset has more classes than the model, or fewer random images than processes are requested.
+        ValueError: The dataset has more classes than the model, or some that the model does not have, or fewer random
+            images than processes are requested.
     """
     dataset = open_dataset(args, split, data_config, False, samples)
     check_classes(dataset, num_classes, f"'{split}'")
+    match_dataset(args, dataset, data_config, num_classes, f"'{split}'")
     workers, whole = args.workers, dataset
     if random_samples is not None and not isinstance(dataset, torch.utils.data.IterableDataset):
         if random_samples < world_size:
@@ -388,23 +379,6 @@ def create_eval_loader(
     if inner.num_workers:
         inner.multiprocessing_context = worker_context(world_size)
     return loader
-
-
-def sorted_classes(loader: Any) -> list[str] | None:
-    """Names of the classes of a loader, by index; None if they are not known."""
-    names = loader.class_to_idx
-    return sorted(names, key=lambda name: names[name]) if names else None
-
-
-def check_same_classes(train: dict[str, int] | None, val: dict[str, int] | None) -> None:
-    """Raise a ValueError if a class has different indices in training and validation."""
-    for name in sorted((train or {}).keys() & (val or {}).keys()):
-        if train[name] != val[name]:  # type: ignore[index]
-            different = sorted((train or {}).keys() ^ (val or {}).keys())
-            raise ValueError(
-                f"The class '{name}' has index {train[name]} in training and {val[name]} in validation: "  # type: ignore[index]
-                f'the folders have different classes ({_first_names(dict.fromkeys(different, 0))}). Set the indices '
-                'with --class-map.')
 
 
 def resolve_learning_rate(args: argparse.Namespace, global_batch_size: int) -> float:
@@ -475,8 +449,9 @@ def resolve_data(args: argparse.Namespace, model: nn.Module) -> dict[str, Any]:
     """Preprocessing of images, from the options and the model.
 
     Returns:
-        What timm's `resolve_data_config` returns. On the demo set also 'notes' for the pretrained_cfg of the model: the
-        settings of the set that were given here, or when the model was trained.
+        What timm's `resolve_data_config` returns, and 'class_to_idx', the index of each class name of the model, or
+        None if they are not known. On the demo set also 'notes' for the pretrained_cfg of the model: the settings of
+        the set that were given here, or when the model was trained.
 
     Raises:
         ValueError: `--mean` or `--std` has neither one value nor one for each channel.
@@ -491,7 +466,12 @@ def resolve_data(args: argparse.Namespace, model: nn.Module) -> dict[str, Any]:
     for key in ('mean', 'std'):
         if len(config[key]) != channels:  # e.g. grey images: the mean over the colour channels, as in timm
             config[key] = (sum(config[key]) / len(config[key]),) * channels
-    notes = getattr(unwrap_model(model), 'pretrained_cfg', {}).get('notes') or ()
+    plain: Any = unwrap_model(model)
+    cfg = getattr(plain, 'pretrained_cfg', {})
+    members = getattr(plain, 'specs', ())  # of a cascade
+    labels = [labels for labels in (cfg.get('label_names'), *(m.label_names for m in members)) if labels]
+    config['class_to_idx'] = model_class_to_idx(labels[0] if labels else None, getattr(plain, 'num_classes', 0))
+    notes = cfg.get('notes') or ()
     config['notes'] = [note for note in notes if not str(note).startswith(DEMO_DATASET)]
     if uses_demo_data(args):
         settings = {**read_demo_note(notes), **demo_settings(args)}

@@ -454,6 +454,7 @@ def create_validate_parser() -> argparse.ArgumentParser:
 
     g = p.add_argument_group('Device', 'Processes, devices and precision are set by accelerate launch or accelerate config.')
     _device_options(g)
+    g.add_argument('--device-modules', nargs='+', metavar='MODULE', help='Python modules to import first')
     p.refuse(REFUSED_VALIDATE)
     return p
 
@@ -511,5 +512,6 @@ def create_predict_parser() -> argparse.ArgumentParser:
 
     g = p.add_argument_group('Device', 'Processes, devices and precision are set by accelerate launch or accelerate config.')
     _device_options(g)
+    g.add_argument('--device-modules', nargs='+', metavar='MODULE', help='Python modules to import first')
     p.refuse(REFUSED_PREDICT)
     return p

@@ -3,7 +3,14 @@ import argparse
 from collections.abc import Collection, Mapping
 from typing import Any, NoReturn
 
+from ..models.builder import model_arguments
 from ..utils import did_you_mean
+
+
+def hint_model_argument(option: str, model: str) -> str:
+    """Suggest --model-kwargs for an unknown option that is an argument of the model, e.g. --patch-size; '' for others."""
+    name = option.lstrip('-').replace('-', '_')
+    return f' It is an argument of {model}: --model-kwargs {name}=...' if name in model_arguments(model) else ''
 
 
 class OptionParser(argparse.ArgumentParser):
@@ -22,6 +29,7 @@ class OptionParser(argparse.ArgumentParser):
             usage='%(prog)s [options]', allow_abbrev=False, add_help=False,
             formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
         self.common = frozenset(common)
+        self._model = ''
         self.add_argument('-h', '--help', action=_ShortHelp, help='show the common options and exit')
         self.add_argument('--help-all', action='help', default=argparse.SUPPRESS, help='show all options and exit')
 
@@ -47,13 +55,21 @@ class OptionParser(argparse.ArgumentParser):
             for group, description in descriptions:
                 group.description = description
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        parsed, rest = super().parse_known_args(args, namespace)
+        self._model = str(getattr(parsed, 'model', ''))
+        return parsed, rest
+
     def error(self, message: str) -> NoReturn:
         if message.startswith('unrecognized arguments'):
             known = [s for a in self._actions for s in a.option_strings]
             for word in message.split(': ', 1)[1].split():
-                near = did_you_mean(word.split('=')[0], known) if word.startswith('--') else ''
-                if near:
-                    message += f'.{near}'
+                if not word.startswith('--'):
+                    continue
+                name = word.split('=')[0]
+                hint = hint_model_argument(name, self._model) or did_you_mean(name, known)
+                if hint:
+                    message += f'.{hint}'
                     break
         super().error(message)
 

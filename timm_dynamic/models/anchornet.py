@@ -372,12 +372,24 @@ class AnchorNetPatch(DynamicNet):
 
     def check_img_size(self, side: int) -> None:
         if not 0 < self.patch_size <= side:
-            raise ValueError(f'Images of {side} pixels have no windows of {self.patch_size}.')
+            raise ValueError(
+                f'Images of {side} pixels have no windows of {self.patch_size}.{self._least_size(self.patch_size)}')
         rows, columns = self._grid(side)
         if rows * columns < self.num_steps - 1:
             raise ValueError(
                 f"Images of {side} pixels have {rows}x{columns} windows for the localizer '{self.localizer_name}', "
-                f'{self.num_steps} steps need {self.num_steps - 1}.')
+                f'{self.num_steps} steps need {self.num_steps - 1}.{self._least_size(side)}')
+
+    def _least_size(self, side: int) -> str:
+        """Say which size above a side is the least with enough windows; nothing if it is not near."""
+        for larger in range(max(side, self.patch_size, 1), side + 8 * self.localizer_stride + self.localizer_field + 1):
+            try:
+                rows, columns = self._grid(larger)
+            except ValueError:
+                continue
+            if rows * columns >= self.num_steps - 1:
+                return f' The least size is {larger} (--img-size).'
+        return ''
 
     def _check_localizer(self) -> None:
         """Raise a ValueError unless the localizer is a linear classifier of the mean of a feature map."""

@@ -3,6 +3,7 @@
 timm's own loading silently leaves random weights where a file does not fit; here that is an error. Sources may be a
 file, a folder, or a mapping from part to file: ours, timm's, or the authors'.
 """
+import inspect
 import json
 import logging
 import os
@@ -65,6 +66,18 @@ def check_model_name(name: str) -> None:
     source, model_id = parse_model_name(name)
     if source is None and not is_model(model_id.split('.')[0]):
         raise ValueError(f"There is no model '{name}'.{did_you_mean(model_id, list_models())}")
+
+
+def model_arguments(name: str) -> set[str]:
+    """Names of the constructor arguments of a registered model's class; empty for other names."""
+    source, model_id = parse_model_name(name)
+    architecture = model_id.split('.')[0]
+    if source is not None or not is_model(architecture):
+        return set()
+    create_fn = model_entrypoint(architecture)
+    created = create_fn.__annotations__.get('return')
+    model_class = getattr(sys.modules[create_fn.__module__], created, None) if isinstance(created, str) else created
+    return set(inspect.signature(model_class).parameters) if isinstance(model_class, type) else set()
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,14 @@ def select_rows(state: State, rows: torch.Tensor) -> State:
     return {name: value[rows] for name, value in state.items()}
 
 
+def check_float(x: torch.Tensor) -> None:
+    """Raise a ValueError for images of whole numbers, e.g. uint8."""
+    if not x.is_floating_point():
+        raise ValueError(
+            f'Expected normalised images of a floating-point dtype, got {x.dtype}. Divide by 255, subtract the mean '
+            'and divide by the std of model.pretrained_cfg, or use timm.data.create_transform.')
+
+
 def square_side(img_size: int | Sequence[int], name: str) -> int:
     """Side of square images, from an argument like timm's `img_size`.
 
@@ -134,6 +142,7 @@ class DynamicNet(nn.Module):
         """Raise a ValueError unless x is a batch of square images [B, in_chans, S, S] of a size the model can take."""
         if not isinstance(x, torch.Tensor):
             raise ValueError(f'Expected images as a tensor, got {type(x).__name__}.')
+        check_float(x)
         if x.ndim != 4 or x.shape[1] != self.in_chans:
             raise ValueError(f'Expected images [batch, {self.in_chans}, height, width], got {list(x.shape)}.')
         if x.shape[2] != x.shape[3]:

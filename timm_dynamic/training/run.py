@@ -1,6 +1,5 @@
 """train.py: from a command line to trained, validated and compared weights."""
 import argparse
-import importlib
 import json
 import logging
 import shutil
@@ -14,18 +13,20 @@ from accelerate import Accelerator
 from timm.models import is_model_in_modules, parse_model_name
 
 from .. import hub
-from ..data import DEMO_DATASET
+from ..data import DEMO_DATASET, class_to_idx, find_split
+from ..evaluation.calibration import same_split
 from ..launch.accelerator import create_accelerator
 from ..launch.build import (
     build_eval_loader,
     build_model,
     eval_views,
     model_dtype,
+    open_dataset,
     resolve_data,
     uses_demo_data,
 )
 from ..launch.describe import describe_data, describe_device, describe_model, describe_training_batch
-from ..launch.script import run_script
+from ..launch.script import import_modules, run_script
 from ..launch.settings import TrainOptions
 from ..models.builder import check_model_name
 from ..task import Recipe, Stage, StageContext, create_recipe
@@ -52,8 +53,9 @@ def run_training(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """
     options = TrainOptions(argv)
     _check_names(options.base)
+    classes_note = _resolve_classes(options)
     recipe = create_recipe(options.base, uses_demo_data(options.base), _model_with_recipes(options.base))
-    run = TrainingRun(options, recipe)
+    run = TrainingRun(options, recipe, classes_note)
     try:
         with StopRequest() as stop:
             for stage in run.stages:
@@ -67,11 +69,7 @@ def run_training(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
 def _check_names(base: argparse.Namespace) -> None:
     """Find mistakes in names early: of modules, models, backends, and the Hub's login."""
-    for module in base.device_modules or ():  # they may register the model
-        try:
-            importlib.import_module(module)
-        except ModuleNotFoundError as e:
-            raise ValueError(f'--device-modules {module}: {e}.') from e
+    import_modules(base.device_modules)  # they may register the model
     check_model_name(base.model)
     if base.kd_model_name:
         check_model_name(base.kd_model_name)
@@ -80,6 +78,64 @@ def _check_names(base: argparse.Namespace) -> None:
         raise ValueError(f'--torchcompile {base.torchcompile}: expected one of {backends}.')
     if base.push_to_hub:
         hub.check_login(base.push_to_hub)
+
+
+def _count_classes(args: argparse.Namespace) -> int | None:
+    """Number of classes of the data to train on; None if the data does not say it.
+
+    Where there is no split to train on, e.g. only features are computed, it is that of the split to validate on.
+
+    Raises:
+        FileNotFoundError: There is no data.
+        ValueError: There is neither split, or it cannot be opened.
+    """
+    if args.features:  # no images are read
+        return None
+    data_config = {'input_size': tuple(args.input_size or (args.in_chans or 3, 224, 224))}
+    try:
+        dataset = open_dataset(args, args.train_split, data_config, True, args.train_num_samples)
+    except ValueError as e:
+        try:
+            dataset = open_dataset(args, args.feature_split or args.val_split, data_config, False, args.val_num_samples)
+        except ValueError:
+            raise e from None
+    classes = class_to_idx(dataset)
+    return None if classes is None else max(classes.values()) + 1
+
+
+def _resolve_classes(options: TrainOptions) -> str:
+    """Take the number of classes from the data, unless it is given. Returns a note about it; empty if both agree.
+
+    Raises:
+        FileNotFoundError: There is no data.
+        ValueError: The data cannot be opened, or has more classes than given.
+    """
+    given, found = options.base.num_classes, _count_classes(options.base)
+    if found is None:
+        unknown = "The data does not say how many classes it has: the model's own number is used. Set --num-classes."
+        return unknown if given is None and not options.base.features else ''
+    if given is None:
+        options.set_num_classes(found)
+        return f'{found} classes, from the data.'
+    if given < found:
+        raise ValueError(f'--num-classes {given}: the data has {found} classes. Give at least {found}, or omit it.')
+    return f'--num-classes {given}: the data has {found} classes, the others have no images.' if given > found else ''
+
+
+def _check_splits(args: argparse.Namespace) -> None:
+    """Raise a ValueError if a folder without splits, or a tar file, would be trained and validated on.
+
+    It is allowed if both options name the same split.
+    """
+    root = args.data_dir or args.data
+    if not args.val_split or args.dataset or not root or not Path(root).exists():
+        return
+    if same_split(args.train_split, args.val_split):
+        _logger.warning(f"Training and validation use the same images: --val-split is '{args.val_split}'.")
+    elif find_split(root, args.train_split) == find_split(root, args.val_split):
+        raise ValueError(
+            f"'{root}' has no splits: training and validation would use the same images. Expected folders "
+            f"'{args.train_split}' and '{args.val_split}' in it. --val-split '' trains without validation.")
 
 
 def _model_with_recipes(args: argparse.Namespace) -> Any:
@@ -96,6 +152,7 @@ class TrainingRun:
     Args:
         options: Options by where they come from.
         recipe: What to run.
+        classes_note: A line for the log about the number of classes.
 
     Attributes:
         folder: Folder of the run.
@@ -107,7 +164,7 @@ class TrainingRun:
         ValueError: Options do not go together, or the folder holds another run.
     """
 
-    def __init__(self, options: TrainOptions, recipe: Recipe) -> None:
+    def __init__(self, options: TrainOptions, recipe: Recipe, classes_note: str = '') -> None:
         base = options.base
         self.options, self.recipe, self.demo = options, recipe, uses_demo_data(base)
         self.stages = self._select_stages()
@@ -120,6 +177,8 @@ class TrainingRun:
         if not self.main:
             for name in ('timm_dynamic', 'timm'):
                 logging.getLogger(name).setLevel(logging.WARNING)
+        elif classes_note:
+            _logger.info(classes_note)
         _start_trackers(self.accelerator, base, self.folder)
 
         self.checkpoints = CheckpointManager(self.folder / 'state')
@@ -140,6 +199,8 @@ class TrainingRun:
     def _check_stage(self, stage: Stage, args: argparse.Namespace) -> None:
         if stage.check is not None:
             stage.check(args)
+        if stage.run is None:
+            _check_splits(args)
         recorded = self.run_state['options'].get(stage.name)
         if self.state is not None and recorded is not None:
             last = self.state['identity']['stage'] == stage.name

@@ -28,13 +28,12 @@ from ..launch.build import (
     build_optimizer,
     build_train_loader,
     build_training_model,
-    check_same_classes,
     model_dtype,
     place_model,
     resolve_data,
     resolve_learning_rate,
-    sorted_classes,
 )
+from ..launch.classes import sorted_classes
 from ..models.builder import load_checkpoint
 from ..models.dynamic_net import DynamicNet
 from ..task import Stage, StageContext
@@ -104,12 +103,12 @@ class Trainer:
 
         self.loader, self.mixup_fn = build_train_loader(
             args, self.data_config, model.num_classes, self.device, self.rank, self.world_size)
+        if self.loader.class_to_idx is not None:  # those to validate on are matched to these
+            self.data_config['class_to_idx'] = self.loader.class_to_idx
         self.eval_loader = build_eval_loader(
             args, args.val_split, self.data_config, model.num_classes, self.device, self.world_size,
             samples=args.val_num_samples) if args.val_split else None
         self.identity['classes'] = sorted_classes(self.loader)
-        if self.eval_loader is not None:
-            check_same_classes(self.loader.class_to_idx, self.eval_loader.class_to_idx)
         if not self.loader.resumable and self.main:
             _logger.info('This dataset can only be iterated: a run killed within an epoch repeats it from its start.')
 
@@ -507,4 +506,4 @@ class Trainer:
             if isinstance(v, Mapping) and all(isinstance(t, torch.Tensor) for t in v.values())}
         self.results.write(
             row, value, self.model, data_config=self.data_config, state_dict=state_dict, task_state=task_state,
-            **({'label_names': labels} if labels and len(labels) == self.model.num_classes else {}))
+            **({'label_names': labels} if labels else {}))

@@ -53,7 +53,13 @@ def save_pretrained(
         state_dict: Weights to write instead of the model's own, e.g. their moving average.
         task_state: State dicts that only training needs, by name. They are written to task.safetensors.
         **config: Further entries of config.json that timm knows, e.g. `label_names`.
+
+    Raises:
+        ValueError: The model has a `check_export` that says that it could not be loaded again.
     """
+    check_export: Any = getattr(model, 'check_export', None)
+    if check_export is not None:
+        check_export()
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if data_config and 'notes' in data_config:  # timm keeps only those that it knows
