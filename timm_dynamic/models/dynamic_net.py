@@ -213,7 +213,7 @@ class DynamicNet(nn.Module):
     def for_inference(self: Net) -> Net:
         """Prepare the model for fast inference, in place: eval mode, fused batch norms, weights in channels last.
 
-        These settings are the fastest on a CPU, for single images and for batches: see docs/speed.md. Images may have
+        This is the recommended setting on a CPU, for single images and for batches: see docs/speed.md. Images may have
         any memory format. Outputs change by rounding errors only. Calling it again changes nothing. Call it last:
         a model with fused norms cannot be trained, nor load the weights of one that is not fused.
 
