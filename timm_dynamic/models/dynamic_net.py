@@ -10,7 +10,7 @@ wait, and join rows of other batches, and threads can share a model.
 import copy
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import nn
@@ -33,6 +33,7 @@ from .exit_cfg import (
 _logger = logging.getLogger(__name__)
 
 State = dict[str, torch.Tensor]
+Net = TypeVar('Net', bound='DynamicNet')
 
 
 def num_rows(state: State) -> int:
@@ -106,6 +107,7 @@ class DynamicNet(nn.Module):
         self._step_macs: tuple[int, ...] | None = None
         self.exit_policy: StopRule | None = None
         self._compiled_steps: Sequence[Any] | None = None
+        self._is_fused = False
         self.exit_cfg: dict[str, Any] = {} if exit_cfg is None else copy.deepcopy(dict(check_mapping(exit_cfg)))
         self._given_args: dict[str, Any] = {}
         self._read_exit_cfg()
@@ -206,12 +208,42 @@ class DynamicNet(nn.Module):
     def fuse_conv_bn(self) -> int:
         """Fuse batch norms into convolutions, in place, for faster inference: see `layers.fuse_conv_bn`.
 
+        A model with fused norms can no longer be trained: `train()` raises an error.
+
         Returns:
             Number of fused batch norms.
         """
         parameter = next(self.parameters())
         x = self.example_input(device=parameter.device, dtype=parameter.dtype)
-        return fuse_conv_bn(self, lambda: list(self.forward_steps(x)))
+        fused = fuse_conv_bn(self, lambda: list(self.forward_steps(x)))
+        self._is_fused = self._is_fused or fused > 0
+        return fused
+
+    def for_inference(self: Net) -> Net:
+        """Prepare the model for fast inference, in place: eval mode, fused batch norms, weights in channels last.
+
+        This is the recommended setting on a CPU, for single images and for batches: see docs/speed.md. Images may have
+        any memory format. Outputs change by rounding errors only. Calling it again changes nothing. Call it last:
+        a model with fused norms cannot be trained, nor load the weights of one that is not fused.
+
+        Returns:
+            The model itself.
+        """
+        self.eval()
+        self.fuse_conv_bn()
+        return self.to(memory_format=torch.channels_last)
+
+    def train(self: Net, mode: bool = True) -> Net:
+        """Set train or eval mode.
+
+        Raises:
+            RuntimeError: Train mode is requested, and norms are fused into convolutions.
+        """
+        if mode and self._is_fused:
+            raise RuntimeError(
+                'The batch norms of this model are fused into its convolutions (for_inference, fuse_conv_bn): it '
+                'cannot be trained. Create the model again to train it.')
+        return super().train(mode)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, '_compiled_steps': None}
