@@ -411,6 +411,7 @@ class TestWeights:
             return create(name, **kwargs)
 
         monkeypatch.setattr(timm, 'create_model', create_model)
+        monkeypatch.setattr('timm_dynamic.utils.download.can_connect', lambda: True)  # the weights could be fetched
         self.create = create
         return asked
 

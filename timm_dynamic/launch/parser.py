@@ -8,7 +8,7 @@ from ..utils import did_you_mean
 
 
 def hint_model_argument(option: str, model: str) -> str:
-    """Suggest --model-kwargs for an unknown option that is an argument of the model, e.g. --patch-size; '' for others."""
+    """Suggest --model-kwargs for an unknown option that is an argument of the model, e.g. --patch-size; else empty."""
     name = option.lstrip('-').replace('-', '_')
     return f' It is an argument of {model}: --model-kwargs {name}=...' if name in model_arguments(model) else ''
 
