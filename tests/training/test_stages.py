@@ -360,7 +360,8 @@ def test_given_folds_and_what_validate_makes_of_them(image_folder, tmp_path):
         link.parent.mkdir(parents=True, exist_ok=True)
         link.touch()
     args = _args(
-        image_folder, tmp_path, '--fold-dir', tmp_path / 'folds', *_save_members(tmp_path / 'w'), family='clcnet')
+        image_folder, tmp_path, '--fold-dir', tmp_path / 'folds', '--confidence', 'clcnet',
+        *_save_members(tmp_path / 'w'), family='clcnet')
     at = args.index('--folds')
     run_training(args[:at] + args[at + 2:])
     run, table = tmp_path / 'run', tmp_path / 'table.safetensors'
