@@ -117,6 +117,24 @@ def test_recipe_is_chosen_by_the_model():
     assert [s.name for s in demo.stages] == ['static', 'warmup', 'policy', 'finetune']
 
 
+@pytest.mark.parametrize('demo', [False, True])
+@pytest.mark.parametrize('whole', [['--pretrained'], ['--initial-checkpoint', 'x'], ['--pretrained-path', 'x']])
+def test_weights_of_the_whole_model_are_kept(whole, demo):
+    """The encoders do not start from the backbone's weights, nor from those of a static net."""
+    opts = options('--model', 'test_gfnet', *whole)
+    for name in ('gfnet', 'end-to-end'):
+        opts.base.recipe = name
+        model = small()
+        recipe = create_recipe(opts.base, demo=demo, model=model)
+        assert [s.name for s in recipe.stages] == (
+            ['end-to-end'] if name == 'end-to-end' else ['warmup', 'policy', 'finetune'])
+        before = {k: v.clone() for k, v in model.state_dict().items()}
+        recipe.stages[0].prepare(model, opts.for_stage(recipe.stages[0]), StageContext())
+        assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    with pytest.raises(ValueError, match=f'--init-local cannot be combined with {whole[0]}, which loads the weights of'):
+        create_recipe(options('--init-local', 'scratch', *whole).base, demo=demo, model=small())
+
+
 def test_options_of_another_recipe():
     with pytest.raises(ValueError, match=r"'gfnet' trains GFNet models, .*; got --model resnet50"):
         create_recipe(options('--recipe', 'gfnet').base)

@@ -64,6 +64,12 @@ def create_static_stage(model: Any, defaults: Mapping[str, Any] | None, option: 
         label=f'{model.backbone}, whole images')
 
 
+def whole_weights(args: argparse.Namespace) -> str:
+    """The option that gives initial weights of the whole model; empty if there is none."""
+    names = ('init_from', 'initial_checkpoint', 'pretrained_path', 'pretrained')
+    return next((f"--{name.replace('_', '-')}" for name in names if getattr(args, name)), '')
+
+
 def load_encoder(encoder: Any, source: str | Path, model: Any) -> dict[str, torch.Tensor]:
     """Load weights of the backbone into an encoder. A classifier of the encoder is not changed.
 
