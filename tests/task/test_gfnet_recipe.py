@@ -131,7 +131,7 @@ def test_weights_of_the_whole_model_are_kept(whole, demo):
         before = {k: v.clone() for k, v in model.state_dict().items()}
         recipe.stages[0].prepare(model, opts.for_stage(recipe.stages[0]), StageContext())
         assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
-    with pytest.raises(ValueError, match=f'--init-local cannot be combined with {whole[0]}, which loads the weights of'):
+    with pytest.raises(ValueError, match=f'--init-local cannot be combined with {whole[0]}, which loads the weights'):
         create_recipe(options('--init-local', 'scratch', *whole).base, demo=demo, model=small())
 
 

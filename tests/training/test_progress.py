@@ -32,19 +32,25 @@ def test_pace():
     clock = Clock()
     pace = Pace(num_batches=20, images_per_batch=64, epochs=3, later_epochs=4, clock=clock)
     pace.start_epoch(0, 10)  # resumed within the epoch
-    clock.now += 8
+    clock.now += 10  # the workers start
+    pace.advance(11)
+    assert pace.seconds_per_batch == 0  # unknown
+    clock.now += 6
     pace.advance(14)  # 2 s a batch
-    assert pace.images_per_second == 32
+    assert pace.images_per_second == 16
     assert pace.left() == (12, 12 + (2 + 4) * 40)
     clock.now += 12
     pace.advance(20)
     clock.now += 5  # validation
     pace.end_epoch()
-    assert pace.left_for_run() == 6 * 45
+    assert pace.left_for_run() == 6 * (8 + 40 + 5)
     pace.start_epoch(1, 0)
-    clock.now += 2
+    clock.now += 9
+    pace.advance(1)
+    assert pace.left() == (38, 38 + 5 + 5 * 53)  # at the pace of the epoch before
+    clock.now += 1
     pace.advance(2)  # 1 s a batch
-    assert pace.left() == (18, 18 + 5 + 5 * 25)
+    assert pace.left() == (18, 18 + 5 + 5 * (8 + 20 + 5))
 
 
 def test_epoch_line_of_five_steps_fits_a_terminal():
@@ -68,7 +74,9 @@ def test_a_tag_of_trackers_has_one_meaning_and_steps_rise(caplog):
     for key, value in {'loss': [2.], 'step_top1': [50., 75.], 'count': [1.]}.items():
         means.add(key, torch.tensor(value), 8)
     log.start_epoch(0, 0, 2)
-    clock.now += 4
+    clock.now += 2
+    log.advance(1)
+    clock.now += 2
     log.advance(2)
     with caplog.at_level('INFO'):
         log.update('2/2', means, 0.1, 2)

@@ -129,6 +129,8 @@ class Pace:
 
     Attributes:
         images_per_second: Of training, over the epoch so far; 0 before the first batch.
+        seconds_per_batch: Without the first batch of an epoch, which waits for the loader's workers to start; 0 until
+            it is known.
     """
 
     def __init__(
@@ -142,7 +144,7 @@ class Pace:
         self.num_batches, self.images_per_batch = num_batches, images_per_batch
         self.epochs, self.later_epochs, self.clock = epochs, later_epochs, clock
         self.images_per_second = self.seconds_per_batch = 0.
-        self._validation = 0.  # seconds of the last epoch that training did not take
+        self._start = self._validation = 0.  # seconds of the last epoch that its batches did not take
 
     def start_epoch(self, epoch: int, batch: int) -> None:
         """Note that training goes on from a batch of an epoch."""
@@ -150,28 +152,37 @@ class Pace:
 
     def advance(self, batch: int) -> None:
         """Note how many batches of the epoch are done."""
-        self._done, self._trained = batch, self.clock()
-        seconds = self._trained - self._began
-        self.seconds_per_batch = seconds / (batch - self._first)
-        self.images_per_second = self.images_per_batch / self.seconds_per_batch if seconds else 0.
+        now = self.clock()
+        if self._done == self._first:
+            self._measured_from = batch, now
+        else:
+            first, began = self._measured_from
+            self.seconds_per_batch = (now - began) / (batch - first)
+        self._done, self._trained = batch, now
+        seconds = now - self._began
+        self.images_per_second = self.images_per_batch * (batch - self._first) / seconds if seconds else 0.
 
     def end_epoch(self) -> None:
         """Note that the epoch is over, validation included."""
         self._validation = self.clock() - self._trained
+        trained, batches = self._trained - self._began, self._done - self._first
+        if not self.seconds_per_batch and batches:
+            self.seconds_per_batch = trained / batches
+        self._start = max(trained - batches * self.seconds_per_batch, 0.)
 
     def left(self) -> tuple[float, float]:
         """Seconds left for training in this epoch, and for the run with validation."""
         epoch = (self.num_batches - self._done) * self.seconds_per_batch
-        whole = self.num_batches * self.seconds_per_batch + self._validation
-        return epoch, epoch + self._validation + self.left_after_epoch() * whole
+        return epoch, epoch + self._validation + self.left_for_run()
 
     def left_after_epoch(self) -> int:
         """Number of epochs left in the run after this one."""
         return self.epochs - self.epoch - 1 + self.later_epochs
 
     def left_for_run(self) -> float:
-        """Seconds left for the run at the end of an epoch."""
-        return self.left_after_epoch() * (self.num_batches * self.seconds_per_batch + self._validation)
+        """Seconds left for the run after this epoch."""
+        whole = self._start + self.num_batches * self.seconds_per_batch + self._validation
+        return self.left_after_epoch() * whole
 
 
 class TrainingLog:
@@ -219,15 +230,16 @@ class TrainingLog:
             return
         values = means.values()
         loss = f"loss {values['loss'].item():.4g}" if 'loss' in values else ''
-        for_epoch, for_run = map(format_duration, self.pace.left())
-        speed = f'{self.pace.images_per_second:.0f} images/s'
-        self._bar.set_postfix_str(f'{loss} {speed}, run {for_run} left')
+        speed, left = f'{self.pace.images_per_second:.0f} images/s', ('', '')
+        if self.pace.seconds_per_batch:
+            for_epoch, for_run = map(format_duration, self.pace.left())
+            left = f'{for_epoch} left for the epoch', f'{for_run} for the run'
+        self._bar.set_postfix_str(f'{loss} {speed} {left[1]}'.rstrip())
         if self._bar.disable:
             others = str(RunningMeans({k: v for k, v in means.sums.items() if k != 'loss'}))
             _logger.info(fit_line([
                 f'{self.stage}: epoch {self.epoch} update {number} {loss}'.rstrip(), speed,
-                f'{for_epoch} left for the epoch', f'{for_run} for the run', f'lr {lr:.3g}',
-                *_NAMED.findall(others)]))
+                *filter(None, left), f'lr {lr:.3g}', *_NAMED.findall(others)]))
         scalars = {k: v.item() for k, v in values.items() if v.ndim == 0}
         self._track({**scalars, 'lr': lr, 'images_per_second': self.pace.images_per_second}, updates)
 
