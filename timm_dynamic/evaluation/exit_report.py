@@ -2,7 +2,7 @@
 import argparse
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -275,6 +275,13 @@ def report_steps(report: Report, name: str, table: ExitTable, split: str, note: 
     report.images = len(table)
 
 
+def report_parts(report: Report, name: str, model: DynamicNet) -> None:
+    """Add the costs of the parts of a model, for families that tell them apart, beside those that its authors state."""
+    rows = part_rows(model)
+    if rows:
+        report.text.append(f'{short_name(name)}, cost of one run of each part:\n{format_table(rows)}')
+
+
 def report_points(
         report: Report,
         args: argparse.Namespace,
@@ -355,6 +362,31 @@ def check_stored(model: DynamicNet, name: str) -> None:
             f'--stored-thresholds: {name} keeps no exits. Fit some with --budget, and keep them with --save-budgets.')
 
 
+def part_rows(model: DynamicNet) -> list[Row]:
+    """Rows of the parts of a model: 'part', 'steps' in which it runs at this cost, 'gmacs' of one run.
+
+    'authors_gmacs' is the cost in an authors' checkpoint, if the model was loaded from one.
+    """
+    origin, rows = model.exit_cfg.get('origin', {}), []
+    stated = {'glance encoder': 'model_flops', 'local encoder': 'model_flops', 'patch policy': 'policy_flops',
+              'classifier': 'fc_flops'}
+    for part, macs in model.count_part_macs().items():
+        authors = origin.get(stated.get(part, ''))
+        for cost in dict.fromkeys(m for m in macs if m):
+            steps = [str(t) for t, m in enumerate(macs, 1) if m == cost]
+            row: Row = {'part': part, 'steps': ', '.join(steps), 'gmacs': round(cost / 1e9, 6)}
+            if isinstance(authors, (int, float)):
+                row['authors_gmacs'] = round(authors * _origin_scale(origin), 6)
+            rows.append(row)
+    return rows
+
+
+def _origin_scale(origin: Mapping[str, Any]) -> float:
+    """Factor from the costs in an authors' checkpoint to GMACs. They are multiply-adds, or 10⁹ of them."""
+    costs = origin.get('flops')
+    return 1e-9 if costs and costs[-1] > 1e6 else 1.
+
+
 def stored_rows(model: DynamicNet, name: str) -> list[Row]:
     """Rows of the results that are kept in a model; nothing is run.
 
@@ -365,11 +397,10 @@ def stored_rows(model: DynamicNet, name: str) -> list[Row]:
     costs, accuracies = origin.get('flops'), origin.get('anytime_classification')
     authors = {'split': "the authors'", 'fitted_on': "the authors'"}
     if accuracies:
-        scale = 1e-9 if costs and costs[-1] > 1e6 else 1.  # multiply-adds, or 10⁹ of them
         for t, top1 in enumerate(accuracies):
             row: Row = {'point': f'step {t + 1}'}
             if costs and t < len(costs):
-                row['gmacs'] = round(costs[t] * scale, 6)
+                row['gmacs'] = round(costs[t] * _origin_scale(origin), 6)
             rows.append({**row, 'top1': top1, 'split': authors['split']})
     for budget in model.exit_cfg.get('budgets', ()):
         gmacs, policy = round(budget['gmacs'], 6), budget['policy']
