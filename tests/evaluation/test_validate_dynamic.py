@@ -319,6 +319,7 @@ def test_the_published_points_of_anchornet(tmp_path, capsys):
     assert len(rows) == 34
     assert [(round(row['top1'] / 100, 4), round(row['gmacs'], 2)) for row in rows] == [
         (row['acc'], row['gflops']) for row in published]
+    assert [row['exit_correct'] for row in rows] == [row['stage_true_num'] for row in published]
     rows = of(run_validation(options), 'thresholds')  # as their script charges: not as the list was made
     assert sum(round(row['gmacs'], 2) == p['gflops'] for row, p in zip(rows, published)) == 21
 
