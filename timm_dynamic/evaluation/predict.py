@@ -127,8 +127,8 @@ def _set_exit(args: argparse.Namespace, model: Any) -> None:
         return
     if args.per_step and not hasattr(model, 'patch_size'):
         raise ValueError(
-            f"--per-step: '{args.model}' ({type(model).__name__}) does not choose where to look. Expected a GFNet or an "
-            'AnchorNet-patch.')
+            f"--per-step: '{args.model}' ({type(model).__name__}) does not choose where to look. Expected a GFNet or "
+            'an AnchorNet-patch.')
     if args.test_pool:
         raise ValueError(f"--test-pool changes how a static model pools; '{args.model}' is a dynamic one.")
     requests = argparse.Namespace(
