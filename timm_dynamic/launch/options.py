@@ -194,7 +194,8 @@ def create_train_parser() -> argparse.ArgumentParser:
     g.add_argument('--stage-args', nargs='+', default=[], metavar='STAGE.OPTION=VALUE',
                    help='options for one stage, e.g. baseline.epochs=5')
     g.add_argument('--init-from', default='', metavar='PATH', help=(
-        "initial weights of a whole GFNet for the first stage: the folder of a stage, a file, or an authors' checkpoint"))
+        "initial weights of a whole GFNet or AnchorNet-patch for the first stage: the folder of a stage, a file, or an "
+        "authors' checkpoint; of an AnchorNet-patch also single networks, e.g. anchornet.pth"))
 
     g = p.add_argument_group('FocusNet')
     g.add_argument('--focus-baseline', metavar='MODEL', help=(
@@ -527,6 +528,8 @@ def create_predict_parser() -> argparse.ArgumentParser:
         "class names, from the model's config or timm's ImageNet info (%(default)s); without names, indices are written"))
     g.add_argument('--include-index', action='store_true', help='write class indices in addition to names')
     g.add_argument('--exclude-output', action='store_true', help='do not write probabilities or logits')
+    g.add_argument('--per-step', action='store_true', help=(
+        "a column 'steps': for each step of a GFNet or AnchorNet-patch its window, the ten best classes so far, and those of the window alone"))
     g.add_argument('--no-console-results', action='store_true', help='do not print the first rows')
 
     g = p.add_argument_group('Run')
