@@ -217,7 +217,7 @@ def check_options(stage: str, recorded: Mapping[str, Any], args: argparse.Namesp
 # Which folder
 
 def check_resumable(checkpoint: Any, path: str) -> None:
-    """Raise a CheckpointError if training cannot be continued from the content of a file that is not a state of ours."""
+    """Raise a CheckpointError if training cannot be continued from the content of a file that is no state of ours."""
     if not isinstance(checkpoint, Mapping):
         raise CheckpointError(f"'{path}' holds no training checkpoint.")
     if 'model_prime_state_dict' in checkpoint or 'net' in checkpoint:
