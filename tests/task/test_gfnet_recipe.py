@@ -1,4 +1,6 @@
+import json
 import logging
+from pathlib import Path
 
 import pytest
 import timm
@@ -40,14 +42,14 @@ def test_the_papers_settings(name):
     lr, first, last, epochs, weight_decay, aux, frozen = PAPER[name]
     for args, classifier_lr in ((warmup, first), (finetune, last)):
         assert args.batch_size == 128
-        assert resolve_learning_rate(args, 256) == pytest.approx(lr)
+        assert resolve_learning_rate(args, 256, 'warmup') == pytest.approx(lr)
         assert args.classifier_lr_scale * lr == pytest.approx(classifier_lr)
         assert (args.epochs, args.weight_decay) == (epochs, weight_decay)
         assert (args.aux_weight, args.freeze_global) == (aux, frozen)
         assert (args.opt, args.momentum, args.sched, args.min_lr, args.warmup_epochs) == ('sgd', 0.9, 'cosine', 0, 0)
         assert (args.smoothing, args.color_jitter, args.hflip, args.scale) == (0, 0, 0.5, [0.08, 1.0])
     assert (policy.epochs, policy.opt, policy.opt_betas, policy.sched) == (15, 'adam', [0.9, 0.999], 'none')
-    assert resolve_learning_rate(policy, 256) == 3e-4
+    assert resolve_learning_rate(policy, 256, 'policy') == 3e-4
     assert (policy.policy_gamma, policy.policy_epsilon, policy.policy_std, policy.policy_updates) == (0.7, 0.2, 0.1, 1)
     assert (policy.policy_value_coeff, policy.policy_entropy_coeff) == (0.5, 0.01)
     sizes = [224] if 'efficientnet' in name else None
@@ -57,7 +59,7 @@ def test_the_papers_settings(name):
 def test_optimizer_groups():
     recipe = create_recipe(options('--model', 'test_gfnet').base, model=small())
     args = options('--batch-size', 256).for_stage(recipe.stages[0])
-    args.lr = resolve_learning_rate(args, 256)
+    args.lr = resolve_learning_rate(args, 256, 'warmup')
     task = GlanceFocusTask(small(), verbose=False)
     optimizer = build_optimizer(task.trainable_module, args)
     assert type(optimizer).__name__ == 'SGD'
@@ -213,6 +215,32 @@ def test_encoder_from_a_file(tmp_path):
         load_encoder(small().local_encoder, tmp_path / 'other', small())
     with pytest.raises(CheckpointError, match=r"weights of 'resnet5O' are not available: .*Did you mean"):
         load_encoder(small().local_encoder, 'resnet5O', small())
+
+
+@pytest.mark.parametrize(('container', 'prefix', 'head'), [
+    ('model_state', '', 'head.fc'),  # pycls
+    ('state_dict', 'module.', 'fc'),  # the GFNet authors
+])
+def test_regnets_with_the_keys_of_pycls(tmp_path, container, prefix, head):
+    """The keys and shapes are those of the authors' files."""
+    shapes = json.loads((Path(__file__).parents[1] / 'parity/data/gfnet.json').read_text())[
+        'gfnet_regnety_006_96']['components']['model_prime_state_dict']['shapes']
+    values = {k.removeprefix('module.'): torch.rand(shape) for k, shape in shapes.items()}
+    file = {prefix + (f'{head}.{k[3:]}' if k.startswith('fc.') else k): v for k, v in values.items()}
+    torch.save({'epoch': 100, container: file}, tmp_path / 'regnety_600m.pyth')
+    model = timm.create_model('gfnet_regnety_006_96')
+    classifier = load_encoder(model.local_encoder, tmp_path / 'regnety_600m.pyth', model)
+    state = model.local_encoder.state_dict()
+    assert len(state) == len(values) - 2
+    for ours, theirs in {
+            'stem.conv.weight': 'stem.conv.weight', 's1.b1.downsample.conv.weight': 's1.b1.proj.weight',
+            's1.b1.downsample.bn.running_var': 's1.b1.bn.running_var', 's4.b4.conv1.conv.weight': 's4.b4.f.a.weight',
+            's4.b4.conv2.bn.bias': 's4.b4.f.b_bn.bias', 's3.b2.se.fc1.weight': 's3.b2.f.se.f_ex.0.weight',
+            's3.b2.se.fc2.bias': 's3.b2.f.se.f_ex.2.bias', 's4.b1.conv3.bn.running_mean': 's4.b1.f.c_bn.running_mean',
+    }.items():
+        assert torch.equal(state[ours], values[theirs]), ours
+    assert torch.equal(classifier['weight'], values['fc.weight'])
+    assert torch.equal(classifier['bias'], values['fc.bias'])
 
 
 @pytest.mark.parametrize('kwargs', [{}, dict(step_classifier='concat')])

@@ -228,7 +228,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error('--model is needed (a name, local-dir:FOLDER, a wildcard, all, or a text file of names).')
     if args.exit_table:
         others = ('save_exit_table', 'save_predictions', 'save_features', 'confidence', 'final_rule', 'fold_nets')
-        for option in ('calibrate_split', 'calibrate_samples', *others):
+        for option in ('calibrate_split', 'calibrate_samples', 'calibrate_augment', *others):
             if getattr(args, option):
                 parser.error(
                     f"--exit-table evaluates what was measured before and runs no model: --{option.replace('_', '-')} "
@@ -255,8 +255,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
                 '--calibrate-table.')
     if args.anchor_gmacs is not None and not 0 <= args.anchor_gmacs < float('inf'):
         parser.error(f'--anchor-gmacs: expected a cost, got {args.anchor_gmacs:g}.')
-    if args.calibrate_table and (args.calibrate_split or args.calibrate_samples):
-        parser.error('--calibrate-table and --calibrate-split both say what to fit on: choose one.')
+    if args.calibrate_table and (args.calibrate_split or args.calibrate_samples or args.calibrate_augment):
+        parser.error('--calibrate-table and the other --calibrate options both say what to fit on: choose one.')
     if args.calibrate_samples is not None and args.calibrate_samples < 1:
         parser.error(f'--calibrate-samples: expected at least 1, got {args.calibrate_samples}.')
     fitting = [option for option in dynamic_options(args) if option.startswith('--calibrate-')]
@@ -298,10 +298,17 @@ def run_validation(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
                 reports.append(validate_table(args, name, checkpoint, accelerator))
             else:
                 reports.append(_with_retry(args, name, checkpoint, accelerator, compared))
-        except (CheckpointError, RuntimeError) as e:
-            if len(jobs) + len(args.compare) == 1 or accelerator.num_processes > 1:
+        except (CheckpointError, RuntimeError, OSError, ValueError) as e:
+            # Errors of the first model may be about the options or the data, which are those of all models.
+            about_model = i > 0 or isinstance(e, (CheckpointError, RuntimeError))
+            if len(jobs) + len(args.compare) == 1 or not about_model or accelerator.num_processes > 1:
+                if reports and accelerator.is_main_process:
+                    _logger.error(f'{name} failed. Results of the models before it:')
+                    _show(reports, args)
                 raise
-            reports.append(Report({'model': name, 'error': str(e).splitlines()[0]}))  # the others' results are not lost
+            reason = (str(e) or type(e).__name__).splitlines()[0]
+            _logger.error(f'{name} failed: {reason}')
+            reports.append(Report({'model': name, 'error': reason}))  # the others' results are not lost
         if accelerator.is_main_process and args.results_file:  # after every model: a long list may be interrupted
             write_rows(args.results_file, _rows(reports), args.results_format)
     if accelerator.is_main_process:

@@ -161,8 +161,7 @@ def create_train_parser() -> argparse.ArgumentParser:
         common=COMMON_TRAIN,
         prog=_prog('train'),
         description='Train timm models and dynamic models on one or many devices.\n\n'
-                    '  accelerate launch train.py --model focusnet_resnet18 --focus-baseline resnet18.tv_in1k '
-                    '--data-dir IMAGENET\n\n'
+                    '  accelerate launch train.py --model focusnet_resnet18 --data-dir IMAGENET\n\n'
                     "timm's options have the same names, meanings and defaults. Priority of values: command line, "
                     '--config,\ndefaults of the recipe, defaults of timm.')
     p.add_argument('-c', '--config', default='', metavar='FILE', help='YAML file with options')
@@ -177,7 +176,7 @@ def create_train_parser() -> argparse.ArgumentParser:
     g.add_argument('--initial-checkpoint', default='', metavar='FILE', help='start from the weights in this file or folder; all weights must match')
     g.add_argument('--resume', default='', metavar='PATH', help=(
         "'auto': continue the run in --output/--experiment if there is one, else start it; or the folder of a run or "
-        "state; or a .pth.tar file of timm's train.py"))
+        "state; or a .pth.tar file of timm's train.py or of the FocusNet authors' code"))
     g.add_argument('--no-resume-opt', action='store_true', help="do not load the optimizer's state")
     _input_options(g)
     g.add_argument('-b', '--batch-size', type=int, default=128, metavar='N', help='batch size per process (%(default)s)')
@@ -200,7 +199,8 @@ def create_train_parser() -> argparse.ArgumentParser:
     g = p.add_argument_group('FocusNet')
     g.add_argument('--focus-baseline', metavar='MODEL', help=(
         "frozen baseline of a FocusNet: a timm model with weights, 'local-dir:FOLDER', a checkpoint file of the same "
-        "architecture, or 'scratch' to train a net like --model with cross-entropy first"))
+        "architecture, or 'scratch' to train a net like --model with cross-entropy first (default: that of the paper, "
+        'if the data has its classes; with the demo set: scratch)'))
     g.add_argument('--focus-plain', action='store_true', help=(
         'also train the same net with cross-entropy for the same number of epochs, and compare in the final table'))
     g.add_argument('--focus-temperature', type=float, default=2.0, metavar='T',
@@ -445,6 +445,9 @@ def create_validate_parser() -> argparse.ArgumentParser:
         'ways round, and keep what is fitted on all (default: the '
         'validation split; if --split is the validation split, the training split; else half)'))
     g.add_argument('--calibrate-samples', type=int, metavar='N', help='fit on N random images (default: all)')
+    g.add_argument('--calibrate-augment', action='store_true', help=(
+        'fit on random crops and flips, as the original GFNet (--eval_mode 2) does (default: fit on images preprocessed '
+        'as for evaluation, because exits are used on such images)'))
     g.add_argument('--exit-table', metavar='FILE', help='evaluate exits on a table of --save-exit-table, or of AnchorNet (.pth), without running the model')
     g.add_argument('--steps', type=int, metavar='N', help='read only the first N steps of tables (default: all)')
     g.add_argument('--anchor-gmacs', type=float, metavar='G', help='cost of the localizer for tables of AnchorNet, without --model (0.06; in the published list 0.08)')

@@ -35,6 +35,7 @@ from ..task.recipe import FAMILIES, used_settings
 from ..utils import UserError
 from ..utils.report import format_block, format_table, write_yaml
 from ..utils.signals import StopRequest
+from .baseline import check_baseline
 from .compare import compare_stages
 from .progress import log_once
 from .run_folder import OUTPUT, CheckpointManager, check_identity, check_options, find_run_folder
@@ -304,9 +305,11 @@ class TrainingRun:
             trainer.load_state_dict(state)
             if self.main:
                 _logger.info(f'Continuing stage {stage.name} at epoch {trainer.epoch}, batch {trainer.batch}.')
-        elif self.timm_checkpoint:
-            trainer.load_timm_checkpoint(self.timm_checkpoint)
-            self.timm_checkpoint = None
+        else:
+            check_baseline(trainer.task, trainer.eval_loader, trainer.model.num_classes, args, self.accelerator)
+            if self.timm_checkpoint:
+                trainer.load_timm_checkpoint(self.timm_checkpoint)
+                self.timm_checkpoint = None
         del state
         self.results[stage.name] = trainer.fit(stop)
         trainer.save_state()
@@ -373,7 +376,8 @@ class TrainingRun:
         folder = self.folder / 'hub'
         hub.describe_run(
             self.weights[self.stages[-1].name], folder, base.push_to_hub, self.recipe.name,
-            {s.name: self._args_of(s) for s in self.stages}, self.options.defaults, table, dataset)
+            {s.name: self._args_of(s) for s in self.stages}, self.options.defaults,
+            [row for row in table if 'error' not in row], dataset)
         try:
             report = hub.publish(folder, base.push_to_hub, private=base.hub_private)
         except hub.PublishError as e:
@@ -400,9 +404,12 @@ def _start_trackers(accelerator: Accelerator, args: argparse.Namespace, folder: 
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of train.py. Returns the exit status, see `run_script`."""
+    """Entry point of train.py.
+
+    Returns:
+        Exit status: see `run_script`; 1 if a model of the final table could not be loaded.
+    """
     def script() -> int:
-        run_training(argv)
-        return 0
+        return int(any('error' in row for row in run_training(argv)['table']))
 
     return run_script(script)

@@ -45,7 +45,7 @@ from ..utils import (
 from ..utils.report import write_yaml
 from ..utils.signals import Stopped, StopRequest
 from .progress import LossGuard, NonFiniteLoss, Pace, RunningMeans, TrainingLog
-from .run_folder import CheckpointManager, StageResults, check_identity
+from .run_folder import CheckpointManager, StageResults, check_identity, check_resumable
 
 _logger = logging.getLogger(__name__)
 
@@ -126,7 +126,7 @@ class Trainer:
         if args.torchcompile:
             self.task.compile(backend=args.torchcompile, mode=args.torchcompile_mode)
 
-        args.lr = resolve_learning_rate(args, args.batch_size * self.world_size * self.accum)
+        args.lr = resolve_learning_rate(args, args.batch_size * self.world_size * self.accum, stage.name)
         trainable: Any = self.task.get_trainable_module()
         self.raw_optimizer = build_optimizer(trainable, args)
         self.optimizer = accelerator.prepare(self.raw_optimizer)
@@ -220,19 +220,28 @@ class Trainer:
         self._override_start_epoch()
 
     def load_timm_checkpoint(self, path: str) -> None:
-        """Continue from a .pth.tar of timm's own train.py, or from bare weights."""
+        """Continue from a .pth.tar of timm's own train.py or of the FocusNet authors' code, or from bare weights.
+
+        Raises:
+            CheckpointError: It is neither, or is for another model or optimizer.
+        """
         checkpoint = read_checkpoint(path)
-        if not isinstance(checkpoint, Mapping):
-            raise CheckpointError(f"'{path}' holds no training checkpoint.")
+        check_resumable(checkpoint, path)
         load_checkpoint(unwrap_model(self.task.get_eval_model()), path, use_ema=False)
         if self.task.has_ema():
             load_checkpoint(unwrap_model(self.task.get_eval_model(ema=True)), path)
         if not self.args.no_resume_opt and 'optimizer' in checkpoint:
-            self.raw_optimizer.load_state_dict(checkpoint['optimizer'])
+            try:
+                self.raw_optimizer.load_state_dict(checkpoint['optimizer'])
+            except (ValueError, KeyError, TypeError) as e:
+                raise CheckpointError(
+                    f"--resume: the optimizer's state in '{path}' is for another optimizer or model ({e}). "
+                    '--no-resume-opt continues without it.') from e
             if self.accelerator.scaler is not None and 'amp_scaler' in checkpoint:
                 self.accelerator.scaler.load_state_dict(checkpoint['amp_scaler'])
         if 'epoch' in checkpoint:
-            self.epoch = checkpoint['epoch'] + (checkpoint.get('version', 2) > 1)
+            # timm stores the last epoch's number; the FocusNet authors store the number of finished epochs.
+            self.epoch = checkpoint['epoch'] + (checkpoint.get('version', 2) > 1 and 'best_acc1' not in checkpoint)
         self.updates = self.epoch * self.updates_per_epoch
         self._schedule(self.epoch, self.updates)
         self._override_start_epoch()
