@@ -69,17 +69,26 @@ def of(rows, point):
     ('validation', 'train', 15), ('test', 'validation', 9), ('train', 'validation', 21), ('val', 'train', 15)])
 def test_exits_are_fitted_on_another_split(run, caplog, split, fitted_on, images):
     caplog.set_level('INFO')
-    row, = of(run('--budget', 0.001, '--split', split), 'budget')
+    asked = ['--calibrate-split', 'train'] if fitted_on == 'train' else []
+    row, = of(run('--budget', 0.001, '--split', split, *asked), 'budget')
     assert (row['split'], row['fitted_on'], row['images'], row['budget']) == (split, fitted_on, images, 0.001)
     assert f'fitted on {fitted_on} (' in caplog.text
     assert f'evaluated on {split} ({images} images)' in caplog.text
     assert ('may have been trained on' in caplog.text) == (fitted_on == 'train')
 
 
-def test_without_another_split_one_half_is_judged(run, folder, caplog):
-    """A folder without splits is, to timm, every split."""
+@pytest.mark.parametrize(('data', 'split'), [('data', 'validation'), ('data', 'val'), ('data/val', 'validation')])
+def test_without_another_split_exits_are_cross_fitted(run, caplog, data, split):
+    """Not on the training split, whose images the model has learned. A folder without splits is, to timm, every split."""
     caplog.set_level('INFO')
-    row, = of(run('--budget', 0.001, data='data/val'), 'budget')
+    row, = of(run('--budget', 0.001, '--split', split, data=data), 'budget')
+    assert (row['fitted_on'], row['split'], row['images']) == (
+        f'all of {split}', f'{split}, cross-fitted in halves', 15)
+
+
+def test_where_one_policy_is_needed_one_half_is_judged(run, caplog, tmp_path):
+    caplog.set_level('INFO')
+    row, = of(run('--budget', 0.001, '--save-predictions', tmp_path / 'p.csv'), 'budget')
     assert (row['fitted_on'], row['split'], row['images']) == (
         'a random half of validation', 'the other half of validation', 7)
     assert 'fitted on a random half of validation (8 images), evaluated on the other half' in caplog.text
@@ -91,10 +100,10 @@ def test_half_can_be_asked_for(run):
     assert [row['images'] for row in of(rows, 'step 1')] == [15]  # steps are not fitted
 
 
-def test_a_folder_without_the_validation_split_is_fitted_on_train(run, folder):
+def test_a_folder_without_the_validation_split_is_cross_fitted(run, folder):
     shutil.copytree(folder / 'data', folder / 'two', ignore=shutil.ignore_patterns('val'))
     row, = of(run('--budget', 0.001, '--split', 'test', data='two'), 'budget')
-    assert row['fitted_on'] == 'train'
+    assert row['fitted_on'] == 'all of test'
 
 
 def test_splits_of_torchvision_that_are_one():
@@ -211,7 +220,7 @@ def test_stored_fresh_and_stored_results_agree(run, tmp_path):
 
 def test_stored_exits_evaluated_where_they_were_fitted(run, tmp_path, caplog):
     caplog.set_level('INFO')
-    run('--budget', 0.001, '--save-budgets', tmp_path / 'kept')
+    run('--budget', 0.001, '--calibrate-split', 'train', '--save-budgets', tmp_path / 'kept')
     for split, noted in (('test', False), ('train', True)):
         caplog.clear()
         run('--stored-thresholds', '--split', split, model=tmp_path / 'kept')

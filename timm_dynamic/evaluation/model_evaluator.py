@@ -71,7 +71,7 @@ class ModelEvaluator:
             accelerator: Accelerator,
             data_config: Mapping[str, Any] | None = None,
             out_of_fold: OutOfFold | None = None,
-            fit_splits: Sequence[str] = ('validation', 'train', HALF),
+            fit_splits: Sequence[str] = ('validation', CROSS),
             fold_nets: FoldNets | None = None,
             compared: bool = False,
             announce: bool = False,
@@ -186,13 +186,19 @@ class ModelEvaluator:
         if self.out_of_fold is not None:
             return f'{self.out_of_fold.split}, out of fold', None
         num = self.args.calibrate_samples
+        one_policy = self.replay is not None or self.args.save_predictions
+        candidates = [HALF if one_policy and name == CROSS else name for name in self.fit_splits]
         fit_on, fit_loader = open_calibration_loader(
-            self.args.split, self.args.calibrate_split, self.fit_splits, loader,
+            self.args.split, self.args.calibrate_split, candidates, loader,
             lambda split: self._open_loader(split, num, random_samples=num))
-        if fit_on == CROSS and (self.replay is not None or self.args.save_predictions):
+        if fit_on == CROSS and one_policy:
             raise ValueError(
                 f'--calibrate-split {CROSS} evaluates two policies, one on each half. With --save-predictions, '
                 f'--fold-nets or --confidence all, choose {HALF}.')
+        if num and fit_on in (HALF, CROSS):
+            raise ValueError(
+                '--calibrate-samples: exits are fitted on the images that are evaluated on. Name others with '
+                '--calibrate-split.')
         if self.replay is not None and fit_loader is not None:
             self.replay.add_split(fit_on, fit_loader.dataset)
         if self.args.calibrate_augment:

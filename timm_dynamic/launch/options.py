@@ -443,7 +443,7 @@ def create_validate_parser() -> argparse.ArgumentParser:
     g.add_argument('--calibrate-split', metavar='NAME', help=(
         "split to fit exits on, or 'half': fit on a random half of --split and evaluate on the other half, or 'cross': both "
         'ways round, and keep what is fitted on all (default: the '
-        'validation split; if --split is the validation split, the training split; else half)'))
+        'validation split; if that is --split, or there is none, cross; half with options that need one policy)'))
     g.add_argument('--calibrate-samples', type=int, metavar='N', help='fit on N random images (default: all)')
     g.add_argument('--calibrate-augment', action='store_true', help=(
         'fit on random crops and flips, as the original GFNet (--eval_mode 2) does (default: fit on images preprocessed '
