@@ -34,6 +34,24 @@ def make_images(folder: Path, counts: dict[str, int], classes: int = 3, size: tu
     return folder
 
 
+def fit_classifier(model: Any, images: Path, split: str = 'train') -> None:
+    """Fit the classifier of an untrained timm model to images of `make_images`, so that it is better than chance."""
+    size = 32, 32
+    paths = sorted((images / split).glob('*/*.png'))
+    classes = torch.tensor([int(path.parent.name.removeprefix('class')) for path in paths])
+    pixels = [np.array(Image.open(path).resize(size), dtype=np.float32) / 255 for path in paths]
+    x = (torch.tensor(np.stack(pixels)).permute(0, 3, 1, 2) - 0.45) / 0.225
+    with torch.no_grad():
+        features = model.eval().forward_head(model.forward_features(x), pre_logits=True)
+        mean, scale = features.mean(0), features.std() + 1e-6
+        inputs = (features - mean) / scale
+        targets = torch.nn.functional.one_hot(classes, model.num_classes).float()
+        weight = torch.linalg.solve(inputs.T @ inputs + torch.eye(inputs.shape[1]), inputs.T @ targets).T
+        head = model.get_classifier()
+        head.weight.copy_(weight / scale * 5)
+        head.bias.copy_(-head.weight @ mean)
+
+
 def run_python(*args, processes: int = 1, check: bool = True, env: Any = None) -> subprocess.CompletedProcess:
     """Run a Python script in the repository's root, by torchrun if there are to be several processes."""
     command = [sys.executable]

@@ -72,7 +72,7 @@ def test_a_plain_model_has_timms_defaults():
 
 @pytest.mark.parametrize('demo', [False, True])
 def test_recipe_defaults_come_with_a_recipe_only(demo):
-    plain = vars(resolve('--model', 'focusnet_resnet18', demo=demo))
+    plain = vars(resolve('--model', 'focusnet_resnet18', '--recipe', 'classification', demo=demo))
     assert {k: plain[k] for k in TIMM} == {**TIMM, 'model': 'focusnet_resnet18'}
     assert resolve(*FOCUS, demo=demo).epochs != TIMM['epochs']
 

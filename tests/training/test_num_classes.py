@@ -11,7 +11,8 @@ from timm_dynamic.utils import save_pretrained
 
 MODELS = {
     'static': ['--model', 'test_resnet'],
-    'focusnet': ['--model', 'test_focusnet', '--focus-baseline', 'scratch', '--focus-plain'],
+    'focusnet': ['--model', 'test_focusnet', '--focus-baseline', 'scratch', '--focus-plain', '--stage-args',
+                 'baseline.epochs=3', 'baseline.lr=0.05'],
     'gfnet': ['--model', 'test_gfnet', '--model-kwargs', 'patch_size=16', '--init-local', 'scratch'],
     'clcnet': ['--model', 'test_clcnet', '--init-members', 'scratch', '--folds', '2'],
 }

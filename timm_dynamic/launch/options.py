@@ -145,8 +145,7 @@ def create_train_parser() -> argparse.ArgumentParser:
         common=COMMON_TRAIN,
         prog=_prog('train'),
         description='Train timm models and dynamic models on one or many devices.\n\n'
-                    '  accelerate launch train.py --model focusnet_resnet18 --focus-baseline resnet18.tv_in1k '
-                    '--data-dir IMAGENET\n\n'
+                    '  accelerate launch train.py --model focusnet_resnet18 --data-dir IMAGENET\n\n'
                     "timm's options have the same names, meanings and defaults. Priority of values: command line, "
                     '--config,\ndefaults of the recipe, defaults of timm.')
     p.add_argument('-c', '--config', default='', metavar='FILE', help='YAML file with options')
@@ -183,7 +182,8 @@ def create_train_parser() -> argparse.ArgumentParser:
     g = p.add_argument_group('FocusNet')
     g.add_argument('--focus-baseline', metavar='MODEL', help=(
         "frozen baseline of a FocusNet: a timm model with weights, 'local-dir:FOLDER', a checkpoint file of the same "
-        "architecture, or 'scratch' to train a net like --model with cross-entropy first"))
+        "architecture, or 'scratch' to train a net like --model with cross-entropy first (default: that of the paper, "
+        'if the data has its classes; with the demo set: scratch)'))
     g.add_argument('--focus-plain', action='store_true', help=(
         'also train the same net with cross-entropy for the same number of epochs, and compare in the final table'))
     g.add_argument('--focus-temperature', type=float, default=2.0, metavar='T',

@@ -65,7 +65,8 @@ class GFNet(DynamicNet):
         num_steps: Number of steps T, including the glance.
         num_classes: Number of classes.
         in_chans: Number of input channels.
-        img_size: Side of the images that costs are counted for. Images of other sizes work, down to that of a patch.
+        img_size: Side of the images that costs are counted for. Images of other sizes work if they are larger than a
+            patch.
         step_classifier: 'recurrent' (a GRU over the steps) or 'concat' (one head per step, on all features so far).
         first_head: With 'recurrent', step 1 has a separate head on the glance alone.
         classifier_hidden: Width of the recurrent step classifier.
@@ -82,7 +83,7 @@ class GFNet(DynamicNet):
 
     Raises:
         ValueError: The backbone is unknown, has no spatial feature map, or does not take images of the size of a patch;
-            or images are smaller than patches.
+            or images are not larger than patches.
     """
 
     def __init__(
@@ -169,8 +170,9 @@ class GFNet(DynamicNet):
         return (x.permute(0, 3, 1, 2) if _is_nhwc(encoder) else x), feature
 
     def check_img_size(self, side: int) -> None:
-        if not 0 < self.patch_size <= side:
-            raise ValueError(f'Images of {side} pixels have no patches of {self.patch_size}.')
+        if not 0 < self.patch_size < side:
+            raise ValueError(
+                f'Images of {side} pixels have no patches of {self.patch_size}: patches must be smaller than images.')
 
     def init_state(self, x: torch.Tensor) -> State:
         self.check_images(x)

@@ -17,10 +17,10 @@ from torch import nn
 
 from ..exits.collect import with_confidence
 from ..layers import crop_patches, get_glance
-from ..models.anchornet import AnchorNetPatch
+from ..models.anchornet import AnchorNet, AnchorNetPatch
 from .base import OneModuleTask
 from .stage import Recipe, Stage, StageContext
-from .static import DEMO_COMMON, create_static_stage, load_backbone_or_warn
+from .static import DEMO_COMMON, create_static_stage, create_static_task, demo_defaults, load_backbone_or_warn
 
 _logger = logging.getLogger(__name__)
 
@@ -168,12 +168,23 @@ def _load_downstream(model: Any, args: argparse.Namespace, context: StageContext
 
 
 def create_anchornet_recipe(args: argparse.Namespace, demo: bool, model: Any) -> Recipe:
-    """Create the recipe: localizer, resized net, patch net; `--init-downstream scratch` trains a static net first."""
-    if not isinstance(model, AnchorNetPatch):
+    """Create the recipe: localizer, resized net, patch net; `--init-downstream scratch` trains a static net first.
+
+    An AnchorNet alone has the stage of the localizer only.
+    """
+    if not isinstance(model, (AnchorNetPatch, AnchorNet)):
         raise ValueError(
-            f"The recipe 'anchornet' trains AnchorNet-patch models, e.g. --model anchornet_patch_densenet201_95; got "
-            f"--model {args.model}.")
-    defaults: Mapping[str, Mapping[str, Any]] = _DEMO if demo else _PAPER
+            f"The recipe 'anchornet' trains AnchorNet-patch models, e.g. --model anchornet_patch_densenet201_95, and "
+            f'--model anchornet; got --model {args.model}.')
+    defaults: Mapping[str, Mapping[str, Any]]
+    defaults = demo_defaults(_DEMO, model, 'test_anchornet_patch') if demo else _PAPER
+    if isinstance(model, AnchorNet):
+        if args.init_downstream:
+            raise ValueError(
+                '--init-downstream is for the nets that an AnchorNet-patch has beside its localizer: --model anchornet '
+                'has none.')
+        return Recipe('anchornet', (
+            Stage('localizer', create_static_task, defaults['localizer'], label=args.model),))
     scratch = (args.init_downstream or defaults['patch'].get('init_downstream')) == 'scratch'
     task = partial(partial, create_anchornet_task)
     load = partial(partial, _load_downstream)

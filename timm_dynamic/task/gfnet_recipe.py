@@ -12,7 +12,7 @@ from ..models.gfnet import GFNet
 from ..utils import CheckpointError
 from .gfnet import OWN_FIRST_HEADS, EndToEndTask, GlanceFocusTask, PatchPolicyTask
 from .stage import Recipe, Stage, StageContext
-from .static import DEMO_COMMON, PAPER_COMMON, create_static_stage, load_encoder
+from .static import DEMO_COMMON, PAPER_COMMON, create_static_stage, demo_defaults, load_encoder
 
 _logger = logging.getLogger(__name__)
 
@@ -170,7 +170,7 @@ def _static_stages(
 def create_gfnet_recipe(args: argparse.Namespace, demo: bool, model: Any) -> Recipe:
     """Create the recipe: warmup, policy, finetune; `--init-local scratch` trains a static net first."""
     _check(args, model, 'gfnet')
-    defaults = _DEMO if demo else _paper_defaults(model, args)
+    defaults = demo_defaults(_DEMO, model, 'test_gfnet') if demo else _paper_defaults(model, args)
     return Recipe('gfnet', (
         *_static_stages(args, model, defaults),
         Stage('warmup', partial(create_glance_focus_task, positions='random'), defaults['warmup'],
@@ -185,7 +185,7 @@ def create_gfnet_recipe(args: argparse.Namespace, demo: bool, model: Any) -> Rec
 def create_end_to_end_recipe(args: argparse.Namespace, demo: bool, model: Any) -> Recipe:
     """Create the recipe with one stage, see `EndToEndTask`; `--init-local scratch` trains a static net first."""
     _check(args, model, 'end-to-end')
-    defaults = _DEMO if demo else _paper_defaults(model, args)
+    defaults = demo_defaults(_DEMO, model, 'test_gfnet') if demo else _paper_defaults(model, args)
     return Recipe('end-to-end', (
         *_static_stages(args, model, defaults),
         Stage('end-to-end', create_end_to_end_task, defaults['end-to-end'], prepare=_init_encoders, label=args.model),

@@ -33,6 +33,25 @@ DEMO_COMMON: dict[str, Any] = dict(
 )
 
 
+def demo_defaults(defaults: Mapping[str, Mapping[str, Any]], model: Any, tiny: str) -> dict[str, dict[str, Any]]:
+    """Settings for the demo set with images of the size that a model is made for.
+
+    Args:
+        defaults: Settings by stage, for the tiny model.
+        model: The model.
+        tiny: Name of the tiny model, for the warning that another one is large for the demo.
+
+    Returns:
+        The settings by stage.
+    """
+    size = getattr(model, 'img_size', None) or model.pretrained_cfg['input_size'][-1]
+    if size > DEMO_COMMON['img_size']:
+        _logger.warning(
+            f"{model.pretrained_cfg['architecture']} is large for the demo: its images have {size} pixels. On a CPU, "
+            f'training may take days. The model for the demo is --model {tiny}.')
+    return {stage: {**settings, 'img_size': size} for stage, settings in defaults.items()}
+
+
 def create_static_task(model: nn.Module, args: argparse.Namespace, context: StageContext) -> TrainingTask:
     """Create the task that trains a static network: plain classification."""
     return Classification(

@@ -302,9 +302,11 @@ class TrainingRun:
             trainer.load_state_dict(state)
             if self.main:
                 _logger.info(f'Continuing stage {stage.name} at epoch {trainer.epoch}, batch {trainer.batch}.')
-        elif self.timm_checkpoint:
-            trainer.load_timm_checkpoint(self.timm_checkpoint)
-            self.timm_checkpoint = None
+        else:
+            trainer.check_baseline()
+            if self.timm_checkpoint:
+                trainer.load_timm_checkpoint(self.timm_checkpoint)
+                self.timm_checkpoint = None
         del state
         self.results[stage.name] = trainer.fit(stop)
         trainer.save_state()

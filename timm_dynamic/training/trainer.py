@@ -19,9 +19,9 @@ from timm.utils import dispatch_clip_grad, distribute_bn, unwrap_model
 from torch import nn
 from torchvision.utils import save_image
 
-from ..evaluation.metrics import evaluate
+from ..evaluation.metrics import evaluate, is_better_than_chance
 from ..evaluation.pictures import ImagePicker, draw_patches
-from ..exits.collect import Outputs
+from ..exits.collect import Outputs, with_confidence
 from ..launch.accelerator import create_control_channel
 from ..launch.build import (
     build_eval_loader,
@@ -470,6 +470,35 @@ class Trainer:
             f'The loss of stage {self.stage.name} is not finite: {first} The learning rate was {lr:.3g}.{kept}')
 
     # results
+
+    def check_baseline(self) -> None:
+        """Log the accuracy of the task's frozen baseline on the validation split, if the task has a baseline.
+
+        Raises:
+            ValueError: The baseline is no better than chance.
+        """
+        task: Any = self.task
+        if not task.baseline_name:
+            return
+        if self.eval_loader is None:
+            _logger.info(f"The accuracy of the baseline '{task.baseline_name}' is not checked: no validation split.")
+            return
+        metrics, _ = evaluate(
+            task.baseline, self.eval_loader, self.accelerator,
+            predict=lambda x: with_confidence(task.baseline_logits(x)[None]),
+            create_evaluator=lambda device, **kwargs: task.create_evaluator(**kwargs),
+            channels_last=self.args.channels_last, dtype=model_dtype(self.args), desc='baseline')
+        images, classes = int(metrics['count']), self.model.num_classes
+        correct = round(metrics['top1'] * images / 100)
+        top5 = f", top5 {metrics['top5']:.3f}" if 'top5' in metrics else ''
+        _logger.info(
+            f"Baseline '{task.baseline_name}' on {self.args.val_split} ({images} images), before training: "
+            f"top1 {metrics['top1']:.3f}{top5}")
+        if not is_better_than_chance(correct, images, classes):
+            raise ValueError(
+                f"The baseline '{task.baseline_name}' classifies {correct} of {images} images of {self.args.val_split} "
+                f'correctly. With {classes} classes this is no better than chance. Name a trained --focus-baseline '
+                'whose classes are in the order of the data, or train that of --focus-baseline scratch for longer.')
 
     def evaluate(self, ema: bool = False) -> dict[str, float]:
         """Evaluate the model, or its moving average, on the validation split."""

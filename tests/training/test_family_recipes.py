@@ -1,0 +1,149 @@
+"""A family's model is trained with the family's recipe, on images and with a baseline that make sense."""
+import logging
+
+import pytest
+import timm
+import torch
+from helpers import fit_classifier
+
+from timm_dynamic.evaluation.metrics import is_better_than_chance
+from timm_dynamic.launch.settings import TrainOptions
+from timm_dynamic.task import create_recipe
+from timm_dynamic.training import run_training, train_main
+from timm_dynamic.utils import save_pretrained
+
+
+def recipe(*argv, demo=False, num_classes=1000):
+    """Recipe of a command line, and the options of its last stage."""
+    options = TrainOptions([*argv])
+    options.set_num_classes(num_classes)
+    model = None
+    if not argv[1].startswith('focusnet') and 'resnet18' not in argv[1]:
+        with torch.device('meta'):
+            model = timm.create_model(argv[1])
+    made = create_recipe(options.base, demo, model)
+    return made, options.for_stage(made.stages[-1])
+
+
+def run_args(images, out, *more):
+    return [
+        '--data-dir', str(images), '--img-size', '32', '--device', 'cpu', '-b', '8', '--epochs', '1', '-j', '0',
+        '--output', str(out), '--experiment', 'run', *map(str, more)]
+
+
+@pytest.mark.parametrize(('name', 'baseline'), [
+    ('focusnet_resnet18', 'resnet18.tv_in1k'), ('focusnet_resnet34', 'resnet34.tv_in1k')])
+def test_a_focusnet_takes_the_papers_recipe_and_baseline(name, baseline):
+    made, args = recipe('--model', name)
+    assert (made.name, [s.name for s in made.stages]) == ('focusnet', ['focus'])
+    assert made.references == {'baseline (frozen)': baseline}
+    assert (args.focus_baseline, args.epochs, args.sched) == (baseline, 90, 'step')
+    assert recipe('--model', name, '--focus-baseline', 'x')[1].focus_baseline == 'x'
+    assert recipe('--model', name, '--recipe', 'classification')[0].name == 'classification'
+    assert recipe('--model', 'resnet18')[0].name == 'classification'
+
+
+def test_a_focusnet_on_the_demo_set_trains_its_baseline_first():
+    made, args = recipe('--model', 'test_focusnet', demo=True, num_classes=10)
+    assert [s.name for s in made.stages] == ['baseline', 'focus']
+    assert args.focus_baseline == 'scratch'
+
+
+@pytest.mark.parametrize(('name', 'num_classes', 'named'), [
+    ('focusnet_resnet18', 3, 'a baseline with 3 classes, but that of the paper, resnet18.tv_in1k, has 1000. Add'),
+    ('focusnet_mobilenetv2_100', 1000, r'--focus-baseline FILE \(the paper.s is baseline_mobilenet_v2_model_best'),
+    ('test_focusnet', 3, r'--focus-baseline MODEL \(e\.g\. resnet18\.tv_in1k\)'),
+])
+def test_without_a_baseline_one_sentence_says_what_to_add(name, num_classes, named):
+    with pytest.raises(ValueError, match=f'{named}.*--focus-baseline scratch .*--recipe classification'):
+        recipe('--model', name, num_classes=num_classes)
+
+
+def test_an_exported_focusnet_takes_the_recipe(image_folder, tmp_path, capsys):
+    save_pretrained(timm.create_model('test_focusnet', num_classes=3), tmp_path / 'net')
+    assert train_main(run_args(image_folder, tmp_path, '--model', f'local-dir:{tmp_path / "net"}')) == 1
+    assert 'The recipe focusnet needs a baseline' in capsys.readouterr().err
+
+
+def test_an_anchornet_alone_takes_the_recipe_of_the_localizer(image_folder, tmp_path):
+    made, args = recipe('--model', 'anchornet')
+    assert (made.name, [s.name for s in made.stages]) == ('anchornet', ['localizer'])
+    assert (args.epochs, args.sched, args.lr_base, args.weight_decay, args.smoothing) == (100, 'step', 0.1, 1e-4, 0.)
+    assert recipe('--model', 'anchornet', '--recipe', 'classification')[0].name == 'classification'
+    with pytest.raises(ValueError, match='--init-downstream is for the nets'):
+        recipe('--model', 'anchornet', '--init-downstream', 'x')
+    result = run_training(run_args(image_folder, tmp_path, '--model', 'anchornet', '--img-size', '112'))
+    assert list(result['results']) == ['localizer']
+
+
+def test_the_baselines_accuracy_is_shown_before_training(image_folder, tmp_path, caplog):
+    torch.manual_seed(1)
+    model = timm.create_model('test_focusnet', num_classes=3)
+    fit_classifier(model, image_folder)
+    save_pretrained(model, tmp_path / 'good')
+    with caplog.at_level(logging.INFO):
+        result = run_training(run_args(
+            image_folder, tmp_path, '--model', 'test_focusnet', '--focus-baseline', tmp_path / 'good'))
+    top1 = next(row['top1'] for row in result['table'] if row['model'] == 'baseline (frozen)')
+    lines = [r.message for r in caplog.records]
+    shown = next(i for i, line in enumerate(lines) if line.startswith('Baseline '))
+    assert f'on validation (33 images), before training: top1 {top1:.3f}, top5 100.000' in lines[shown]
+    assert shown < next(i for i, line in enumerate(lines) if line.startswith('focus: epoch 0 update'))
+
+
+def test_a_baseline_no_better_than_chance_stops_the_run(image_folder, tmp_path, capsys):
+    model = timm.create_model('test_focusnet', num_classes=3)
+    with torch.no_grad():
+        model.fc.weight.zero_()  # always the same class
+    save_pretrained(model, tmp_path / 'bad')
+    more = ['--model', 'test_focusnet', '--focus-baseline', tmp_path / 'bad']
+    assert train_main(run_args(image_folder, tmp_path, *more)) == 1
+    error = capsys.readouterr().err.strip()
+    assert 'classifies 11 of 33 images of validation correctly. With 3 classes this is no better than chance' in error
+    assert not (tmp_path / 'run' / 'last').exists()
+
+
+def test_the_baseline_is_not_checked_without_validation(image_folder, tmp_path, caplog):
+    save_pretrained(timm.create_model('test_focusnet', num_classes=3), tmp_path / 'bad')
+    more = ['--model', 'test_focusnet', '--focus-baseline', tmp_path / 'bad', '--val-split', '']
+    with caplog.at_level(logging.INFO):
+        run_training(run_args(image_folder, tmp_path, *more))
+    assert 'is not checked: no validation split' in caplog.text
+
+
+@pytest.mark.parametrize(('correct', 'images', 'num_classes', 'better'), [
+    # The mean of 50000 guesses among 1000 classes is 50, their standard deviation 7.
+    (50, 50000, 1000, False), (66, 50000, 1000, False), (68, 50000, 1000, True), (34880, 50000, 1000, True),
+    # P(X >= 9 of 10) = 11 / 1024 with two classes, P(X = 10) = 1 / 1024.
+    (9, 10, 2, False), (10, 10, 2, True), (0, 10, 2, False),
+    # Even 6 of 6 happens by chance with a probability of 1 / 64: nothing can be said.
+    (6, 6, 2, True), (0, 6, 2, True), (5, 5, 1, True),
+])
+def test_is_better_than_chance(correct, images, num_classes, better):
+    assert is_better_than_chance(correct, images, num_classes) == better
+
+
+@pytest.mark.parametrize(('name', 'size', 'tiny'), [
+    ('gfnet_resnet50_96', 224, 'test_gfnet'), ('gfnet_efficientnet_b3_144', 300, 'test_gfnet'),
+    ('anchornet_patch_densenet201_95', 224, 'test_anchornet_patch'), ('anchornet', 224, 'test_anchornet_patch')])
+def test_demo_images_have_the_size_that_a_model_is_made_for(name, size, tiny, caplog):
+    made, args = recipe('--model', name, demo=True, num_classes=10)
+    assert args.img_size == size
+    assert {stage.defaults['img_size'] for stage in made.stages} == {size}
+    assert f'{name} is large for the demo: its images have {size} pixels' in caplog.text
+    assert f'--model {tiny}' in caplog.text
+
+
+@pytest.mark.parametrize('name', ['test_gfnet', 'test_anchornet_patch'])
+def test_demo_images_of_the_tiny_models(name, caplog):
+    assert recipe('--model', name, demo=True, num_classes=10)[1].img_size == 96
+    assert not caplog.text
+
+
+@pytest.mark.parametrize('more', [
+    ['--model', 'gfnet_resnet50_96', '--img-size', '96'],
+    ['--model', 'test_gfnet', '--img-size', '48'],
+])
+def test_patches_as_large_as_the_image_are_an_error(tmp_path, capsys, more):
+    assert train_main([*more, '--device', 'cpu', '--output', str(tmp_path)]) == 1
+    assert 'patches must be smaller than images' in capsys.readouterr().err
