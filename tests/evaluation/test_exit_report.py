@@ -24,7 +24,7 @@ def calibrated(calibration, evaluation):
 
 def point(gmacs, top1):
     nothing = torch.zeros(0)
-    return ExitPoint(top1, None, gmacs, nothing, nothing, nothing)
+    return ExitPoint(top1, None, gmacs, nothing, nothing, nothing, nothing)
 
 
 class TestRows:
@@ -36,7 +36,7 @@ class TestRows:
         for t, row in enumerate(rows):
             assert row['top1'] == pytest.approx(100 * table.correct[:, t].float().mean().item(), abs=1e-4)
             assert row['top5'] == pytest.approx(100 * table.correct_top5[:, t].float().mean().item(), abs=1e-4)
-            assert (row['images'], row['split']) == (400, 'test')
+            assert (row['images'], row['correct'], row['split']) == (400, int(table.correct[:, t].sum()), 'test')
         curve = [(gmacs, round(top1, 4)) for gmacs, top1 in exit_report.step_curve(table)]
         assert curve == [(row['gmacs'], row['top1']) for row in rows]
         assert 'top5' not in exit_report.step_rows(make_table(top5=False))[0]

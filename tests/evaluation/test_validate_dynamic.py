@@ -271,6 +271,35 @@ def test_the_authors_numbers(folder, authors, tmp_path):
         assert stored[1]['gmacs'] == row['gmacs'] == round(authors.step_macs[2] / 1e9, 6)
 
 
+@pytest.mark.parametrize('stored', [True, False])
+def test_what_was_measured_needs_no_data(tmp_path, caplog, stored):
+    """Mode 0 of the original, and a table: the demo set's ten classes are not those of the authors' files."""
+    torch.manual_seed(0)
+    model = timm.create_model(
+        'gfnet', backbone='test_resnet', patch_size=32, num_steps=3, policy_hidden=16, classifier_hidden=16)
+    costs = dict(model_flops=9e8, policy_flops=4e7, fc_flops=6e7)
+    torch.save(authors_checkpoint(model, **costs), tmp_path / 'a.pth.tar')
+    table = ExitTable(torch.rand(6, 3), torch.rand(6, 3) > 0.5, model.step_macs)
+    table.save(tmp_path / 'table.safetensors')
+    fresh_accelerate()
+    caplog.set_level('INFO', 'timm_dynamic')
+    asked = ['--stored-results'] if stored else ['--exit-table', str(tmp_path / 'table.safetensors')]
+    rows = run_validation([
+        '--model', 'gfnet', '--model-kwargs', *AUTHORS, '--checkpoint', str(tmp_path / 'a.pth.tar'),
+        '--device', 'cpu', *asked])
+    assert [row['point'] for row in rows if 'point' in row] == ['step 1', 'step 2', 'step 3']
+    # Costs of the parts, counted and as the authors state them
+    parts = model.count_part_macs()
+    shown = caplog.text.partition('cost of one run of each part:')[2]
+    for part, steps, authors in (
+            ('glance encoder', '1', 0.9), ('local encoder', '2, 3', 0.9), ('patch policy', '2, 3', 0.04),
+            ('classifier', '1, 2, 3', 0.06)):
+        line = next(line for line in shown.splitlines() if line.startswith(part))
+        name, shown_steps, *numbers = re.split('  +', line)
+        assert (name, shown_steps) == (part, steps)
+        assert [float(n) for n in numbers] == pytest.approx([max(parts[part]) / 1e9, authors], abs=1e-6)
+
+
 # Tables of AnchorNet
 
 @pytest.mark.skipif(
@@ -290,6 +319,7 @@ def test_the_published_points_of_anchornet(tmp_path, capsys):
     assert len(rows) == 34
     assert [(round(row['top1'] / 100, 4), round(row['gmacs'], 2)) for row in rows] == [
         (row['acc'], row['gflops']) for row in published]
+    assert [row['exit_correct'] for row in rows] == [row['stage_true_num'] for row in published]
     rows = of(run_validation(options), 'thresholds')  # as their script charges: not as the list was made
     assert sum(round(row['gmacs'], 2) == p['gflops'] for row, p in zip(rows, published)) == 21
 

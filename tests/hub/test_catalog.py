@@ -79,6 +79,14 @@ def test_anchornet_budgets_are_complete(catalog):
     assert all(sum(b['exits']) == 50000 and len(b['thresholds']) == 5 for b in entry.budgets)
 
 
+def test_both_anchornets_have_three_files(catalog):
+    for backbone in ('densenet201', 'resnet50'):
+        entry = find_entry(catalog, f'anchornet_patch_{backbone}_95')
+        assert {file['part']: file['name'] for file in entry.files} == {
+            'localizer': 'anchornet.pth', 'resized': f'{backbone}_resized_95_best.pth.tar',
+            'patch': f'{backbone}_patch_95_best.pth.tar'}
+
+
 def test_find_entry(catalog):
     assert find_entry(catalog, 'gfnet_resnet50_96').name == 'gfnet_resnet50_96.paper_in1k'
     assert find_entry(catalog, 'gfnet_resnet50_96.paper_in1k').name == 'gfnet_resnet50_96.paper_in1k'

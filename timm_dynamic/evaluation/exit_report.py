@@ -2,7 +2,7 @@
 import argparse
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from .calibration import Calibration, same_split
 
 Row = dict[str, Any]
 _GRID = 48  # budgets of a curve
+_HIDDEN = ('split', 'fitted_on', 'exit_correct')  # columns of files that tables of budgets have no space for
 
 
 @dataclass
@@ -112,6 +113,7 @@ def point_row(label: str, point: ExitPoint, **more: Any) -> Row:
         row['top5'] = round(point.top5, 4)
     row.update(images=len(point.steps_used), **more)
     row['exit_shares'] = [round(share, 4) for share in point.exit_shares.tolist()]
+    row['exit_correct'] = point.exit_correct.tolist()
     if point.thresholds is not None:
         row['thresholds'] = point.thresholds.tolist()
     return row
@@ -120,12 +122,16 @@ def point_row(label: str, point: ExitPoint, **more: Any) -> Row:
 def step_rows(table: ExitTable, **more: Any) -> list[Row]:
     """Rows of stopping all images after step 1, 2, ...: 'point', cumulative 'gmacs', 'top1', 'top5', 'images'.
 
+    'correct' is the number of correct predictions.
+
     Args:
         table: The exit table.
         **more: Further entries of every row, e.g. 'split'.
     """
-    rows = [point_row(f'step {t}', point, **more) for t, point in enumerate(table.anytime(), 1)]
-    return [{k: v for k, v in row.items() if k not in ('exit_shares', 'thresholds')} for row in rows]
+    rows = [
+        point_row(f'step {t}', point, correct=int(point.exit_correct.sum()), **more)
+        for t, point in enumerate(table.anytime(), 1)]
+    return [{k: v for k, v in row.items() if k not in ('exit_shares', 'exit_correct', 'thresholds')} for row in rows]
 
 
 def policy_row(table: ExitTable, policy: Any, label: str, strict: bool = False, **more: Any) -> Row:
@@ -149,7 +155,7 @@ def budget_rows(
 
     Returns:
         For each budget 'point', 'budget', 'gmacs' (measured on the table to evaluate on), 'top1', 'top5', 'images',
-        'split', 'fitted_on', 'exit_shares' and 'thresholds' [T].
+        'split', 'fitted_on', 'exit_shares', 'exit_correct' and 'thresholds' [T].
 
     Raises:
         ValueError: A budget is below the cost of the first step or above that of all.
@@ -184,7 +190,7 @@ def budgets_to_keep(
     scale = {'confidence_range': [low, high]} if low < 0 or high > 1 else {}  # to interpolate in
     for (_, fitted), point in zip(*_solve(calibration, budgets, method, num)):
         row = point_row('budget', point, **_names(calibration))
-        evaluated = {k: v for k, v in row.items() if k not in ('point', 'thresholds')}
+        evaluated = {k: v for k, v in row.items() if k not in ('point', 'exit_correct', 'thresholds')}
         kept.append({'gmacs': fitted.gmacs, 'policy': fitted.policy, **scale, 'evaluated': evaluated})
     return kept
 
@@ -275,6 +281,13 @@ def report_steps(report: Report, name: str, table: ExitTable, split: str, note: 
     report.images = len(table)
 
 
+def report_parts(report: Report, name: str, model: DynamicNet) -> None:
+    """Add the costs of the parts of a model, for families that tell them apart, beside those that its authors state."""
+    rows = part_rows(model)
+    if rows:
+        report.text.append(f'{short_name(name)}, cost of one run of each part:\n{format_table(rows)}')
+
+
 def report_points(
         report: Report,
         args: argparse.Namespace,
@@ -314,10 +327,11 @@ def report_points(
     if args.budget or args.save_budgets:
         rule = ', looking at all steps so far' if args.budget_rule == 'value' else ''
         report.add(name, f'{label}, budgets{rule}: {caption}', budget_rows(calibration, args.budget, args.budget_rule),
-                   fitted=calibration.calibration)
+                   hide=_HIDDEN, fitted=calibration.calibration)
     if args.geometric:
         rows = geometric_rows(calibration)
-        report.add(name, f"{label}, GFNet's geometric rule: {caption}", rows, fitted=calibration.calibration)
+        report.add(name, f"{label}, GFNet's geometric rule: {caption}", rows, hide=_HIDDEN,
+                   fitted=calibration.calibration)
         report.markers[f'{label}: geometric'] = [(row['gmacs'], row['top1']) for row in rows]
     if args.curve:
         fitted_on = calibration.fitted_on.partition(' of ')[0]
@@ -355,6 +369,31 @@ def check_stored(model: DynamicNet, name: str) -> None:
             f'--stored-thresholds: {name} keeps no exits. Fit some with --budget, and keep them with --save-budgets.')
 
 
+def part_rows(model: DynamicNet) -> list[Row]:
+    """Rows of the parts of a model: 'part', 'steps' in which it runs at this cost, 'gmacs' of one run.
+
+    'authors_gmacs' is the cost in an authors' checkpoint, if the model was loaded from one.
+    """
+    origin, rows = model.exit_cfg.get('origin', {}), []
+    stated = {'glance encoder': 'model_flops', 'local encoder': 'model_flops', 'patch policy': 'policy_flops',
+              'classifier': 'fc_flops'}
+    for part, macs in model.count_part_macs().items():
+        authors = origin.get(stated.get(part, ''))
+        for cost in dict.fromkeys(m for m in macs if m):
+            steps = [str(t) for t, m in enumerate(macs, 1) if m == cost]
+            row: Row = {'part': part, 'steps': ', '.join(steps), 'gmacs': round(cost / 1e9, 6)}
+            if isinstance(authors, (int, float)):
+                row['authors_gmacs'] = round(authors * _origin_scale(origin), 6)
+            rows.append(row)
+    return rows
+
+
+def _origin_scale(origin: Mapping[str, Any]) -> float:
+    """Factor from the costs in an authors' checkpoint to GMACs. They are multiply-adds, or 10⁹ of them."""
+    costs = origin.get('flops')
+    return 1e-9 if costs and costs[-1] > 1e6 else 1.
+
+
 def stored_rows(model: DynamicNet, name: str) -> list[Row]:
     """Rows of the results that are kept in a model; nothing is run.
 
@@ -365,11 +404,10 @@ def stored_rows(model: DynamicNet, name: str) -> list[Row]:
     costs, accuracies = origin.get('flops'), origin.get('anytime_classification')
     authors = {'split': "the authors'", 'fitted_on': "the authors'"}
     if accuracies:
-        scale = 1e-9 if costs and costs[-1] > 1e6 else 1.  # multiply-adds, or 10⁹ of them
         for t, top1 in enumerate(accuracies):
             row: Row = {'point': f'step {t + 1}'}
             if costs and t < len(costs):
-                row['gmacs'] = round(costs[t] * scale, 6)
+                row['gmacs'] = round(costs[t] * _origin_scale(origin), 6)
             rows.append({**row, 'top1': top1, 'split': authors['split']})
     for budget in model.exit_cfg.get('budgets', ()):
         gmacs, policy = round(budget['gmacs'], 6), budget['policy']

@@ -17,11 +17,12 @@ from ..launch.options import create_validate_parser
 from ..launch.script import import_modules, run_script
 from ..models.builder import Family, check_model_name, load_checkpoint
 from ..models.clcnet import CLCNet
+from ..models.dynamic_net import DynamicNet
 from ..utils import CheckpointError, save_pretrained, seeded
 from ..utils.report import check_plot, format_table, plot_accuracy_over_macs, write_rows
 from .calibration import Calibration
 from .cascade import FoldNets
-from .exit_report import Report, report_points, report_steps, short_name, stored_rows
+from .exit_report import Report, report_parts, report_points, report_steps, short_name, stored_rows
 from .model_evaluator import ModelEvaluator, accuracy
 from .requests import (
     check_model,
@@ -41,14 +42,18 @@ def open_model(
         checkpoint: str,
         fold_nets: FoldNets | None = None,
         compared: bool = False,
+        needs_data: bool = True,
 ) -> Any:
-    """Create a model with its weights, and with what a checkpoint says about exits."""
+    """Create a model with its weights, and with what a checkpoint says about exits.
+
+    Without data (`needs_data=False`), the number of classes does not depend on a data set.
+    """
     kind = None if args.confidence == 'all' or compared else args.confidence
     more = {}
     if parse_model_name(args.model)[0] is None and is_model_in_modules(args.model.split('.')[0], ['clcnet']):
         more['confidence'] = 'max_prob' if fold_nets else kind  # no net is fetched that is not needed
     with seeded(args.seed, 'model'):  # a classifier that the weights do not fit has initial values
-        model = build_model(args, pretrained=args.pretrained or not checkpoint, **more)
+        model = build_model(args, needs_data, pretrained=args.pretrained or not checkpoint, **more)
     if checkpoint:
         load_checkpoint(model, checkpoint, use_ema=args.use_ema)
     if isinstance(model, CLCNet) and not compared:
@@ -80,20 +85,24 @@ def validate_model(
     """
     args = argparse.Namespace(**{**vars(args), 'model': name})
     fold_nets = FoldNets.read(args.fold_nets, args.fold_dir) if args.fold_nets and not compared else None
-    model = open_model(args, checkpoint, fold_nets, compared)
+    stored = only_stored(args)
+    model = open_model(args, checkpoint, fold_nets, compared, needs_data=not stored)
     if not compared:
         check_model(args, name, model)
-        if only_stored(args):
-            report = Report(None)
-            caption = f'{short_name(name)}, results kept in the model (nothing was run):'
-            report.add(name, caption, stored_rows(model, name), hide=())
-            return report
+    if stored:
+        report = Report(None)
+        caption = f'{short_name(name)}, results kept in the model (nothing was run):'
+        report.add(name, caption, stored_rows(model, name), hide=())
+        report_parts(report, name, model)
+        return report
     evaluator = ModelEvaluator(
         model, name, args, accelerator, fold_nets=fold_nets, compared=compared, announce=True)
     report = evaluator.run()
     if checkpoint and report.row is not None:
         report.row['checkpoint'] = checkpoint
     if not compared:
+        if isinstance(model, DynamicNet):
+            report_parts(report, name, model)
         _save_budgets(args, evaluator.exported, evaluator.data_config, accelerator)
     return report
 
@@ -127,7 +136,7 @@ def validate_table(args: argparse.Namespace, name: str, checkpoint: str, acceler
     model = data_config = step_macs = None
     if name:
         args = argparse.Namespace(**{**vars(args), 'model': name})
-        model = open_model(args, checkpoint)
+        model = open_model(args, checkpoint, needs_data=False)
         check_model(args, name, model)
         step_macs = model.step_macs
         data_config = resolve_data(args, model)
@@ -148,6 +157,8 @@ def validate_table(args: argparse.Namespace, name: str, checkpoint: str, acceler
     elif needs_fit(args):
         calibration = Calibration.in_halves(table, args.split, args.seed)
     report_points(report, args, label, table, calibration, model)
+    if model is not None:
+        report_parts(report, name, model)
     _save_budgets(args, model, data_config, accelerator)
     return report
 

@@ -66,11 +66,12 @@ def model_dtype(args: argparse.Namespace) -> torch.dtype | None:
     return getattr(torch, args.model_dtype) if args.model_dtype else None
 
 
-def build_model(args: argparse.Namespace, **kwargs: Any) -> Any:
+def build_model(args: argparse.Namespace, needs_data: bool = True, **kwargs: Any) -> Any:
     """Create the model of the options, on the CPU.
 
     Args:
         args: Options of train.py or validate.py.
+        needs_data: The model will see images. Without data in the options, these are the ten classes of the demo set.
         **kwargs: Further arguments of `timm.create_model`. Values of None are ignored.
 
     Raises:
@@ -80,7 +81,7 @@ def build_model(args: argparse.Namespace, **kwargs: Any) -> Any:
     if args.fast_norm:
         set_fast_norm()
     num_classes = args.num_classes
-    if num_classes is None and uses_demo_data(args) and parse_model_name(args.model)[0] is None:
+    if num_classes is None and needs_data and uses_demo_data(args) and parse_model_name(args.model)[0] is None:
         num_classes = 10
     resolved = resolve_model_input_args(
         args.model,

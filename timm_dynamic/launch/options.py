@@ -177,7 +177,8 @@ def create_train_parser() -> argparse.ArgumentParser:
     g.add_argument('--stage-args', nargs='+', default=[], metavar='STAGE.OPTION=VALUE',
                    help='options for one stage, e.g. baseline.epochs=5')
     g.add_argument('--init-from', default='', metavar='PATH', help=(
-        "initial weights of a whole GFNet for the first stage: the folder of a stage, a file, or an authors' checkpoint"))
+        "initial weights of a whole GFNet or AnchorNet-patch for the first stage: the folder of a stage, a file, or an "
+        "authors' checkpoint; of an AnchorNet-patch also single networks, e.g. anchornet.pth"))
 
     g = p.add_argument_group('FocusNet')
     g.add_argument('--focus-baseline', metavar='MODEL', help=(

@@ -259,6 +259,13 @@ class DynamicNet(nn.Module):
             self._step_macs = _count_step_macs(self)
         return self._step_macs
 
+    def count_part_macs(self) -> dict[str, tuple[int, ...]]:
+        """Count the multiply-adds of each part of the model in step 1..T, 0 where the part is not run.
+
+        Over all parts they add up to what `step_macs` has for each step. Empty if the family does not tell parts apart.
+        """
+        return {}
+
     def set_input_size(self, img_size: int | tuple[int, int]) -> None:
         """Set the side of the images that costs are counted for, like the argument `img_size`.
 
@@ -485,6 +492,13 @@ def _compile_step(t: int, cuda_graphs: bool, kwargs: dict[str, Any]) -> Callable
         return compiled(model, state)
 
     return begin_and_run if cuda_graphs else compiled
+
+
+def count_call(function: Callable[..., Any], *args: Any) -> tuple[Any, int]:
+    """Call a function, and count its multiply-adds. Returns its result and the number."""
+    with FlopCounterMode(display=False) as counter:
+        result = function(*args)
+    return result, counter.get_total_flops() // 2
 
 
 @torch.no_grad()

@@ -48,7 +48,7 @@ from ..layers import (
 from ..utils import CheckpointError, read_checkpoint
 from ..utils.checkpoint import find_state_dict
 from .builder import build_dynamic_model, hub_id
-from .dynamic_net import DynamicNet, State, on_meta
+from .dynamic_net import DynamicNet, State, count_call, on_meta
 from .exit_cfg import plain_json
 from .networks import check_pool, create_encoder, join_group_matchers, join_layer_names, join_no_weight_decay
 
@@ -292,6 +292,21 @@ class GFNet(DynamicNet):
         if not self.global_pool:
             return self.forward_features(x)
         return super().forward(x, all_steps, **kwargs)
+
+    @torch.no_grad()
+    def count_part_macs(self) -> dict[str, tuple[int, ...]]:
+        net = on_meta(self).eval()
+        state = net.init_state(net.example_input(device='meta', dtype=next(net.parameters()).dtype))
+        macs: dict[str, list[int]] = {
+            part: [0] * net.num_steps for part in ('glance encoder', 'local encoder', 'patch policy', 'classifier')}
+        for t in range(net.num_steps):
+            if t:
+                macs['patch policy'][t] = count_call(net.policy, state['map'], state.get('policy_hidden'))[1]
+            state, look_macs = count_call(net._look, t, state)
+            macs['local encoder' if t else 'glance encoder'][t] = look_macs - macs['patch policy'][t]
+            (_, state['memory']), macs['classifier'][t] = count_call(
+                net.classifier, t, state['feature'], state.get('memory'))
+        return {part: tuple(values) for part, values in macs.items()}
 
     @property
     def classifier_names(self) -> tuple[str, ...]:

@@ -17,7 +17,8 @@ from torch import nn
 
 from ..exits.collect import with_confidence
 from ..layers import crop_patches, get_glance
-from ..models.anchornet import AnchorNet, AnchorNetPatch
+from ..models.anchornet import AnchorNet, AnchorNetPatch, find_part_files
+from ..models.builder import load_checkpoint
 from .base import OneModuleTask
 from .stage import Recipe, Stage, StageContext
 from .static import DEMO_COMMON, create_static_stage, create_static_task, demo_defaults, load_backbone_or_warn
@@ -160,7 +161,27 @@ def create_anchornet_task(
         model, part, args.smoothing, device=context.device, dtype=context.dtype, verbose=context.verbose)
 
 
-def _load_downstream(model: Any, args: argparse.Namespace, context: StageContext, part: str) -> None:
+def _prepare(model: AnchorNetPatch, args: argparse.Namespace, context: StageContext, part: str) -> None:
+    """Load the initial weights of a stage.
+
+    `--init-from` has those of the whole model, or of some networks. The net that the stage trains, and a resized net
+    that the stage needs and `--init-from` lacks, start from `--init-downstream`.
+    """
+    loaded: tuple[str, ...] = ()
+    if args.init_from:
+        files = find_part_files(args.init_from, model)
+        loaded = tuple(files) or PARTS
+        load_checkpoint(model, files or args.init_from, optional=[name for name in PARTS if name not in loaded])
+    if args.init_from and part == 'patch' and 'resized' not in loaded:
+        _logger.warning(
+            f"--init-from {args.init_from} has no resized net: it is not trained for small images. Train it with "
+            '--stage resized patch, or give a folder with the files of both nets.')
+        _load_downstream(model, args, context, 'resized')
+    if part != 'localizer' and (part not in loaded or args.init_downstream):
+        _load_downstream(model, args, context, part)
+
+
+def _load_downstream(model: AnchorNetPatch, args: argparse.Namespace, context: StageContext, part: str) -> None:
     source = args.init_downstream
     if source == 'scratch':
         source = context.stage_weights['static']
@@ -183,16 +204,23 @@ def create_anchornet_recipe(args: argparse.Namespace, demo: bool, model: Any) ->
             raise ValueError(
                 '--init-downstream is for the nets that an AnchorNet-patch has beside its localizer: --model anchornet '
                 'has none.')
+        if args.init_from:
+            raise ValueError(
+                '--init-from is for an AnchorNet-patch. Weights for --model anchornet: --initial-checkpoint.')
         return Recipe('anchornet', (
             Stage('localizer', create_static_task, defaults['localizer'], label=args.model),))
+    if args.init_from:  # no static net is trained for nets that have weights
+        defaults = {
+            name: {k: v for k, v in options.items() if k != 'init_downstream'} for name, options in defaults.items()}
     scratch = (args.init_downstream or defaults['patch'].get('init_downstream')) == 'scratch'
     task = partial(partial, create_anchornet_task)
-    load = partial(partial, _load_downstream)
+    prepare = partial(partial, _prepare)
     return Recipe('anchornet', (
         *([create_static_stage(model, defaults.get('static'), '--init-downstream')] if scratch else ()),
-        Stage('localizer', task(part='localizer'), defaults['localizer'], shown=False),
+        Stage('localizer', task(part='localizer'), defaults['localizer'], prepare=prepare(part='localizer'),
+              shown=False),
         Stage('resized', task(part='resized'), defaults['resized'], starts_from='localizer',
-              prepare=load(part='resized'), shown=False),
-        Stage('patch', task(part='patch'), defaults['patch'], starts_from='resized', prepare=load(part='patch'),
+              prepare=prepare(part='resized'), shown=False),
+        Stage('patch', task(part='patch'), defaults['patch'], starts_from='resized', prepare=prepare(part='patch'),
               label=args.model),
     ))

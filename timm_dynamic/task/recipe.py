@@ -33,7 +33,8 @@ FAMILIES: dict[str, type | tuple[type, ...]] = {
 # Options that only some recipes read. Their defaults are None, False, '' or []; 0 is a value that was given.
 _RECIPES_OF_OPTION = {
     'focus_baseline': ('focusnet',), 'focus_plain': ('focusnet',),
-    **dict.fromkeys(('init_global', 'init_local', 'init_from'), ('gfnet', 'end-to-end')),
+    **dict.fromkeys(('init_global', 'init_local'), ('gfnet', 'end-to-end')),
+    'init_from': ('gfnet', 'end-to-end', 'anchornet'),
     'freeze_global': ('gfnet',),
     'init_downstream': ('anchornet',),
     **dict.fromkeys(('init_members', 'feature_split', 'features', 'folds', 'fold_dir', 'confidence'), ('clcnet',)),
