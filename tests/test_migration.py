@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -150,7 +151,8 @@ def cells(text: str, column: str) -> list[str]:
 def fit_head(model: torch.nn.Module, head: torch.nn.Linear, folder: Path) -> None:
     """Fit the classifier of a random network to images by least squares, so that it is better than chance."""
     data = create_dataset('', str(folder))
-    transform = create_transform(**{**resolve_data_config(model=model), 'input_size': (3, 64, 64)})
+    config = resolve_data_config(dict(img_size=64, interpolation='bilinear'), model=model)
+    transform: Any = create_transform(**config)
     images = torch.stack([transform(image) for image, _ in data])
     target = torch.eye(CLASSES)[[target for _, target in data]]
     inputs: list[torch.Tensor] = []
@@ -178,7 +180,7 @@ def test_focusnet(tmp_path, monkeypatch, caplog):
     small = {'focusnet_resnet34': 'focusnet_resnet18'}  # the same names of keys, half of the bytes
     for arch in ('resnet18', 'mobilenet_v2'):
         net = getattr(torchvision.models, arch)(num_classes=CLASSES)
-        fit_head(net, net.fc if arch == 'resnet18' else net.classifier[1], tmp_path / 'ILSVRC2012/train')
+        fit_head(net, net.fc if arch == 'resnet18' else net.classifier[1], tmp_path / 'ILSVRC2012/valid')
         file = {'epoch': 90, 'arch': arch, 'best_acc1': torch.tensor(70.4)}
         torch.save({**file, 'state_dict': net.state_dict()}, f'clonalnet_{arch}_model_best.pth.tar')
         torch.save({**file, 'state_dict': {f'module.{k}': v for k, v in net.state_dict().items()}},
@@ -205,7 +207,9 @@ def test_gfnet(tmp_path, monkeypatch, caplog):
     arguments = dict(backbone='test_resnet', patch_size=64, classifier_hidden=24, policy_hidden=16)
     model = timm.create_model('gfnet', num_classes=CLASSES, **arguments).eval()
     small = {'gfnet_resnet50_96': 'gfnet --model-kwargs ' + ' '.join(f'{k}={v}' for k, v in arguments.items())}
-    published = authors_checkpoint(model, 'test_resnet')
+    published = authors_checkpoint(
+        model, 'test_resnet', anytime_classification=[60., 70., 72., 73., 74.], model_flops=4.9e8, policy_flops=1e7,
+        fc_flops=1e6)
     torch.save(published, 'GFNET.pth.tar')
     for encoder, name in (('model_prime_state_dict', 'GLOBAL.pth'), ('model_state_dict', 'LOCAL.pth')):
         torch.save({k.removeprefix('module.'): v for k, v in published[encoder].items()}, name)
@@ -222,7 +226,8 @@ def test_gfnet(tmp_path, monkeypatch, caplog):
     stored, given, fitted, *trained, _ = printed.values()
     assert 'nothing was run' in stored
     assert cells(stored, 'gmacs')[:5] == ['0.500', '1.000', '1.500', '2.000', '2.500']
-    assert cells(stored, 'point') == [f'step {t}' for t in range(1, 6)] + ['stored'] * 39
+    assert cells(stored, 'point') == [f'step {t}' for t in range(1, 6)] + ['budget'] * 39
+    assert cells(stored, 'authors_gmacs') == ['0.490', '0.490', '0.010', '0.001']
     assert cells(given, 'point')[5:] == ['stored'] * 39
     assert cells(fitted, 'point')[5:] == [f'geometric p={p}' for p in range(1, 40)]
     for stage, text in zip(('warmup', 'policy', 'finetune'), trained):
@@ -265,6 +270,9 @@ def test_anchornet(tmp_path, monkeypatch, caplog):
     for part in ('resized', 'patch'):
         torch.save({'net': model.get_submodule(part).state_dict(), 'acc': 0.7, 'epoch': 29, 'optimizer': {'state': {}}},
                    tmp_path / f'FOLDER/densenet201_{part}_95_best.pth.tar')
+    (tmp_path / 'AUTHORS').mkdir()
+    for file in ('anchornet.pth', 'densenet201_resized_95_best.pth.tar'):
+        (tmp_path / 'AUTHORS' / file).symlink_to((tmp_path / 'FOLDER' / file).resolve())
     table = {'setup': 'densenet201_95_[0.3, 0.3, 0.3, 0.3]', 'thresholds': torch.rand(40, 6),
              'predictions': torch.rand(40, 6) > 0.5}
     torch.save(table, 'densenet201_95_0.3_0.pth')
@@ -281,15 +289,6 @@ def test_anchornet(tmp_path, monkeypatch, caplog):
     assert len(list((tmp_path / 'pictures').rglob('*.png'))) == 9
 
 
-def write_features(path: Path, images: list[Path]) -> None:
-    """What generate_data_for_CLCNet.py writes."""
-    probabilities = torch.randn(len(images), CLASSES).mul(3).softmax(dim=1).sort(dim=1, descending=True).values
-    correct = torch.rand(len(images)) < probabilities[:, 0]
-    rows = [','.join([image.name, *map(str, row.tolist()), str(int(c))])
-            for image, row, c in zip(images, probabilities, correct)]
-    path.write_text('\n'.join(rows) + '\n', encoding='utf-8-sig')
-
-
 def test_clcnet(tmp_path, monkeypatch, caplog):
     monkeypatch.chdir(tmp_path)
     caplog.set_level('INFO')
@@ -300,8 +299,7 @@ def test_clcnet(tmp_path, monkeypatch, caplog):
         part = tmp_path / f'imagenet_splits_5/split_part_{i % 5 + 1}' / image.parent.name
         part.mkdir(parents=True, exist_ok=True)
         (part / images[i].name).symlink_to(images[i])
-    for name in ('cls_model_feature.csv', 'b0.csv', 'b4.csv'):
-        write_features(tmp_path / name, images)
+    (tmp_path / 'DATA').symlink_to(tmp_path / 'IMAGENET')
     (tmp_path / 'WEIGHTS').mkdir()
     for k in range(1, 6):
         write_clcnet_zip(tmp_path / f'WEIGHTS/CLCNet_imagenet_split_{k}(MSE_0.10{k}).zip', seed=k)
@@ -309,9 +307,12 @@ def test_clcnet(tmp_path, monkeypatch, caplog):
     for name in ('test_resnet', 'test_efficientnet'):
         save_pretrained(timm.create_model(name, num_classes=CLASSES), tmp_path / name)
         members.append(f'local-dir:{name}')
+    torch.save(timm.create_model('test_resnet', num_classes=CLASSES).state_dict(), 'SHALLOW.pth')
+    torch.save(timm.create_model('test_efficientnet', num_classes=CLASSES).state_dict(), 'DEEP.pth')
+    write_clcnet_zip(tmp_path / 'CLCNET.zip')
     cascade = f"clcnet --model-kwargs 'models={json.dumps(members)}'"
     small = dict.fromkeys(('clcnet_tf_efficientnet_b0_b4', 'clcnet_tf_efficientnet_b4_b7'), cascade)
     small['tf_efficientnet_b4'] = members[1]
-    small['200'] = '2'
+    small.update({'200': '2', '1000': str(CLASSES)})
     run_all('CLCNet', small, caplog)
     assert len(list((tmp_path / 'runs/folds/folds').glob('*.safetensors'))) == 5

@@ -20,6 +20,7 @@ from timm.utils import ParseKwargs
 from .data import DEMO_DATASET, create_dataset, read_demo_note
 from .evaluation.pictures import class_names, draw_image, look, to_pixels
 from .launch.build import demo_settings
+from .launch.parser import StrictParser
 from .launch.script import run_script
 from .models.anchornet import AnchorNet
 from .models.builder import check_model_name
@@ -31,8 +32,8 @@ _logger = logging.getLogger(__name__)
 
 def create_parser() -> argparse.ArgumentParser:
     """Parser for python -m timm_dynamic.visualize."""
-    parser = argparse.ArgumentParser(
-        prog='python -m timm_dynamic.visualize', allow_abbrev=False,
+    parser = StrictParser(
+        prog='python -m timm_dynamic.visualize',
         description='Draw where a GFNet, an AnchorNet-patch or an AnchorNet looks, and its prediction after each step.')
     add = parser.add_argument
     add('--model', '-m', required=True, metavar='NAME', help="a model with its weights, or 'local-dir:FOLDER'")

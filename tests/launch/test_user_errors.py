@@ -6,12 +6,16 @@ import timm
 import torch
 from torch import nn
 
+from timm_dynamic.benchmark import benchmark_main
 from timm_dynamic.evaluation.predict import run_prediction
 from timm_dynamic.evaluation.validate import run_validation
+from timm_dynamic.hub import convert_main, publish_main
 from timm_dynamic.launch.options import create_predict_parser, create_train_parser, create_validate_parser
 from timm_dynamic.launch.settings import TrainOptions
+from timm_dynamic.layers import fuse_conv_bn
 from timm_dynamic.task import create_recipe
 from timm_dynamic.utils import save_pretrained
+from timm_dynamic.visualize import main as visualize_main
 
 
 @pytest.mark.parametrize('create', [create_train_parser, create_validate_parser, create_predict_parser])
@@ -75,6 +79,42 @@ def test_images_of_whole_numbers(name):
     model = timm.create_model(name).eval()
     with pytest.raises(ValueError, match=r'Expected normalised images of a floating-point dtype, got torch\.uint8'):
         model(model.example_input(dtype=torch.uint8))
+
+
+@pytest.mark.parametrize('name', ['test_clcnet', 'test_resnet'])
+def test_a_model_with_fused_norms_cannot_be_saved(name, tmp_path):
+    model = timm.create_model(name).eval()
+    whole = {k: v.clone() for k, v in model.state_dict().items()}
+    if name == 'test_clcnet':
+        model.for_inference()
+    else:
+        fuse_conv_bn(model, lambda: model(torch.zeros(1, 3, 64, 64)))
+    with pytest.raises(ValueError, match='cannot be saved: its batch norms are fused into its convolutions'):
+        save_pretrained(model, tmp_path / 'bad')
+    assert not (tmp_path / 'bad').exists()
+    save_pretrained(model, tmp_path / 'good', state_dict=whole)  # weights from before
+    again = timm.create_model(f'local-dir:{tmp_path / "good"}', pretrained=True)
+    assert all(torch.equal(v, whole[k]) for k, v in again.state_dict().items())
+
+
+@pytest.mark.parametrize(('main', 'argv', 'hint'), [
+    (convert_main, ['FILE', '--model', 'gfnet_resnet50_96', '--catalogue', 'x'], '--catalog'),
+    (publish_main, ['--all', '--dry-runs'], '--dry-run'),
+    (benchmark_main, ['exit', '--model', 'test_gfnet', '--results-fil', 'x.csv'], '--results-file'),
+    (visualize_main, ['--model', 'test_gfnet', '--demo', '1', '--out', 'x', '--threshold', '0.5'], '--thresholds'),
+])
+def test_unknown_options_of_every_command(main, argv, hint, capsys):
+    with pytest.raises(SystemExit):
+        main(argv)
+    assert f'Did you mean {hint}' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(('main', 'argv'), [
+    (convert_main, ['FILE', '--mod', 'gfnet_resnet50_96']), (publish_main, ['--all', '--dry'])])
+def test_abbreviations_are_no_options(main, argv):
+    """They would mean something else once there is another option that begins like this."""
+    with pytest.raises(SystemExit):
+        main(argv)
 
 
 def test_a_cascade_that_could_not_be_rebuilt(tmp_path):

@@ -16,7 +16,8 @@ from ..exits.collect import rank_of
 from ..models import ConfidenceNet
 from ..models.clcnet import CONFIDENCES, FINAL_RULES, CLCNet
 from ..task import score_folds
-from ..task.clcnet import FOLDS_FILE, Choice, compare_confidences, describe_best
+from ..task.clcnet import FOLDS_FILE
+from ..task.compare_confidences import Choice, compare_confidences, describe_best
 from .calibration import Calibration
 from .exit_report import Report, short_name
 

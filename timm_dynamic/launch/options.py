@@ -215,7 +215,8 @@ def create_train_parser() -> argparse.ArgumentParser:
     g = p.add_argument_group('Cascades')
     g.add_argument('--init-members', nargs='+', metavar='SOURCE', help=(
         "initial weights of a cascade's members: 'pretrained', 'scratch' to train them first, a folder or a file; one "
-        'for all or one for each (default: pretrained; with the demo set: scratch)'))
+        "for all or one for each; 'none' with --features to train the confidence net alone (default: pretrained; with the "
+        'demo set: scratch)'))
     g.add_argument('--feature-split', metavar='NAME', help=(
         "split on which a cascade's confidence net is trained; the members should not be trained on it (default: "
         '--val-split)'))

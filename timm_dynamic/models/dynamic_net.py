@@ -107,7 +107,7 @@ class DynamicNet(nn.Module):
         self._step_macs: tuple[int, ...] | None = None
         self.exit_policy: StopRule | None = None
         self._compiled_steps: Sequence[Any] | None = None
-        self._is_fused = False
+        self.norms_fused = False
         self.exit_cfg: dict[str, Any] = {} if exit_cfg is None else copy.deepcopy(dict(check_mapping(exit_cfg)))
         self._given_args: dict[str, Any] = {}
         self._read_exit_cfg()
@@ -208,16 +208,14 @@ class DynamicNet(nn.Module):
     def fuse_conv_bn(self) -> int:
         """Fuse batch norms into convolutions, in place, for faster inference: see `layers.fuse_conv_bn`.
 
-        A model with fused norms can no longer be trained: `train()` raises an error.
+        A model with fused norms can no longer be trained or saved: `train()` and `save_pretrained` raise an error.
 
         Returns:
             Number of fused batch norms.
         """
         parameter = next(self.parameters())
         x = self.example_input(device=parameter.device, dtype=parameter.dtype)
-        fused = fuse_conv_bn(self, lambda: list(self.forward_steps(x)))
-        self._is_fused = self._is_fused or fused > 0
-        return fused
+        return fuse_conv_bn(self, lambda: list(self.forward_steps(x)))
 
     def for_inference(self: Net) -> Net:
         """Prepare the model for fast inference, in place: eval mode, fused batch norms, weights in channels last.
@@ -239,7 +237,7 @@ class DynamicNet(nn.Module):
         Raises:
             RuntimeError: Train mode is requested, and norms are fused into convolutions.
         """
-        if mode and self._is_fused:
+        if mode and self.norms_fused:
             raise RuntimeError(
                 'The batch norms of this model are fused into its convolutions (for_inference, fuse_conv_bn): it '
                 'cannot be trained. Create the model again to train it.')

@@ -55,8 +55,13 @@ def save_pretrained(
         **config: Further entries of config.json that timm knows, e.g. `label_names`.
 
     Raises:
-        ValueError: The model has a `check_export` that says that it could not be loaded again.
+        ValueError: The norms of the model are fused; or it has a `check_export` that says that it could not be loaded
+            again.
     """
+    if state_dict is None and any(getattr(module, 'norms_fused', False) for module in model.modules()):
+        raise ValueError(
+            'The model cannot be saved: its batch norms are fused into its convolutions (for_inference, fuse_conv_bn), '
+            'so its weights lack them. Save it before they are fused.')
     check_export: Any = getattr(model, 'check_export', None)
     if check_export is not None:
         check_export()
