@@ -40,14 +40,14 @@ def test_the_papers_settings(name):
     lr, first, last, epochs, weight_decay, aux, frozen = PAPER[name]
     for args, classifier_lr in ((warmup, first), (finetune, last)):
         assert args.batch_size == 128
-        assert resolve_learning_rate(args, 256) == pytest.approx(lr)
+        assert resolve_learning_rate(args, 256, 'warmup') == pytest.approx(lr)
         assert args.classifier_lr_scale * lr == pytest.approx(classifier_lr)
         assert (args.epochs, args.weight_decay) == (epochs, weight_decay)
         assert (args.aux_weight, args.freeze_global) == (aux, frozen)
         assert (args.opt, args.momentum, args.sched, args.min_lr, args.warmup_epochs) == ('sgd', 0.9, 'cosine', 0, 0)
         assert (args.smoothing, args.color_jitter, args.hflip, args.scale) == (0, 0, 0.5, [0.08, 1.0])
     assert (policy.epochs, policy.opt, policy.opt_betas, policy.sched) == (15, 'adam', [0.9, 0.999], 'none')
-    assert resolve_learning_rate(policy, 256) == 3e-4
+    assert resolve_learning_rate(policy, 256, 'policy') == 3e-4
     assert (policy.policy_gamma, policy.policy_epsilon, policy.policy_std, policy.policy_updates) == (0.7, 0.2, 0.1, 1)
     assert (policy.policy_value_coeff, policy.policy_entropy_coeff) == (0.5, 0.01)
     sizes = [224] if 'efficientnet' in name else None
@@ -57,7 +57,7 @@ def test_the_papers_settings(name):
 def test_optimizer_groups():
     recipe = create_recipe(options('--model', 'test_gfnet').base, model=small())
     args = options('--batch-size', 256).for_stage(recipe.stages[0])
-    args.lr = resolve_learning_rate(args, 256)
+    args.lr = resolve_learning_rate(args, 256, 'warmup')
     task = GlanceFocusTask(small(), verbose=False)
     optimizer = build_optimizer(task.trainable_module, args)
     assert type(optimizer).__name__ == 'SGD'

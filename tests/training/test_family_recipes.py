@@ -1,11 +1,14 @@
 """A family's model is trained with the family's recipe, on images and with a baseline that make sense."""
+import csv
 import logging
+import shutil
 
 import pytest
 import timm
 import torch
 from helpers import fit_classifier
 
+from timm_dynamic.evaluation import validate_main
 from timm_dynamic.evaluation.metrics import is_better_than_chance
 from timm_dynamic.launch.settings import TrainOptions
 from timm_dynamic.task import create_recipe
@@ -29,6 +32,17 @@ def run_args(images, out, *more):
     return [
         '--data-dir', str(images), '--img-size', '32', '--device', 'cpu', '-b', '8', '--epochs', '1', '-j', '0',
         '--output', str(out), '--experiment', 'run', *map(str, more)]
+
+
+@pytest.fixture(scope='module')
+def good(image_folder, tmp_path_factory):
+    """A baseline that is better than chance."""
+    torch.manual_seed(1)
+    model = timm.create_model('test_focusnet', num_classes=3)
+    fit_classifier(model, image_folder)
+    folder = tmp_path_factory.mktemp('good')
+    save_pretrained(model, folder)
+    return folder
 
 
 @pytest.mark.parametrize(('name', 'baseline'), [
@@ -76,14 +90,9 @@ def test_an_anchornet_alone_takes_the_recipe_of_the_localizer(image_folder, tmp_
     assert list(result['results']) == ['localizer']
 
 
-def test_the_baselines_accuracy_is_shown_before_training(image_folder, tmp_path, caplog):
-    torch.manual_seed(1)
-    model = timm.create_model('test_focusnet', num_classes=3)
-    fit_classifier(model, image_folder)
-    save_pretrained(model, tmp_path / 'good')
+def test_the_baselines_accuracy_is_shown_before_training(good, image_folder, tmp_path, caplog):
     with caplog.at_level(logging.INFO):
-        result = run_training(run_args(
-            image_folder, tmp_path, '--model', 'test_focusnet', '--focus-baseline', tmp_path / 'good'))
+        result = run_training(run_args(image_folder, tmp_path, '--model', 'test_focusnet', '--focus-baseline', good))
     top1 = next(row['top1'] for row in result['table'] if row['model'] == 'baseline (frozen)')
     lines = [r.message for r in caplog.records]
     shown = next(i for i, line in enumerate(lines) if line.startswith('Baseline '))
@@ -121,6 +130,40 @@ def test_the_baseline_is_not_checked_without_validation(image_folder, tmp_path, 
 ])
 def test_is_better_than_chance(correct, images, num_classes, better):
     assert is_better_than_chance(correct, images, num_classes) == better
+
+
+def test_a_baseline_that_is_gone_at_the_end_does_not_cost_the_results(good, image_folder, tmp_path, capsys):
+    shutil.copytree(good, tmp_path / 'good')
+    args = run_args(image_folder, tmp_path, '--model', 'test_focusnet', '--focus-baseline', tmp_path / 'good')
+    run_training(args)
+    (tmp_path / 'good' / 'model.safetensors').unlink()
+    assert train_main([*args, '--resume', 'auto']) == 1
+    lost, kept = csv.DictReader((tmp_path / 'run' / 'results.csv').open())
+    assert (lost['model'], lost['top1'], bool(lost['error'])) == ('baseline (frozen)', '', True)
+    assert (kept['model'], bool(kept['top1']), kept['error']) == ('focus net', True, '')
+
+
+@pytest.mark.parametrize('absent', ['resnet81', 'resnet18.tv_in1k', 'local-dir:/nowhere'])
+def test_a_compared_model_that_is_not_available_does_not_cost_the_results(good, image_folder, tmp_path, absent, caplog):
+    file = tmp_path / 'results.csv'
+    more = ['--compare', absent, f'local-dir:{good}', '--results-file', str(file)]
+    with caplog.at_level(logging.INFO):
+        assert validate_main([
+            '--model', f'local-dir:{good}', '--data-dir', str(image_folder), '-j', '0', '--device', 'cpu', *more]) == 1
+    first, failed, last = csv.DictReader(file.open())
+    assert (failed['model'], failed['top1'], bool(failed['error'])) == (absent, '', True)
+    assert first['top1'] == last['top1'] != ''
+    assert f'{absent} failed: ' in caplog.text
+    assert f"{float(first['top1']):.3f}" in caplog.records[-1].message  # the table
+
+
+def test_the_log_says_how_a_learning_rate_is_scaled(good, image_folder, tmp_path, caplog):
+    more = ['--model', 'test_focusnet', '--focus-baseline', good, '--focus-plain']
+    with caplog.at_level(logging.INFO):
+        run_training(run_args(image_folder, tmp_path, *more, '--stage-args', 'plain.lr=0.01'))
+    line, = [r.message for r in caplog.records if 'scaled' in r.message]  # --lr is not scaled
+    assert line == (
+        'focus: learning rate 0.003125, scaled (linear) from --lr-base 0.1 for batches of 256 images to batches of 8')
 
 
 @pytest.mark.parametrize(('name', 'size', 'tiny'), [

@@ -605,7 +605,7 @@ WANDB = ['--log-wandb']
 TEACHER = ['--kd-model-name', 'local-dir:{weights}']
 FEATURES = [*TEACHER, '--kd-distill-type', 'feature']
 DISTILLED = ['--model', 'deit_tiny_distilled_patch16_224', '--model-kwargs', 'embed_dim=48', 'depth=1', 'num_heads=3']
-FOCUS = ['--focus-baseline', 'local-dir:{weights}']
+FOCUS = ['--focus-baseline', 'local-dir:{weights}', '--val-split', '']  # it is not trained, and not checked so
 NAFLEX = refused('python -m timm_dynamic', 'train.py --naflex-loader')
 
 TRAIN = {
@@ -869,7 +869,8 @@ OURS = {
     '--recipe': recipe,
     '--stage': built(lambda t: t.stage.name, 'focus', gives='focus', base=[*FOCUS, '--focus-plain']),
     '--stage-args': built(lambda t: t.num_epochs, 'classification.epochs=7', gives=7),
-    '--focus-baseline': built(lambda t: type(t.task).__name__, 'local-dir:{weights}', gives='FocusPickingTask'),
+    '--focus-baseline': built(
+        lambda t: type(t.task).__name__, 'local-dir:{weights}', gives='FocusPickingTask', base=['--val-split', '']),
     '--focus-plain': ran(lambda r: [row['model'] for row in r.table], base=FOCUS,
                          gives=['baseline (frozen)', 'plain cross-entropy', 'focus net']),
     '--focus-temperature': built(lambda t: t.task.criterion.temperature, '0.5', gives=0.5, base=FOCUS),

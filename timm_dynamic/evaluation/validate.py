@@ -288,10 +288,17 @@ def run_validation(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
                 reports.append(validate_table(args, name, checkpoint, accelerator))
             else:
                 reports.append(_with_retry(args, name, checkpoint, accelerator, compared))
-        except (CheckpointError, RuntimeError) as e:
-            if len(jobs) + len(args.compare) == 1 or accelerator.num_processes > 1:
+        except (CheckpointError, RuntimeError, OSError, ValueError) as e:
+            # Errors of the first model may be about the options or the data, which are those of all models.
+            about_model = i > 0 or isinstance(e, (CheckpointError, RuntimeError))
+            if len(jobs) + len(args.compare) == 1 or not about_model or accelerator.num_processes > 1:
+                if reports and accelerator.is_main_process:
+                    _logger.error(f'{name} failed. Results of the models before it:')
+                    _show(reports, args)
                 raise
-            reports.append(Report({'model': name, 'error': str(e).splitlines()[0]}))  # the others' results are not lost
+            reason = (str(e) or type(e).__name__).splitlines()[0]
+            _logger.error(f'{name} failed: {reason}')
+            reports.append(Report({'model': name, 'error': reason}))  # the others' results are not lost
         if accelerator.is_main_process and args.results_file:  # after every model: a long list may be interrupted
             write_rows(args.results_file, _rows(reports), args.results_format)
     if accelerator.is_main_process:

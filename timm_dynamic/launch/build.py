@@ -382,13 +382,18 @@ def create_eval_loader(
     return loader
 
 
-def resolve_learning_rate(args: argparse.Namespace, global_batch_size: int) -> float:
-    """Return `--lr`, or `--lr-base` scaled with the global batch size as in timm."""
+def resolve_learning_rate(args: argparse.Namespace, global_batch_size: int, stage: str) -> float:
+    """Return `--lr`, or `--lr-base` scaled with the global batch size as in timm. Scaling is logged for the stage."""
     if args.lr:
         return args.lr
     ratio = global_batch_size / args.lr_base_size
     scale = args.lr_base_scale or ('sqrt' if any(o in args.opt.lower() for o in ('ada', 'lamb')) else 'linear')
-    return args.lr_base * (ratio ** 0.5 if scale == 'sqrt' else ratio)
+    lr = args.lr_base * (ratio ** 0.5 if scale == 'sqrt' else ratio)
+    if ratio != 1:
+        _logger.info(
+            f'{stage}: learning rate {lr:.4g}, scaled ({scale}) from --lr-base {args.lr_base:g} for batches of '
+            f'{args.lr_base_size} images to batches of {global_batch_size}')
+    return lr
 
 
 def build_optimizer(module: nn.Module, args: argparse.Namespace) -> torch.optim.Optimizer:

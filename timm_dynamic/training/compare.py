@@ -7,6 +7,7 @@ from typing import Any
 
 import timm
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 
 from ..evaluation.calibration import CROSS
 from ..evaluation.exit_report import Report, Row
@@ -17,7 +18,7 @@ from ..launch.settings import TrainOptions, validation_options
 from ..models.dynamic_net import DynamicNet
 from ..task import Recipe, Stage, create_baseline
 from ..task.clcnet import CALIBRATION, train_confidence
-from ..utils import save_exit_cfg
+from ..utils import CheckpointError, save_exit_cfg
 from ..utils.report import plot_accuracy_over_macs, write_rows
 
 _logger = logging.getLogger(__name__)
@@ -47,7 +48,7 @@ def compare_stages(
         results: Results of the stages, by stage.
 
     Returns:
-        A row for each model.
+        A row for each model. That of a reference that cannot be loaded has only 'model' and 'error'.
     """
     args = options.for_stage(stages[-1], accelerator.num_processes)
     split = args.test_split or (default_split(args) if uses_demo_data(args) else args.val_split)
@@ -59,10 +60,19 @@ def compare_stages(
         for s in stages if s.shown and (weights[s.name] / 'config.json').exists()]
     if not models:
         return []
-    references = [
-        (label, create_baseline(source, models[-1][1]), args) for label, source in recipe.references.items()]
+    references, rows, reports = [], [], []
+    for label, source in recipe.references.items():
+        try:
+            model, error = create_baseline(source, models[-1][1]), ''
+        except (CheckpointError, OSError, RuntimeError, ValueError) as e:
+            model, error = None, (str(e) or type(e).__name__).splitlines()[0]
+        error = next(filter(None, gather_object([error])), '')  # all processes leave out the same models
+        if error:
+            _logger.error(f'The {label} {source} is not in the table: {error}')
+            rows.append({'model': label, 'error': error})
+        else:
+            references.append((label, model, args))
     out_of_fold = _out_of_fold(stages[-1], folder, results, args)
-    rows, reports = [], []
     for label, model, own in [*references, *models]:
         last = model is models[-1][1]
         budgets = last and isinstance(model, DynamicNet)

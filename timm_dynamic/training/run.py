@@ -373,7 +373,8 @@ class TrainingRun:
         folder = self.folder / 'hub'
         hub.describe_run(
             self.weights[self.stages[-1].name], folder, base.push_to_hub, self.recipe.name,
-            {s.name: self._args_of(s) for s in self.stages}, self.options.defaults, table, dataset)
+            {s.name: self._args_of(s) for s in self.stages}, self.options.defaults,
+            [row for row in table if 'error' not in row], dataset)
         try:
             report = hub.publish(folder, base.push_to_hub, private=base.hub_private)
         except hub.PublishError as e:
@@ -400,9 +401,12 @@ def _start_trackers(accelerator: Accelerator, args: argparse.Namespace, folder: 
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of train.py. Returns the exit status, see `run_script`."""
+    """Entry point of train.py.
+
+    Returns:
+        Exit status: see `run_script`; 1 if a model of the final table could not be loaded.
+    """
     def script() -> int:
-        run_training(argv)
-        return 0
+        return int(any('error' in row for row in run_training(argv)['table']))
 
     return run_script(script)

@@ -127,7 +127,7 @@ class Trainer:
         if args.torchcompile:
             self.task.compile(backend=args.torchcompile, mode=args.torchcompile_mode)
 
-        args.lr = resolve_learning_rate(args, args.batch_size * self.world_size * self.accum)
+        args.lr = resolve_learning_rate(args, args.batch_size * self.world_size * self.accum, stage.name)
         trainable: Any = self.task.get_trainable_module()
         self.raw_optimizer = build_optimizer(trainable, args)
         self.optimizer = accelerator.prepare(self.raw_optimizer)
