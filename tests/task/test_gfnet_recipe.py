@@ -1,4 +1,6 @@
+import json
 import logging
+from pathlib import Path
 
 import pytest
 import timm
@@ -195,6 +197,32 @@ def test_encoder_from_a_file(tmp_path):
         load_encoder(small().local_encoder, tmp_path / 'other', small())
     with pytest.raises(CheckpointError, match=r"weights of 'resnet5O' are not available: .*Did you mean"):
         load_encoder(small().local_encoder, 'resnet5O', small())
+
+
+@pytest.mark.parametrize(('container', 'prefix', 'head'), [
+    ('model_state', '', 'head.fc'),  # pycls
+    ('state_dict', 'module.', 'fc'),  # the GFNet authors
+])
+def test_regnets_with_the_keys_of_pycls(tmp_path, container, prefix, head):
+    """The keys and shapes are those of the authors' files."""
+    shapes = json.loads((Path(__file__).parents[1] / 'parity/data/gfnet.json').read_text())[
+        'gfnet_regnety_006_96']['components']['model_prime_state_dict']['shapes']
+    values = {k.removeprefix('module.'): torch.rand(shape) for k, shape in shapes.items()}
+    file = {prefix + (f'{head}.{k[3:]}' if k.startswith('fc.') else k): v for k, v in values.items()}
+    torch.save({'epoch': 100, container: file}, tmp_path / 'regnety_600m.pyth')
+    model = timm.create_model('gfnet_regnety_006_96')
+    classifier = load_encoder(model.local_encoder, tmp_path / 'regnety_600m.pyth', model)
+    state = model.local_encoder.state_dict()
+    assert len(state) == len(values) - 2
+    for ours, theirs in {
+            'stem.conv.weight': 'stem.conv.weight', 's1.b1.downsample.conv.weight': 's1.b1.proj.weight',
+            's1.b1.downsample.bn.running_var': 's1.b1.bn.running_var', 's4.b4.conv1.conv.weight': 's4.b4.f.a.weight',
+            's4.b4.conv2.bn.bias': 's4.b4.f.b_bn.bias', 's3.b2.se.fc1.weight': 's3.b2.f.se.f_ex.0.weight',
+            's3.b2.se.fc2.bias': 's3.b2.f.se.f_ex.2.bias', 's4.b1.conv3.bn.running_mean': 's4.b1.f.c_bn.running_mean',
+    }.items():
+        assert torch.equal(state[ours], values[theirs]), ours
+    assert torch.equal(classifier['weight'], values['fc.weight'])
+    assert torch.equal(classifier['bias'], values['fc.bias'])
 
 
 @pytest.mark.parametrize('kwargs', [{}, dict(step_classifier='concat')])

@@ -13,6 +13,7 @@ from timm_dynamic.evaluation.metrics import is_better_than_chance
 from timm_dynamic.launch.settings import TrainOptions
 from timm_dynamic.task import create_recipe
 from timm_dynamic.training import run_training, train_main
+from timm_dynamic.training.run_folder import CheckpointManager
 from timm_dynamic.utils import save_pretrained
 
 
@@ -190,3 +191,41 @@ def test_demo_images_of_the_tiny_models(name, caplog):
 def test_patches_as_large_as_the_image_are_an_error(tmp_path, capsys, more):
     assert train_main([*more, '--device', 'cpu', '--output', str(tmp_path)]) == 1
     assert 'patches must be smaller than images' in capsys.readouterr().err
+
+
+def test_resume_from_a_training_file_of_the_focusnet_authors(good, image_folder, tmp_path):
+    """It has the number of finished epochs, where timm has that of the last epoch."""
+    model = timm.create_model('test_focusnet', num_classes=3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1.5e-4)
+    model(torch.randn(2, 3, 32, 32)).sum().backward()
+    optimizer.step()
+    file = tmp_path / 'clonalnet_model_best.pth.tar'
+    torch.save({
+        'epoch': 2, 'arch': 'resnet18', 'state_dict': {f'module.{k}': v for k, v in model.state_dict().items()},
+        'best_acc1': torch.tensor(50.), 'optimizer': optimizer.state_dict()}, file)
+    more = ['--model', 'test_focusnet', '--focus-baseline', good, '--epochs', '3', '--resume', file]
+    run_training(run_args(image_folder, tmp_path, *more))
+    row, = csv.DictReader((tmp_path / 'run' / 'summary.csv').open())
+    assert (row['epoch'], float(row['lr'])) == ('2', pytest.approx(0.1 * 8 / 256))  # the rate is that of the schedule
+    group, = CheckpointManager(tmp_path / 'run' / 'state').load()['optimizer']['param_groups']
+    assert group['weight_decay'] == 1.5e-4  # of the file
+
+
+@pytest.mark.parametrize(('content', 'named'), [
+    ({'model_prime_state_dict': {}, 'model_state_dict': {}, 'epoch': 3}, '--init-from FILE --stage NAME'),
+    ({'net': {}, 'epoch': 3, 'optimizer': {}}, '--initial-checkpoint FILE --stage NAME'),
+])
+def test_training_files_that_cannot_be_continued(image_folder, tmp_path, capsys, content, named):
+    torch.save(content, tmp_path / 'authors.pth.tar')
+    more = ['--model', 'test_focusnet', '--recipe', 'classification', '--resume', tmp_path / 'authors.pth.tar']
+    assert train_main(run_args(image_folder, tmp_path, *more)) == 1
+    assert named in capsys.readouterr().err
+
+
+def test_an_optimizer_that_does_not_fit_is_named(image_folder, tmp_path, capsys):
+    model = timm.create_model('test_focusnet', num_classes=3)
+    optimizer = torch.optim.SGD([model.fc.weight], lr=0.1)
+    torch.save({'epoch': 1, 'state_dict': model.state_dict(), 'optimizer': optimizer.state_dict()}, tmp_path / 'x.pth')
+    more = ['--model', 'test_focusnet', '--recipe', 'classification', '--resume', tmp_path / 'x.pth']
+    assert train_main(run_args(image_folder, tmp_path, *more)) == 1
+    assert '--no-resume-opt continues without it' in capsys.readouterr().err

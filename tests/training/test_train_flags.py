@@ -871,7 +871,7 @@ OURS = {
     '--stage-args': built(lambda t: t.num_epochs, 'classification.epochs=7', gives=7),
     '--focus-baseline': built(
         lambda t: type(t.task).__name__, 'local-dir:{weights}', gives='FocusPickingTask', base=['--val-split', '']),
-    '--focus-plain': ran(lambda r: [row['model'] for row in r.table], base=FOCUS,
+    '--focus-plain': ran(lambda r: [row['model'] for row in r.table], base=[*FOCUS, '--test-split', 'extra'],
                          gives=['baseline (frozen)', 'plain cross-entropy', 'focus net']),
     '--focus-temperature': built(lambda t: t.task.criterion.temperature, '0.5', gives=0.5, base=FOCUS),
     '--focus-attention-weight': built(

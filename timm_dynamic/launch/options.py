@@ -160,7 +160,7 @@ def create_train_parser() -> argparse.ArgumentParser:
     g.add_argument('--initial-checkpoint', default='', metavar='FILE', help='start from the weights in this file or folder; all weights must match')
     g.add_argument('--resume', default='', metavar='PATH', help=(
         "'auto': continue the run in --output/--experiment if there is one, else start it; or the folder of a run or "
-        "state; or a .pth.tar file of timm's train.py"))
+        "state; or a .pth.tar file of timm's train.py or of the FocusNet authors' code"))
     g.add_argument('--no-resume-opt', action='store_true', help="do not load the optimizer's state")
     _input_options(g)
     g.add_argument('-b', '--batch-size', type=int, default=128, metavar='N', help='batch size per process (%(default)s)')

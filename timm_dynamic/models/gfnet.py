@@ -18,7 +18,6 @@ Departures from the released code (https://github.com/blackfeather-wang/GFNet-Py
 * The glance of a family is scaled the same way in training and at inference. In the original, training is bicubic.
 """
 import logging
-import re
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -50,7 +49,14 @@ from ..utils.checkpoint import find_state_dict
 from .builder import build_dynamic_model, hub_id
 from .dynamic_net import DynamicNet, State, count_call, on_meta
 from .exit_cfg import plain_json
-from .networks import check_pool, create_encoder, join_group_matchers, join_layer_names, join_no_weight_decay
+from .networks import (
+    check_pool,
+    create_encoder,
+    join_group_matchers,
+    join_layer_names,
+    join_no_weight_decay,
+    map_pycls_keys,
+)
 
 __all__ = ['GFNet']
 
@@ -358,20 +364,6 @@ def _is_authors(checkpoint: Any) -> bool:
     return isinstance(checkpoint, Mapping) and {'model_prime_state_dict', 'model_state_dict'} <= checkpoint.keys()
 
 
-def _encoder_state_dict(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Map an authors' encoder onto timm's keys. Only those of RegNets, which are from pycls, differ."""
-    out = {}
-    for key, value in clean_state_dict(dict(state_dict)).items():
-        if re.match(r's\d\.b\d+\.', key):
-            key = re.sub(r'\.f\.se\.f_ex\.([02])\.', lambda m: f'.se.fc{1 + int(m[1]) // 2}.', key)
-            key = re.sub(r'\.f\.([abc])_bn\.', lambda m: f'.conv{"abc".index(m[1]) + 1}.bn.', key)
-            key = re.sub(r'\.f\.([abc])\.', lambda m: f'.conv{"abc".index(m[1]) + 1}.conv.', key)
-            key = re.sub(r'(b\d+)\.proj\.', r'\1.downsample.conv.', key)
-            key = re.sub(r'(b\d+)\.bn\.', r'\1.downsample.bn.', key)
-        out[key] = value
-    return out
-
-
 def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: Any) -> dict[str, torch.Tensor]:
     """Map the content of an authors' checkpoint onto the model's keys. Other weights are returned unchanged.
 
@@ -396,7 +388,7 @@ def _map_authors(checkpoint: Mapping[str, Any], model: Any) -> dict[str, torch.T
     dropped = set()
     first = model.classifier.head_name(0)
     for part, encoder in (('model_prime_state_dict', 'global_encoder'), ('model_state_dict', 'local_encoder')):
-        for key, value in _encoder_state_dict(checkpoint[part]).items():
+        for key, value in map_pycls_keys(clean_state_dict(dict(checkpoint[part]))).items():
             module, _, leaf = key.rpartition('.')
             if module not in _CLASSIFIERS:
                 out[f'{encoder}.{key}'] = value

@@ -12,7 +12,7 @@ from timm.task import TrainingTask
 from torch import nn
 
 from ..models.builder import check_timm_weights, checkpoint_filter_of
-from ..models.networks import create_encoder
+from ..models.networks import create_encoder, map_pycls_keys
 from ..utils import CheckpointError, load_weights, read_state_dict
 from .classification import Classification
 from .stage import Stage, StageContext
@@ -103,7 +103,7 @@ def load_encoder(encoder: Any, source: str | Path, model: Any) -> dict[str, torc
     # If a folder has the name of a timm model, the model is meant. 'local-dir:' or './' selects the folder.
     if Path(text).exists() and not (text == str(source) and is_model(text)):
         filter_fn = checkpoint_filter_of(architecture) if is_model(architecture) else None
-        state_dict = read_state_dict(text)
+        state_dict = map_pycls_keys(read_state_dict(text))
         state_dict = dict(filter_fn(state_dict, encoder)) if filter_fn else state_dict
     else:
         try:

@@ -232,19 +232,34 @@ class Trainer:
         self._override_start_epoch()
 
     def load_timm_checkpoint(self, path: str) -> None:
-        """Continue from a .pth.tar of timm's own train.py, or from bare weights."""
+        """Continue from a .pth.tar of timm's own train.py or of the FocusNet authors' code, or from bare weights.
+
+        Raises:
+            CheckpointError: It is neither, or is for another model or optimizer.
+        """
         checkpoint = read_checkpoint(path)
         if not isinstance(checkpoint, Mapping):
             raise CheckpointError(f"'{path}' holds no training checkpoint.")
+        if 'model_prime_state_dict' in checkpoint or 'net' in checkpoint:
+            instead = '--init-from' if 'model_prime_state_dict' in checkpoint else '--initial-checkpoint'
+            raise CheckpointError(
+                f"--resume: '{path}' is a file of the GFNet or AnchorNet authors' code, whose optimizer has other "
+                f'parameters. Start a stage with its weights: {instead} FILE --stage NAME.')
         load_checkpoint(unwrap_model(self.task.get_eval_model()), path, use_ema=False)
         if self.task.has_ema():
             load_checkpoint(unwrap_model(self.task.get_eval_model(ema=True)), path)
         if not self.args.no_resume_opt and 'optimizer' in checkpoint:
-            self.raw_optimizer.load_state_dict(checkpoint['optimizer'])
+            try:
+                self.raw_optimizer.load_state_dict(checkpoint['optimizer'])
+            except (ValueError, KeyError, TypeError) as e:
+                raise CheckpointError(
+                    f"--resume: the optimizer's state in '{path}' is for another optimizer or model ({e}). "
+                    '--no-resume-opt continues without it.') from e
             if self.accelerator.scaler is not None and 'amp_scaler' in checkpoint:
                 self.accelerator.scaler.load_state_dict(checkpoint['amp_scaler'])
         if 'epoch' in checkpoint:
-            self.epoch = checkpoint['epoch'] + (checkpoint.get('version', 2) > 1)
+            # timm stores the last epoch's number; the FocusNet authors store the number of finished epochs.
+            self.epoch = checkpoint['epoch'] + (checkpoint.get('version', 2) > 1 and 'best_acc1' not in checkpoint)
         self.updates = self.epoch * self.updates_per_epoch
         self._schedule(self.epoch, self.updates)
         self._override_start_epoch()

@@ -28,7 +28,7 @@ _logger = logging.getLogger(__name__)
 
 # Keys of the weights in a checkpoint, by preference: timm's averaged and plain ones, then those of other code.
 _EMA_KEYS = ('state_dict_ema', 'model_ema')
-_WEIGHT_KEYS = ('state_dict', 'model', 'net')
+_WEIGHT_KEYS = ('state_dict', 'model', 'net', 'model_state')
 _TIMM_MESSAGE = 'Loading pretrained weights from state dict'  # does not say which
 _SUFFIXES = ('.safetensors', '.pth.tar', '.pth', '.pt', '.bin', '.tar', '.th')
 
