@@ -30,7 +30,7 @@ from flag_tables import (
 from helpers import make_images
 
 from timm_dynamic import ConfidenceNet
-from timm_dynamic.data import FoldMap, dataset_factory
+from timm_dynamic.data import ConfidenceFeatures, FoldMap, dataset_factory
 from timm_dynamic.evaluation import model_evaluator, run_validation, validate
 from timm_dynamic.exits import ExitTable, collect
 from timm_dynamic.exits.anchornet_table import save_anchornet_table
@@ -411,6 +411,26 @@ def save_budgets(lab, flag):
     assert len(model.exit_cfg['budgets']) == points(SimpleNamespace(rows=grid)).count('budget') >= 1
 
 
+def save_features(lab, flag):
+    """Of a static model: the authors' format, and ours."""
+    seen = lab.evaluated(flag, '{tmp}/new/f.csv')
+    lab.evaluated(flag, '{tmp}/f.safetensors')
+    with torch.inference_mode():
+        logits = torch.cat([seen.model(x) for x, _ in seen.loader])
+    names = [f'class{c}/{i:03d}.png' for c in range(3) for i in range(3)]
+    target = torch.arange(3).repeat_interleave(3)
+    expected = ConfidenceFeatures.from_logits(logits, target, names)
+    assert expected.correct.float().mean().item() == pytest.approx(seen.top1 / 100, abs=1e-6)
+    ours, csv_file = ConfidenceFeatures.load(lab.tmp / 'f.safetensors'), ConfidenceFeatures.load(lab.tmp / 'new/f.csv')
+    assert ours.names == names
+    assert csv_file.names == [name.partition('/')[2] for name in names]
+    for features in (ours, csv_file):
+        torch.testing.assert_close(features.probabilities, expected.probabilities)
+        assert torch.equal(features.correct, expected.correct)
+    with pytest.raises(ValueError, match=r'of a cascade.s members are written by train\.py --stage features'):
+        lab.opened(*CASCADE, flag, '{tmp}/f.csv')
+
+
 def save_predictions(lab, flag):
     lab.evaluated(*DYNAMIC, flag, '{tmp}/answers.csv')
     rows = list(csv.DictReader((lab.tmp / 'answers.csv').open()))
@@ -549,6 +569,8 @@ OURS = {
     '--final-rule': evaluated(
         lambda seen: seen.model.final_rule, 'last', gives='last', base=[*CASCADE, '--confidence', 'max_prob']),
     '--save-predictions': save_predictions,
+    '--save-features': save_features,
+    '--threshold-sweep': dynamic(lambda seen: points(seen).count('sweep'), gives=49),
 }
 
 

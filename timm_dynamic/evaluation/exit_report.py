@@ -17,6 +17,7 @@ from .calibration import Calibration, same_split
 Row = dict[str, Any]
 _GRID = 48  # budgets of a curve
 _HIDDEN = ('split', 'fitted_on', 'exit_correct')  # columns of files that tables of budgets have no space for
+_SWEEP = [(5 + 2 * i) / 100 for i in range(49)]  # thresholds 0.05 to 1.01, as in the original CLCNet
 
 
 @dataclass
@@ -137,6 +138,15 @@ def step_rows(table: ExitTable, **more: Any) -> list[Row]:
 def policy_row(table: ExitTable, policy: Any, label: str, strict: bool = False, **more: Any) -> Row:
     """Row of what thresholds or an `ExitPolicy` give on a table, see `ExitTable.evaluate`."""
     return point_row(label, table.evaluate(policy, strict), **more)
+
+
+def sweep_rows(table: ExitTable, strict: bool = False, **more: Any) -> list[Row]:
+    """Rows of the same threshold at all steps. 'sent_on' is the share of images that go on after step 1."""
+    rows = []
+    for threshold in _SWEEP:
+        row = policy_row(table, [threshold] * table.num_steps, 'sweep', strict, threshold=threshold, **more)
+        rows.append({**row, 'sent_on': round(1 - row['exit_shares'][0], 4)})
+    return [{k: v for k, v in row.items() if k != 'thresholds'} for row in rows]
 
 
 def budget_rows(
@@ -320,6 +330,11 @@ def report_points(
             caption += f'\nSome were fitted on a split {args.split}: on the same images they look better than they are.'
         report.add(name, caption, given, hide=['split'])
         report.markers[f'{label}: given exits'] = [(row['gmacs'], row['top1']) for row in given]
+    if args.threshold_sweep:
+        rows = sweep_rows(table, args.strict, split=args.split, fitted_on='given')
+        caption = f'{label}, one threshold for all steps, evaluated on {args.split} ({len(table)} images):'
+        report.add(name, caption, rows)
+        report.markers[f'{label}: one threshold'] = [(row['gmacs'], row['top1']) for row in rows]
     if calibration is None:
         return
     caption = (f'exits fitted on {calibration.fitted_on} ({len(calibration.calibration)} images), evaluated on '

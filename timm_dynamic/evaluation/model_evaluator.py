@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from timm.data import RealLabelsImagenet
 from timm.layers import apply_test_time_pool
 
+from ..data import ConfidenceFeatures
 from ..data.image_names import image_names
 from ..exits import ExitTable, solve_curve
 from ..exits.anchornet_table import save_anchornet_table
@@ -21,7 +22,7 @@ from ..models.dynamic_net import DynamicNet
 from ..models.macs import count_macs
 from ..utils.report import format_block, write_rows
 from .calibration import CROSS, HALF, Calibration, open_calibration_loader, same_split, share_images
-from .cascade import CascadeReplay, FoldNets, MemberAnswers
+from .cascade import CascadeReplay, FoldNets, MemberAnswers, answering_members
 from .exit_report import Report, Row, report_points, report_steps, short_name
 from .metrics import evaluate
 from .requests import load_table, needs_fit
@@ -43,6 +44,7 @@ class _Measured(NamedTuple):
     steps_top1: torch.Tensor  # class after each step [N, T]
     target: torch.Tensor  # [N]
     members: MemberAnswers | None = None
+    probabilities: torch.Tensor | None = None  # of what `forward` gives, sorted [N, C]; for --save-features
 
 
 class ModelEvaluator:
@@ -122,6 +124,8 @@ class ModelEvaluator:
         """
         args = self.args
         loader = self._open_loader(args.split, args.num_samples)
+        if args.save_features and isinstance(loader.dataset, torch.utils.data.IterableDataset):
+            raise ValueError('--save-features needs images that can be counted; this dataset can only be iterated.')
         if self.out_of_fold is not None and self._has_seen(self.out_of_fold.split, loader):
             return self._report_out_of_fold(self.out_of_fold.table)
         if self.replay is not None:
@@ -141,6 +145,8 @@ class ModelEvaluator:
         measured = self._measure(loader, args.split, self.name)
         report = Report(self._row(measured, loader))
         assert report.row is not None
+        if measured.probabilities is not None and self.accelerator.is_main_process:
+            self._save_features(measured.probabilities, measured, loader)
         if not self.dynamic:
             if report.row['gmacs']:
                 report.static[short_name(self.name)] = [(report.row['gmacs'], report.row['top1'])]
@@ -211,22 +217,24 @@ class ModelEvaluator:
 
     def _measure(self, loader: Any, split: str, desc: str) -> _Measured:
         args = self.args
+        with_features = bool(args.save_features) and not self.compared
         recorder = SampleRecorder(loader, self.accelerator)
 
         def on_batch(output: torch.Tensor, target: torch.Tensor, outputs: Outputs, x: Any) -> None:
             top5 = output.topk(min(5, output.shape[1]), dim=1).indices
             steps = outputs['logits'] if self.classes is None else outputs['logits'][..., self.classes]
             members = [] if self.replay is None else [outputs['member_logits'].float().transpose(0, 1)]
-            recorder.add(target, top5, steps.argmax(dim=-1).T, *members)
+            features = [output.float().softmax(dim=1).sort(dim=1, descending=True).values] if with_features else []
+            recorder.add(target, top5, steps.argmax(dim=-1).T, *members, *features)
 
         metrics, table = evaluate(
             self.model, loader, self.accelerator, predict=None if self.replay is None else self.replay.predict,
             classes=self.classes, channels_last=args.channels_last, dtype=model_dtype(args), desc=desc,
             log_freq=args.log_freq, on_batch=on_batch)
-        target, top5, steps_top1, *members = recorder.gather()
+        target, top5, steps_top1, *more = recorder.gather()
         if self.replay is None:
-            return _Measured(metrics, table, top5, steps_top1, target)
-        answers = self.replay.answers(split, members[0], target)
+            return _Measured(metrics, table, top5, steps_top1, target, probabilities=more[0] if with_features else None)
+        answers = self.replay.answers(split, more[0], target)
         return _Measured(metrics, table, top5, steps_top1, target, answers)
 
     # Results
@@ -299,6 +307,14 @@ class ModelEvaluator:
         if args.save_predictions:
             self._save_predictions(table, answers, target, loader, calibration)
 
+    def _save_features(self, probabilities: torch.Tensor, measured: _Measured, loader: Any) -> None:
+        path = Path(self.args.save_features)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        correct = measured.top5[:, 0] == measured.target
+        features = ConfidenceFeatures(probabilities, correct, image_names(loader.dataset, self.args.split))
+        (features.save_csv if path.suffix == '.csv' else features.save)(path)
+        _logger.info(f'Features of {len(features)} images of {self.args.split}: {path}')
+
     def _save_predictions(
             self,
             table: ExitTable,
@@ -324,7 +340,11 @@ class ModelEvaluator:
             [names[i] for i in images.tolist()], answers[at].tolist(), target[images].tolist(),
             steps[images].tolist(), table.confidence[at].tolist())
         keys = ('file', 'prediction', 'target', 'steps_used', 'confidence')
-        write_rows(args.save_predictions, [dict(zip(keys, row)) for row in zip(*columns)], 'csv')
+        rows: list[Row] = [dict(zip(keys, row)) for row in zip(*columns)]
+        if isinstance(self.exported, CLCNet):
+            members = answering_members(table, steps, self.exported.final_rule)[images]
+            rows = [{**row, 'member': member} for row, member in zip(rows, members.tolist())]
+        write_rows(args.save_predictions, rows, 'csv')
         _logger.info(f'Answer to every image of {where} ({len(images)}): {args.save_predictions}')
 
 

@@ -36,10 +36,12 @@ from .requests import (
 
 _logger = logging.getLogger(__name__)
 
+Checkpoint = str | dict[str, str]  # a file or folder, or a file for each part
+
 
 def open_model(
         args: argparse.Namespace,
-        checkpoint: str,
+        checkpoint: Checkpoint,
         fold_nets: FoldNets | None = None,
         compared: bool = False,
         needs_data: bool = True,
@@ -67,7 +69,7 @@ def open_model(
 def validate_model(
         args: argparse.Namespace,
         name: str,
-        checkpoint: str,
+        checkpoint: Checkpoint,
         accelerator: Accelerator,
         compared: bool = False,
 ) -> Report:
@@ -76,7 +78,7 @@ def validate_model(
     Args:
         args: Options of validate.py.
         name: Model name, as `timm.create_model` takes it.
-        checkpoint: File or folder with its weights; empty for pretrained ones.
+        checkpoint: File or folder with its weights, or a file for each part; empty for pretrained ones.
         accelerator: Processes, device, precision.
         compared: The model is one of `--compare`: only its accuracy and cost are reported.
 
@@ -99,7 +101,8 @@ def validate_model(
         model, name, args, accelerator, fold_nets=fold_nets, compared=compared, announce=True)
     report = evaluator.run()
     if checkpoint and report.row is not None:
-        report.row['checkpoint'] = checkpoint
+        report.row['checkpoint'] = checkpoint if isinstance(checkpoint, str) else \
+            ' '.join(f'{part}={file}' for part, file in checkpoint.items())
     if not compared:
         if isinstance(model, DynamicNet):
             report_parts(report, name, model)
@@ -121,13 +124,13 @@ def _save_budgets(
         f"Load it with: timm.create_model('local-dir:{args.save_budgets}', pretrained=True).set_budget(gmacs=...)")
 
 
-def validate_table(args: argparse.Namespace, name: str, checkpoint: str, accelerator: Accelerator) -> Report:
+def validate_table(args: argparse.Namespace, name: str, checkpoint: Checkpoint, accelerator: Accelerator) -> Report:
     """Evaluate exits on a table that was measured before.
 
     Args:
         args: Options of validate.py.
         name: Name of the model that was measured; empty if not known.
-        checkpoint: File with the model's weights.
+        checkpoint: File with the model's weights, or a file for each part.
         accelerator: Processes.
 
     Returns:
@@ -166,7 +169,7 @@ def validate_table(args: argparse.Namespace, name: str, checkpoint: str, acceler
 def _with_retry(
         args: argparse.Namespace,
         name: str,
-        checkpoint: str,
+        checkpoint: Checkpoint,
         accelerator: Accelerator,
         compared: bool,
 ) -> Report:
@@ -182,11 +185,15 @@ def _with_retry(
             _logger.warning(f'{name}: {str(e).splitlines()[0]} - trying again with batch size {batch_size}.')
 
 
-def _jobs(args: argparse.Namespace) -> Iterator[tuple[str, str]]:
+def _is_folder(checkpoint: Checkpoint) -> bool:
+    return isinstance(checkpoint, str) and bool(checkpoint) and Path(checkpoint).is_dir()
+
+
+def _jobs(args: argparse.Namespace) -> Iterator[tuple[str, Checkpoint]]:
     """Model names and checkpoints to evaluate."""
     name, checkpoint = args.model, args.checkpoint
     in_parts = Family.of(name).is_checkpoint_folder
-    if checkpoint and Path(checkpoint).is_dir() and not (in_parts and in_parts(Path(checkpoint))):
+    if _is_folder(checkpoint) and not (in_parts and in_parts(Path(checkpoint))):
         folders = sorted(p.parent for p in Path(checkpoint).glob('**/config.json'))
         files = sorted(f for s in ('*.pth.tar', '*.pth', '*.safetensors') for f in glob.glob(f'{checkpoint}/{s}'))
         if not folders and not files:
@@ -217,11 +224,10 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = create_validate_parser()
     args = parser.parse_args(argv)
     args.split = args.split or default_split(args)
-    many = bool(args.checkpoint) and Path(args.checkpoint).is_dir()
-    if not args.model and not many and not args.exit_table:
+    if not args.model and not _is_folder(args.checkpoint) and not args.exit_table:
         parser.error('--model is needed (a name, local-dir:FOLDER, a wildcard, all, or a text file of names).')
     if args.exit_table:
-        others = ('save_exit_table', 'save_predictions', 'confidence', 'final_rule', 'fold_nets')
+        others = ('save_exit_table', 'save_predictions', 'save_features', 'confidence', 'final_rule', 'fold_nets')
         for option in ('calibrate_split', 'calibrate_samples', *others):
             if getattr(args, option):
                 parser.error(
@@ -231,14 +237,17 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
             parser.error(
                 '--stored-results, --stored-thresholds and --save-budgets need --model if --exit-table is given.')
     several = len(args.thresholds or ()) + len(args.budget or ()) > 1 or (args.save_budgets and not args.budget)
-    if args.save_predictions and (several or args.geometric or args.stored_thresholds):
+    if args.save_predictions and (several or args.geometric or args.stored_thresholds or args.threshold_sweep):
         parser.error(
             '--save-predictions writes one prediction per image: give one list of --thresholds or one --budget with '
             'it, not several.')
     if args.fold_dir and not args.fold_nets:
         parser.error('--fold-dir needs --fold-nets: it says which images each net has not seen.')
-    if args.strict and not args.thresholds:
-        parser.error('--strict needs --thresholds: it says how confidences are compared with them.')
+    if args.save_features and Path(args.save_features).suffix not in ('.safetensors', '.csv'):
+        parser.error(f"--save-features: expected a file that ends in .safetensors or .csv, got '{args.save_features}'.")
+    if args.strict and not (args.thresholds or args.threshold_sweep):
+        parser.error(
+            '--strict needs --thresholds or --threshold-sweep: it says how confidences are compared with them.')
     for option in ('steps', 'anchor_gmacs'):
         if getattr(args, option) is not None and not (args.exit_table or args.calibrate_table):
             parser.error(
@@ -277,10 +286,11 @@ def run_validation(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
         logging.getLogger('timm_dynamic').setLevel(logging.WARNING)
     reports: list[Report] = []
     jobs = list(_jobs(args)) if args.model or args.checkpoint else [('', '')]
-    if len(jobs) > 1 and (args.save_exit_table or args.save_budgets or args.save_predictions or args.exit_table):
+    one_model = ('exit_table', 'save_exit_table', 'save_budgets', 'save_predictions', 'save_features')
+    if len(jobs) > 1 and any(getattr(args, option) for option in one_model):
         raise ValueError(
-            '--exit-table, --save-exit-table, --save-budgets and --save-predictions are for one model, found '
-            f"{len(jobs)}: {', '.join(name for name, _ in jobs[:3])}, ...")
+            '--exit-table, --save-exit-table, --save-budgets, --save-predictions and --save-features are for one '
+            f"model, found {len(jobs)}: {', '.join(name for name, _ in jobs[:3])}, ...")
     for i, (name, checkpoint) in enumerate(jobs + [(name, '') for name in args.compare]):
         compared = i >= len(jobs)
         try:

@@ -1,6 +1,7 @@
 """Command line options of train.py, validate.py and predict.py: those of timm, with timm's meanings and defaults, and ours."""
 import argparse
 import sys
+from pathlib import Path
 from typing import Any
 
 from timm.utils import ParseKwargs
@@ -63,6 +64,19 @@ COMMON_VALIDATE = (
 COMMON_PREDICT = (*_COMMON_EVAL, 'file_list', 'topk', 'label_type', 'output_type', 'results_dir')
 
 
+class _CheckpointAction(argparse.Action):
+    """Takes FILE as a text, and PART=FILE, which can be repeated, as a dict of the parts."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option_string: str | None = None):
+        part, equals, file = values.partition('=')
+        before = getattr(namespace, self.dest)
+        parts = before if isinstance(before, dict) else {}
+        is_part = equals and not Path(values).exists()
+        if before and (not is_part or not parts or part in parts):
+            parser.error(f'{option_string}: expected one FILE or folder, or PART=FILE once for each part.')
+        setattr(namespace, self.dest, {**parts, part: file} if is_part else values)
+
+
 def _dataset_options(g: Any, split_names: bool) -> None:
     g.add_argument('data', nargs='?', metavar='DIR', help='data folder; prefer --data-dir')
     g.add_argument('--data-dir', metavar='DIR', help='data folder (default: the embedded demo set)')
@@ -110,7 +124,9 @@ def _device_options(g: Any) -> None:
 
 def _checkpoint_options(g: Any) -> None:
     g.add_argument('--pretrained', action='store_true', help='use pretrained weights (default without --checkpoint)')
-    g.add_argument('--checkpoint', default='', metavar='FILE', help='weights: a file, or a folder with several files')
+    g.add_argument('--checkpoint', default='', action=_CheckpointAction, metavar='FILE', help=(
+        'weights: a file, or a folder with several files; or PART=FILE, repeated for the parts of a model, e.g. a cascade: '
+        'confidence_net, and members by number (from 0) or name'))
     g.add_argument('--use-ema', action='store_true', help="use the checkpoint's averaged weights")
     g.add_argument('--reparam', action='store_true', help='reparameterise the model for inference')
     g.add_argument('--test-pool', action='store_true', help='use test-time pooling')
@@ -416,6 +432,9 @@ def create_validate_parser() -> argparse.ArgumentParser:
     g.add_argument('--budget-rule', default='thresholds', choices=['thresholds', 'value'],
                    help='fit thresholds, or a rule on the confidences of all steps so far (%(default)s)')
     g.add_argument('--thresholds', type=float, nargs='+', action='append', metavar='T', help='evaluate these thresholds, one per step; can be repeated')
+    g.add_argument('--threshold-sweep', action='store_true', help=(
+        'evaluate the same threshold at all steps, for 49 thresholds from 0.05 to 1.01 (--threshold-searching of the '
+        'original CLCNet)'))
     g.add_argument('--strict', action='store_true', help='stop if the confidence is > a threshold, not >=, as in the original AnchorNet')
     g.add_argument('--geometric', action='store_true', help="fit and evaluate the 39 operating points of the GFNet paper (--eval_mode 2 of the original)")
     g.add_argument('--stored-results', action='store_true', help='show the results stored in the model, without data (--eval_mode 0 of the original)')
@@ -444,6 +463,9 @@ def create_validate_parser() -> argparse.ArgumentParser:
     g.add_argument('--save-predictions', metavar='FILE', help=(
         'write a CSV with file, prediction, target, steps used and confidence of every evaluated image. Exits: those of one '
         '--budget or one list of --thresholds, else those of the model, else none'))
+    g.add_argument('--save-features', metavar='FILE', help=(
+        'write sorted probabilities and correctness of every evaluated image, for train.py --features: .safetensors, or .csv '
+        "in the format of the CLCNet authors' scripts"))
     g.add_argument('--curve', metavar='FILE', help='draw accuracy over multiply-adds, with the --compare models (needs matplotlib)')
 
     g = p.add_argument_group('Run')
