@@ -347,6 +347,24 @@ def stored_results(lab, flag):
     assert points(lab.evaluated('--model', 'local-dir:{kept}')) == ['step 1', 'step 2', 'step 3']
 
 
+def calibrate_augment(lab, flag):
+    """Only the images to fit on are random views, the same in every run and for every number of workers."""
+    base = [*DYNAMIC, '--budget', '0.001', '--calibrate-split', 'extra']
+    plain = lab.evaluated(*base).tables[-2:]
+    views, more = (lab.evaluated(*base, flag, '-j', workers).tables[-2:] for workers in ('0', '2'))
+    assert torch.equal(views[0].confidence, plain[0].confidence)
+    assert not torch.equal(views[1].confidence, plain[1].confidence)
+    assert torch.equal(views[1].confidence, more[1].confidence)
+    other = lab.evaluated(*base, flag, '--no-prefetcher').tables[-1]
+    torch.testing.assert_close(views[1].confidence, other.confidence)
+    with pytest.raises(ValueError, match='needs images to fit on that are not evaluated on'):
+        lab.evaluated(*DYNAMIC, '--budget', '0.001', '--calibrate-split', 'half', flag)
+    with pytest.raises(ValueError, match='not for cascades'):
+        lab.evaluated(*CASCADE, '--budget', '0.001', '--calibrate-split', 'extra', flag)
+    with pytest.raises(SystemExit):
+        lab.evaluated(*base[:2], flag)
+
+
 def exit_table(lab, flag):
     lab.evaluated(*DYNAMIC, '--save-exit-table', '{tmp}/t.safetensors')
     seen = lab._run('--thresholds', '0.34', '0.34', '0', flag, '{tmp}/t.safetensors', drop=['--data-dir', '--model'])
@@ -557,6 +575,7 @@ OURS = {
     '--calibrate-split': dynamic(last('fitted_on'), 'extra', gives='extra', base=['--budget', '0.001']),
     '--calibrate-samples': dynamic(lambda seen: len(seen.tables[-1]), '5', gives=5,
                                    base=['--budget', '0.001', '--calibrate-split', 'extra']),
+    '--calibrate-augment': calibrate_augment,
     '--exit-table': exit_table,
     '--calibrate-table': calibrate_table,
     '--save-exit-table': save_exit_table,

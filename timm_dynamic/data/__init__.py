@@ -6,6 +6,7 @@ from .folds import FoldMap, fold_names
 from .loader import TrainLoader, WorkerInit, create_train_loader, worker_context
 from .multi_view import MultiViewLoader, MultiViewTransform, collate_views, create_multi_view_transform
 from .prediction_images import BatchKeys, CollateKeys, ImageKey, ImageList, PredictionImages, PredictionStream
+from .random_view import RandomView
 from .splits import find_split
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     'MultiViewTransform',
     'PredictionImages',
     'PredictionStream',
+    'RandomView',
     'TrainLoader',
     'WorkerInit',
     'class_to_idx',

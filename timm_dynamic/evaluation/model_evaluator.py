@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from timm.data import RealLabelsImagenet
 from timm.layers import apply_test_time_pool
 
-from ..data import ConfidenceFeatures
+from ..data import ConfidenceFeatures, RandomView
 from ..data.image_names import image_names
 from ..exits import ExitTable, solve_curve
 from ..exits.anchornet_table import save_anchornet_table
@@ -195,7 +195,22 @@ class ModelEvaluator:
                 f'--fold-nets or --confidence all, choose {HALF}.')
         if self.replay is not None and fit_loader is not None:
             self.replay.add_split(fit_on, fit_loader.dataset)
+        if self.args.calibrate_augment:
+            self._augment(fit_loader)
+            _logger.info(f"Exits are fitted on random crops and flips of '{fit_on}'.")
         return fit_on, fit_loader
+
+    def _augment(self, fit_loader: Any) -> None:
+        """Let a loader of images to fit on give random views of them."""
+        if fit_loader is None:
+            raise ValueError(
+                '--calibrate-augment needs images to fit on that are not evaluated on: name them with '
+                '--calibrate-split, e.g. train.')
+        if fit_loader.views is not None:
+            raise ValueError('--calibrate-augment is not for cascades: each member has its own preprocessing.')
+        dataset: Any = fit_loader.dataset
+        dataset = dataset.dataset if isinstance(dataset, torch.utils.data.Subset) else dataset
+        dataset.transform = RandomView(self.data_config, self.args.no_prefetcher, self.args.seed)
 
     def _calibrate(self, table: ExitTable, fit_on: str, fit_loader: Any) -> Calibration | None:
         """Tables to fit and evaluate on; None if no exits are fitted."""

@@ -228,7 +228,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error('--model is needed (a name, local-dir:FOLDER, a wildcard, all, or a text file of names).')
     if args.exit_table:
         others = ('save_exit_table', 'save_predictions', 'save_features', 'confidence', 'final_rule', 'fold_nets')
-        for option in ('calibrate_split', 'calibrate_samples', *others):
+        for option in ('calibrate_split', 'calibrate_samples', 'calibrate_augment', *others):
             if getattr(args, option):
                 parser.error(
                     f"--exit-table evaluates what was measured before and runs no model: --{option.replace('_', '-')} "
@@ -255,8 +255,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
                 '--calibrate-table.')
     if args.anchor_gmacs is not None and not 0 <= args.anchor_gmacs < float('inf'):
         parser.error(f'--anchor-gmacs: expected a cost, got {args.anchor_gmacs:g}.')
-    if args.calibrate_table and (args.calibrate_split or args.calibrate_samples):
-        parser.error('--calibrate-table and --calibrate-split both say what to fit on: choose one.')
+    if args.calibrate_table and (args.calibrate_split or args.calibrate_samples or args.calibrate_augment):
+        parser.error('--calibrate-table and the other --calibrate options both say what to fit on: choose one.')
     if args.calibrate_samples is not None and args.calibrate_samples < 1:
         parser.error(f'--calibrate-samples: expected at least 1, got {args.calibrate_samples}.')
     fitting = [option for option in dynamic_options(args) if option.startswith('--calibrate-')]

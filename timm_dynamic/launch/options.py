@@ -444,6 +444,9 @@ def create_validate_parser() -> argparse.ArgumentParser:
         'ways round, and keep what is fitted on all (default: the '
         'validation split; if --split is the validation split, the training split; else half)'))
     g.add_argument('--calibrate-samples', type=int, metavar='N', help='fit on N random images (default: all)')
+    g.add_argument('--calibrate-augment', action='store_true', help=(
+        'fit on random crops and flips, as the original GFNet (--eval_mode 2) does (default: fit on images preprocessed '
+        'as for evaluation, because exits are used on such images)'))
     g.add_argument('--exit-table', metavar='FILE', help='evaluate exits on a table of --save-exit-table, or of AnchorNet (.pth), without running the model')
     g.add_argument('--steps', type=int, metavar='N', help='read only the first N steps of tables (default: all)')
     g.add_argument('--anchor-gmacs', type=float, metavar='G', help='cost of the localizer for tables of AnchorNet, without --model (0.06; in the published list 0.08)')
