@@ -55,7 +55,7 @@ def open_model(
     if parse_model_name(args.model)[0] is None and is_model_in_modules(args.model.split('.')[0], ['clcnet']):
         more['confidence'] = 'max_prob' if fold_nets else kind  # no net is fetched that is not needed
     with seeded(args.seed, 'model'):  # a classifier that the weights do not fit has initial values
-        model = build_model(args, needs_data, pretrained=args.pretrained or not checkpoint, **more)
+        model = build_model(args, needs_data=needs_data, pretrained=args.pretrained or not checkpoint, **more)
     if checkpoint:
         load_checkpoint(model, checkpoint, use_ema=args.use_ema)
     if isinstance(model, CLCNet) and not compared:

@@ -530,6 +530,8 @@ def create_predict_parser() -> argparse.ArgumentParser:
         "class names, from the model's config or timm's ImageNet info (%(default)s); without names, indices are written"))
     g.add_argument('--include-index', action='store_true', help='write class indices in addition to names')
     g.add_argument('--exclude-output', action='store_true', help='do not write probabilities or logits')
+    g.add_argument('--per-step', action='store_true', help=(
+        "a column 'steps': for each step of a GFNet or AnchorNet-patch its window, the ten best classes so far, and those of the window alone"))
     g.add_argument('--no-console-results', action='store_true', help='do not print the first rows')
 
     g = p.add_argument_group('Run')
