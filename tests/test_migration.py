@@ -2,12 +2,14 @@
 
 Names of keys, files and options are those of the originals. The weights are random, of small networks.
 """
+import csv
 import json
 import re
 import shlex
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -324,4 +326,16 @@ def test_clcnet(tmp_path, monkeypatch, caplog):
     small['tf_efficientnet_b4'] = members[1]
     small.update({'200': '2', '1000': str(CLASSES)})
     run_all('CLCNet', small, caplog)
+    rows = [line.split(',') for line in Path('cls_model_feature.csv').read_text(encoding='utf-8-sig').splitlines()]
+    assert sorted(row[0] for row in rows) == sorted(image.name for image in images)
+    assert all(len(row) == 1 + CLASSES + 1 and row[-1] in '01' for row in rows)
     assert len(list((tmp_path / 'runs/folds/folds').glob('*.safetensors'))) == 5
+    assert (tmp_path / 'runs/custom/confidence_net.safetensors').is_file()
+    with open('performance-result.csv') as f:
+        swept = [row for row in csv.DictReader(f) if row.get('threshold')]
+    assert [float(row['threshold']) for row in swept] == pytest.approx(np.linspace(0.05, 1.01, 49))
+    assert {'top1', 'gmacs'} <= swept[0].keys()
+    with open('custom-data-result.csv') as f:
+        answers = list(csv.DictReader(f))
+    assert len(answers) == len(images)
+    assert {'file', 'prediction', 'target'} <= answers[0].keys()
