@@ -461,14 +461,17 @@ def curve(lab, flag):
     drawn = {}
     lab.monkeypatch.setattr(
         validate, 'plot_accuracy_over_macs',
-        lambda path, curves, points, title: drawn.update(curves=curves, points=points, title=title))
+        lambda path, curves, points, title, static, images: drawn.update(
+            curves=curves, points=points, title=title, static=static, images=images))
     seen = lab.evaluated(*DYNAMIC, '--geometric', '--compare', 'local-dir:{other}', flag, '{tmp}/c.png')
     name = '/'.join(lab.paths['{dynamic}'].parts[-2:])
     assert list(drawn['curves']) == [f'{name}: steps', f'{name}: budgets, fitted on a random half']
     assert drawn['title'] == 'evaluated on validation'
     other = '/'.join(lab.paths['{other}'].parts[-2:])
-    assert list(drawn['points']) == [f'{name}: geometric', other]
-    (gmacs, top1), = drawn['points'][other]
+    assert list(drawn['points']) == [f'{name}: geometric']
+    assert list(drawn['static']) == [other]
+    assert drawn['images'] == 5  # half of them: exits are fitted on the others
+    (gmacs, top1), = drawn['static'][other]
     assert (round(gmacs, 6), top1) == (seen.rows[1]['gmacs'], seen.rows[1]['top1'])
     lab.monkeypatch.undo()
     assert run_validation(lab.argv(*DYNAMIC, flag, '{tmp}/c.png'))

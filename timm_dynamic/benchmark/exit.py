@@ -20,8 +20,8 @@ from ..models.builder import check_model_name
 from ..models.dynamic_net import DynamicNet, State
 from ..models.exit_cfg import Policy
 from ..models.macs import count_macs
+from ..utils.timing import get_device, time_call
 from .images import check_effect, num_images_of, predict_options, read_images, rows_of
-from .timing import get_device, time_call
 
 NAME, HELP = 'exit', 'throughput and latency of a static network, all steps, early_exit and ExitStream'
 

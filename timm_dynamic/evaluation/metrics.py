@@ -13,6 +13,22 @@ from ..exits import ExitTable
 from ..exits.collect import Outputs, SampleRecorder, predict_steps, rank_of, run_loader
 from ..exits.table import run_policy
 from ..models.dynamic_net import DynamicNet
+from ..utils import did_you_mean
+
+
+def check_metric(metric: str, task: Any, model: Any) -> str:
+    """Give a metric's name back, if validation of a task gives such a metric.
+
+    Raises:
+        ValueError: It does not.
+    """
+    steps = task.num_predictions(model)
+    names = [*task.create_evaluator().metric_names, *(f'top1_step{t + 1}' for t in range(steps) if steps > 1)]
+    if metric not in names:
+        raise ValueError(
+            f"--eval-metric {metric}: there is no such metric. Choose from {', '.join(names)}."
+            f'{did_you_mean(metric, names)}')
+    return metric
 
 
 class Evaluation(NamedTuple):

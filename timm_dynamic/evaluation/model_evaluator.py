@@ -138,7 +138,7 @@ class ModelEvaluator:
             loaders = {args.split: loader} if fit_loader is None else {args.split: loader, fit_on: fit_loader}
             _logger.info(format_block({
                 'data': describe_data(args, loaders),
-                'model': describe_model(self.name, self.exported, self.data_config),
+                'model': describe_model(self.name, self.exported, self.data_config, self.num_classes),
                 'device': describe_device(args, self.accelerator),
                 'batch': f'{args.batch_size} images per process',
             }))

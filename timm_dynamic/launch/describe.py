@@ -33,12 +33,12 @@ def describe_data(args: argparse.Namespace, loaders: Mapping[str, Any]) -> str:
     return '; '.join([source, *splits])
 
 
-def describe_model(name: str, model: Any, data_config: Mapping[str, Any]) -> str:
+def describe_model(name: str, model: Any, data_config: Mapping[str, Any], num_classes: int) -> str:
     """A model's parameters, classes, input size, and multiply-adds; of a dynamic model by step."""
     plain: Any = unwrap_model(model)
     size = 'x'.join(map(str, data_config['input_size']))
     parts = [f'{name}: {sum(p.numel() for p in plain.parameters()) / 1e6:.3g} M parameters',
-             f'{plain.num_classes} classes', f'images of {size}']
+             f'{num_classes} classes', f'images of {size}']
     if isinstance(plain, DynamicNet):
         parts.append(f"GMACs up to step 1..{plain.num_steps}: {', '.join(_gmacs(macs) for macs in plain.step_macs)}")
     else:

@@ -54,7 +54,7 @@ COMMON_TRAIN = (
     'stage_args', 'focus_baseline', 'init_local', 'init_downstream', 'init_members', 'init_from', 'confidence',
     'initial_checkpoint', 'resume', 'batch_size', 'opt', 'weight_decay', 'clip_grad', 'sched', 'lr', 'warmup_epochs',
     'epochs', 'aa', 'reprob', 'mixup', 'cutmix', 'smoothing', 'drop_path', 'model_ema', 'seed', 'workers', 'output',
-    'experiment', 'push_to_hub', 'eval_metric', 'log_with')
+    'experiment', 'clock', 'push_to_hub', 'eval_metric', 'log_with')
 _COMMON_EVAL = (
     *_COMMON_DATA, *_COMMON_MODEL, *_COMMON_DEVICE, 'split', 'checkpoint', 'batch_size', 'workers', 'results_file',
     'results_format', 'budget', 'thresholds', 'confidence')
@@ -377,6 +377,7 @@ def create_train_parser() -> argparse.ArgumentParser:
                    help='publish the best weights of the last stage on the Hugging Face Hub, with a card of the run')
     g.add_argument('--hub-private', action='store_true', help='with --push-to-hub: create a private repository')
     g.add_argument('--eval-metric', default='top1', metavar='NAME', help='metric that selects the best epoch (%(default)s)')
+    g.add_argument('--clock', action='store_true', help='at the end, measure the time that budgets, all steps and static networks take; also on the card')
     g.add_argument('--tta', type=int, default=0, metavar='N', help='average N views per image in validation, if the loader yields them')
     g.add_argument('--use-multi-epochs-loader', action='store_true', help='prefetch across the end of an epoch')
     g.add_argument('--log-with', nargs='+', metavar='TRACKER', help="Accelerate's trackers: tensorboard, wandb, ...")

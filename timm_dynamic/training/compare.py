@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from ..evaluation.calibration import CROSS
+from ..evaluation.clock import clock_model, describe_clock
 from ..evaluation.exit_report import Report, Row
 from ..evaluation.model_evaluator import ModelEvaluator, OutOfFold
 from ..exits import ExitTable
@@ -19,7 +20,7 @@ from ..models.dynamic_net import DynamicNet
 from ..task import Recipe, Stage, create_baseline
 from ..task.clcnet import CALIBRATION, train_confidence
 from ..utils import CheckpointError, save_exit_cfg
-from ..utils.report import plot_accuracy_over_macs, write_rows
+from ..utils.report import format_table, plot_accuracy_over_macs, write_rows
 
 _logger = logging.getLogger(__name__)
 
@@ -89,6 +90,11 @@ def compare_stages(
         if isinstance(models[-1][1], DynamicNet):
             static = {label: points for report in reports for label, points in report.static.items()}
             _keep_budgets(models[-1][1], reports[-1], static, split, folder)
+            if args.clock:
+                _clock(models, args, split, accelerator, folder)
+        elif args.clock:
+            _logger.warning(f'--clock: {models[-1][0]} has no exits, so nothing was clocked.')
+    accelerator.wait_for_everyone()
     return rows
 
 
@@ -133,3 +139,21 @@ def _keep_budgets(
     if plot_accuracy_over_macs(picture, report.curves, report.markers, title, static, report.images):
         text += f'\n\nAccuracy over multiply-adds: {picture}'
     _logger.info('\n' + text)
+
+
+def _clock(
+        models: Sequence[tuple[str, Any, argparse.Namespace]],
+        args: argparse.Namespace,
+        split: str,
+        accelerator: Accelerator,
+        folder: Path,
+) -> None:
+    """Clock the last model and the static ones before it; show, write and keep what came out."""
+    model = models[-1][1]
+    static = {f'static {label}': net for label, net, _ in models if not isinstance(net, DynamicNet)}
+    options = validation_options(args, split)
+    clock = clock_model(options, model, static, split, resolve_data(args, model), accelerator)
+    for name in ('clock.csv', 'clock.json'):
+        write_rows(folder / name, clock['rows'])
+    _logger.info(f"\n{describe_clock(clock)}:\n{format_table(clock['rows'])}")
+    save_exit_cfg(folder / 'best', {**model.exit_cfg, 'clock': clock})

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from timm.models import is_model_in_modules, parse_model_name
+from timm.utils import unwrap_model
 
 from .. import hub
 from ..data import DEMO_DATASET, class_to_idx, find_split
@@ -294,7 +295,8 @@ class TrainingRun:
                 loaders[args.val_split] = trainer.eval_loader
             self._show_block(stage, {
                 'data': describe_data(args, loaders),
-                'model': describe_model(args.model, trainer.model, trainer.data_config),
+                'model': describe_model(
+                    args.model, trainer.model, trainer.data_config, unwrap_model(trainer.model).num_classes),
                 'device': describe_device(args, self.accelerator),
                 'batch': describe_training_batch(args, self.accelerator, trainer.updates_per_epoch),
             })

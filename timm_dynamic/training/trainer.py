@@ -19,7 +19,7 @@ from timm.utils import dispatch_clip_grad, distribute_bn, unwrap_model
 from torch import nn
 from torchvision.utils import save_image
 
-from ..evaluation.metrics import evaluate, is_better_than_chance
+from ..evaluation.metrics import check_metric, evaluate, is_better_than_chance
 from ..evaluation.pictures import ImagePicker, draw_patches
 from ..exits.collect import Outputs, with_confidence
 from ..launch.accelerator import create_control_channel
@@ -39,7 +39,6 @@ from ..models.dynamic_net import DynamicNet
 from ..task import Stage, StageContext
 from ..utils import (
     CheckpointError,
-    did_you_mean,
     read_checkpoint,
     seeded,
 )
@@ -133,7 +132,7 @@ class Trainer:
         self.optimizer = accelerator.prepare(self.raw_optimizer)
         self.task.trainable_module = accelerator.prepare(trainable)
         self.updates_per_epoch = math.ceil(len(self.loader) / self.accum)
-        self.metric = self._check_metric(args.eval_metric) if self.eval_loader is not None else 'loss'
+        self.metric = 'loss' if self.eval_loader is None else check_metric(args.eval_metric, self.task, self.model)
         self.decreasing = self.metric == 'loss'
         self.scheduler, self.num_epochs = create_scheduler_v2(
             self.raw_optimizer, **scheduler_kwargs(args, decreasing_metric=self.decreasing),
@@ -153,17 +152,6 @@ class Trainer:
                 f"Stage '{self.stage.name}' starts from the weights of stage '{self.stage.starts_from}', which are not "
                 f"at '{folder}': run that stage first, or give weights with --init-from.")
         return load_checkpoint(model, folder)
-
-    def _check_metric(self, metric: str) -> str:
-        """Raise a ValueError, before training, if validation gives no such metric."""
-        task: Any = self.task
-        steps = task.num_predictions(self.model)
-        names = [*task.create_evaluator().metric_names, *(f'top1_step{t + 1}' for t in range(steps) if steps > 1)]
-        if metric not in names:
-            raise ValueError(
-                f"--eval-metric {metric}: there is no such metric. Choose from {', '.join(names)}."
-                f'{did_you_mean(metric, names)}')
-        return metric
 
     # state
 
