@@ -35,6 +35,7 @@ from ..task.recipe import FAMILIES, used_settings
 from ..utils import UserError
 from ..utils.report import format_block, format_table, write_yaml
 from ..utils.signals import StopRequest
+from .baseline import check_baseline
 from .compare import compare_stages
 from .progress import log_once
 from .run_folder import OUTPUT, CheckpointManager, check_identity, check_options, find_run_folder
@@ -305,7 +306,7 @@ class TrainingRun:
             if self.main:
                 _logger.info(f'Continuing stage {stage.name} at epoch {trainer.epoch}, batch {trainer.batch}.')
         else:
-            trainer.check_baseline()
+            check_baseline(trainer.task, trainer.eval_loader, trainer.model.num_classes, args, self.accelerator)
             if self.timm_checkpoint:
                 trainer.load_timm_checkpoint(self.timm_checkpoint)
                 self.timm_checkpoint = None

@@ -19,9 +19,9 @@ from timm.utils import dispatch_clip_grad, distribute_bn, unwrap_model
 from torch import nn
 from torchvision.utils import save_image
 
-from ..evaluation.metrics import check_metric, evaluate, is_better_than_chance
+from ..evaluation.metrics import check_metric, evaluate
 from ..evaluation.pictures import ImagePicker, draw_patches
-from ..exits.collect import Outputs, with_confidence
+from ..exits.collect import Outputs
 from ..launch.accelerator import create_control_channel
 from ..launch.build import (
     build_eval_loader,
@@ -45,7 +45,7 @@ from ..utils import (
 from ..utils.report import write_yaml
 from ..utils.signals import Stopped, StopRequest
 from .progress import LossGuard, NonFiniteLoss, Pace, RunningMeans, TrainingLog
-from .run_folder import CheckpointManager, StageResults, check_identity
+from .run_folder import CheckpointManager, StageResults, check_identity, check_resumable
 
 _logger = logging.getLogger(__name__)
 
@@ -226,13 +226,7 @@ class Trainer:
             CheckpointError: It is neither, or is for another model or optimizer.
         """
         checkpoint = read_checkpoint(path)
-        if not isinstance(checkpoint, Mapping):
-            raise CheckpointError(f"'{path}' holds no training checkpoint.")
-        if 'model_prime_state_dict' in checkpoint or 'net' in checkpoint:
-            instead = '--init-from' if 'model_prime_state_dict' in checkpoint else '--initial-checkpoint'
-            raise CheckpointError(
-                f"--resume: '{path}' is a file of the GFNet or AnchorNet authors' code, whose optimizer has other "
-                f'parameters. Start a stage with its weights: {instead} FILE --stage NAME.')
+        check_resumable(checkpoint, path)
         load_checkpoint(unwrap_model(self.task.get_eval_model()), path, use_ema=False)
         if self.task.has_ema():
             load_checkpoint(unwrap_model(self.task.get_eval_model(ema=True)), path)
@@ -473,35 +467,6 @@ class Trainer:
             f'The loss of stage {self.stage.name} is not finite: {first} The learning rate was {lr:.3g}.{kept}')
 
     # results
-
-    def check_baseline(self) -> None:
-        """Log the accuracy of the task's frozen baseline on the validation split, if the task has a baseline.
-
-        Raises:
-            ValueError: The baseline is no better than chance.
-        """
-        task: Any = self.task
-        if not task.baseline_name:
-            return
-        if self.eval_loader is None:
-            _logger.info(f"The accuracy of the baseline '{task.baseline_name}' is not checked: no validation split.")
-            return
-        metrics, _ = evaluate(
-            task.baseline, self.eval_loader, self.accelerator,
-            predict=lambda x: with_confidence(task.baseline_logits(x)[None]),
-            create_evaluator=lambda device, **kwargs: task.create_evaluator(**kwargs),
-            channels_last=self.args.channels_last, dtype=model_dtype(self.args), desc='baseline')
-        images, classes = int(metrics['count']), self.model.num_classes
-        correct = round(metrics['top1'] * images / 100)
-        top5 = f", top5 {metrics['top5']:.3f}" if 'top5' in metrics else ''
-        _logger.info(
-            f"Baseline '{task.baseline_name}' on {self.args.val_split} ({images} images), before training: "
-            f"top1 {metrics['top1']:.3f}{top5}")
-        if not is_better_than_chance(correct, images, classes):
-            raise ValueError(
-                f"The baseline '{task.baseline_name}' classifies {correct} of {images} images of {self.args.val_split} "
-                f'correctly. With {classes} classes this is no better than chance. Name a trained --focus-baseline '
-                'whose classes are in the order of the data, or train that of --focus-baseline scratch for longer.')
 
     def evaluate(self, ema: bool = False) -> dict[str, float]:
         """Evaluate the model, or its moving average, on the validation split."""
