@@ -15,6 +15,7 @@ from timm_dynamic import ConfidenceNet
 from timm_dynamic.data import create_dataset
 from timm_dynamic.evaluation import cascade, run_validation, validate_main
 from timm_dynamic.exits import ExitTable, early_exit
+from timm_dynamic.launch.options import create_validate_parser
 from timm_dynamic.utils import CheckpointError, save_pretrained
 
 COUNTS = {'train': 30, 'val': 25}
@@ -132,6 +133,8 @@ def test_files_of_parts(folder, run, fold_nets, tmp_path, capsys):
         with pytest.raises(SystemExit):
             run(*base, *members[:2], '--checkpoint', second)
         assert 'PART=FILE once for each part' in capsys.readouterr().err
+    path = str(tmp_path / 'lr=1.pth')  # no part: its name would be a path
+    assert create_validate_parser().parse_args(['--checkpoint', path]).checkpoint == path
 
 
 def test_views_can_be_overridden(run):

@@ -71,7 +71,7 @@ class _CheckpointAction(argparse.Action):
         part, equals, file = values.partition('=')
         before = getattr(namespace, self.dest)
         parts = before if isinstance(before, dict) else {}
-        is_part = equals and not Path(values).exists()
+        is_part = equals and '/' not in part and not Path(values).exists()
         if before and (not is_part or not parts or part in parts):
             parser.error(f'{option_string}: expected one FILE or folder, or PART=FILE once for each part.')
         setattr(namespace, self.dest, {**parts, part: file} if is_part else values)
