@@ -1,15 +1,18 @@
 """What tests share."""
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import psutil
 import torch
+from parity.confidence_reference import make_state_dict
 from PIL import Image
 
 ROOT = Path(__file__).parents[1]
@@ -97,3 +100,11 @@ def authors_checkpoint(model, name, steps=5, prefix='module.', **other):
         'model_name': name, 'patch_size': model.patch_size, **parts, 'flops': list(flops),
         'anytime_classification': [torch.tensor(60.), 70.], 'dynamic_threshold': torch.rand(39, steps),
         'budgeted_batch_classification': [list(np.linspace(flops[0], flops[-1], 39)), [60.] * 39], **other}
+
+
+def write_clcnet_zip(path: Path, seed: int = 0) -> None:
+    """Write a confidence net as `save_model` of the original CLCNet does."""
+    with zipfile.ZipFile(path, 'w') as archive:
+        archive.writestr('model_params.json', json.dumps({'init_params': {'n_d': 8, 'n_a': 8}, 'class_attrs': {}}))
+        with archive.open('network.pt', 'w') as f:
+            torch.save(make_state_dict(seed=seed), f)

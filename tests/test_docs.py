@@ -5,16 +5,14 @@ import re
 import shlex
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import timm
 import torch
-from accelerate.commands.launch import launch_command_parser
 from accelerate.state import AcceleratorState, GradientState
-from helpers import ROOT, authors_checkpoint, make_images, run_python
-from torch.distributed.run import get_args_parser
+from helpers import ROOT, authors_checkpoint, make_images, run_python, write_clcnet_zip
+from snippets import PAGES, Command, blocks_of, commands_of, script_and_args
 
 from benchmarks.__main__ import parser as benchmarks_parser
 from timm_dynamic import visualize
@@ -26,8 +24,6 @@ from timm_dynamic.launch.settings import TrainOptions
 from timm_dynamic.models.builder import check_model_name
 from timm_dynamic.training import train_main
 from timm_dynamic.utils import save_pretrained
-
-PAGES = [ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md'))]
 
 # Stand-ins for what is large: text of a snippet, and what is run instead.
 SUBSTITUTIONS = {
@@ -71,27 +67,12 @@ OTHER_PROGRAMS = {
 RUN = {
     'README.md': ('--experiment mine', 'curve.png', 'predictions.csv'),
     'docs/anchornet.md': ('--demo 4',),
+    'docs/migration.md': ('',),  # all, by test_migration.py
 }
 ONLY_PARSED = {
     'README.md': 1, 'docs/anchornet.md': 6, 'docs/clcnet.md': 13, 'docs/focusnet.md': 7, 'docs/gfnet.md': 6,
     'docs/hub.md': 5, 'docs/own-data.md': 8, 'docs/quickstart.md': 4, 'docs/speed.md': 2, 'docs/validate.md': 4,
 }
-
-
-@dataclass
-class Block:
-    page: str
-    line: int
-    language: str
-    text: str
-
-
-def blocks_of(path: Path) -> list[Block]:
-    """The fenced blocks of a page."""
-    text = path.read_text(encoding='utf-8')
-    return [
-        Block(path.relative_to(ROOT).as_posix(), text[:m.start()].count('\n') + 2, m[1], m[2])
-        for m in re.finditer(r'^ *```(\w*)\n(.*?)^ *```$', text, re.DOTALL | re.MULTILINE)]
 
 
 def substitute(text: str) -> str:
@@ -106,48 +87,15 @@ PYTHON = [
     if block.language == 'python' and not any(line in RUN_ELSEWHERE for line in block.text.splitlines())]
 
 
-@dataclass
-class Command:
-    page: str
-    words: list[str]
-
-    @property
-    def text(self) -> str:
-        return shlex.join(self.words)
-
-    @property
-    def is_run(self) -> bool:
-        return any(part in self.text for part in RUN.get(self.page, ()))
-
-    @property
-    def is_of_other_program(self) -> bool:
-        return self.text.startswith(tuple(OTHER_PROGRAMS))
+def is_run(command: Command) -> bool:
+    return any(part in command.text for part in RUN.get(command.page, ()))
 
 
-def commands_of(block: Block) -> list[Command]:
-    lines = block.text.replace('\\\n', ' ').splitlines()
-    words = [shlex.split(line, comments=True) for line in lines]
-    return [Command(block.page, w) for w in words if w]
+def is_of_other_program(command: Command) -> bool:
+    return command.text.startswith(tuple(OTHER_PROGRAMS))
 
 
 COMMANDS = [command for block in BLOCKS if block.language == 'sh' for command in commands_of(block)]
-
-
-def script_and_args(words: list[str]) -> tuple[str, list[str]]:
-    """The name of our script and its arguments. Launchers are parsed by their own parsers."""
-    words = [w for i, w in enumerate(words) if not (re.fullmatch(r'[A-Z_]+=\S*', w) and i < 2)]  # environment
-    if words[:2] == ['accelerate', 'launch']:
-        args = launch_command_parser().parse_args(words[2:])
-        words = ['python', *(['-m'] if args.module else []), args.training_script, *args.training_script_args]
-    elif words[0] == 'torchrun':
-        args = get_args_parser().parse_args(words[1:])
-        words = ['python', args.training_script, *args.training_script_args]
-    if words[:2] == ['python', '-m']:
-        words = [words[2], *words[3:]] if words[2] != 'timm_dynamic' else ['timm-dynamic', *words[3:]]
-    elif words[0] == 'python':
-        assert (ROOT / words[1]).is_file(), f'no script {words[1]}'
-        return Path(words[1]).stem, words[2:]
-    return (words[1], words[2:]) if words[0] == 'timm-dynamic' else (words[0], words[1:])
 
 
 def parse(script: str, args: list[str]) -> None:
@@ -198,6 +146,8 @@ def files(tmp_path_factory):
                        ('patch', 'densenet201_patch_95_best.pth.tar')):
         torch.save(getattr(anchornet, part).state_dict(), folder / name)
         (folder / 'FOLDER' / name).symlink_to(folder / name)
+    (folder / 'WEIGHTS').mkdir()
+    write_clcnet_zip(folder / 'WEIGHTS/CLCNet_imagenet_split_1(MSE_0.1097).zip')
     return folder
 
 
@@ -212,7 +162,7 @@ def test_python_runs(page, files, monkeypatch):
             exec(compile(code, page, 'exec'), names)
 
 
-@pytest.mark.parametrize('command', [c for c in COMMANDS if not c.is_of_other_program], ids=lambda c: c.text[:60])
+@pytest.mark.parametrize('command', [c for c in COMMANDS if not is_of_other_program(c)], ids=lambda c: c.text[:60])
 def test_commands_are_parsed(command, tmp_path, monkeypatch):
     script, args = script_and_args(command.words)
     monkeypatch.chdir(tmp_path)
@@ -225,7 +175,7 @@ def test_own_folder(tmp_path, monkeypatch):
     make_images(tmp_path / 'DATA', {'train': 16, 'val': 16}, classes=3, size=(96, 96))
     (tmp_path / 'IMAGES').symlink_to(tmp_path / 'DATA/val')
     for command in COMMANDS:
-        if command.page == 'README.md' and command.is_run:
+        if command.page == 'README.md' and is_run(command):
             run(*script_and_args(shlex.split(substitute(command.text))))
     assert (tmp_path / 'curve.png').stat().st_size > 1000
     rows = (tmp_path / 'predictions.csv').read_text().splitlines()
@@ -234,7 +184,7 @@ def test_own_folder(tmp_path, monkeypatch):
 
 def test_pictures(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (command,) = [c for c in COMMANDS if c.page == 'docs/anchornet.md' and c.is_run]
+    (command,) = [c for c in COMMANDS if c.page == 'docs/anchornet.md' and is_run(c)]
     run(*script_and_args(command.words))
     assert len(list((tmp_path / 'pictures').glob('*.png'))) == 4
 
@@ -286,7 +236,7 @@ def test_only_these_commands_are_not_run():
     """A new command is run, or counted here."""
     counts: dict[str, int] = {}
     for command in COMMANDS:
-        if not command.is_of_other_program and not command.is_run and 'two_exit_tiny' not in command.text:
+        if not is_of_other_program(command) and not is_run(command) and 'two_exit_tiny' not in command.text:
             counts[command.page] = counts.get(command.page, 0) + 1
     assert counts == ONLY_PARSED, f'{sum(counts.values())} of {len(COMMANDS)} commands are only parsed: {counts}'
 

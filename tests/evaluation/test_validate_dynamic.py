@@ -79,7 +79,7 @@ def test_exits_are_fitted_on_another_split(run, caplog, split, fitted_on, images
 
 @pytest.mark.parametrize(('data', 'split'), [('data', 'validation'), ('data', 'val'), ('data/val', 'validation')])
 def test_without_another_split_exits_are_cross_fitted(run, caplog, data, split):
-    """Not on the training split, whose images the model has learned. A folder without splits is, to timm, every split."""
+    """Not on the training split, whose images the model has learned. For timm, a folder without splits is any split."""
     caplog.set_level('INFO')
     row, = of(run('--budget', 0.001, '--split', split, data=data), 'budget')
     assert (row['fitted_on'], row['split'], row['images']) == (
@@ -160,7 +160,9 @@ def test_the_row_is_what_forward_gives(run, folder, net, tmp_path):
 
 def test_a_row_is_what_running_it_gives(run, folder, net, tmp_path):
     """Thresholds of the table, given to the model itself on the same images."""
-    rows = run('--geometric', '--calibrate-split', 'train', '--results-file', tmp_path / 'r.csv', '--save-exit-table', tmp_path / 't.st')
+    rows = run(
+        '--geometric', '--calibrate-split', 'train', '--results-file', tmp_path / 'r.csv', '--save-exit-table',
+        tmp_path / 't.st')
     row, = of(rows, 'geometric p=20')
     config = net.pretrained_cfg
     loader = create_loader(
@@ -189,8 +191,8 @@ def test_static_models_stand_beside(run, folder):
 
 def test_several_processes(folder, run, tmp_path):
     """To the byte what one process gives, on an odd number of images."""
-    options = ['--budget', '0.001', '0.0013', '--calibrate-split', 'train', '--calibrate-samples', '16', '--geometric', '--metrics-avg', 'macro',
-               '--results-format', 'json']
+    options = ['--budget', '0.001', '0.0013', '--calibrate-split', 'train', '--calibrate-samples', '16', '--geometric',
+               '--metrics-avg', 'macro', '--results-format', 'json']
     rows = run(*options, '--results-file', tmp_path / 'one.json', '--save-exit-table', tmp_path / 'one.st')
     assert [row['images'] for row in rows] == [15] * (1 + 3 + 2 + 39)
     run_forked(
@@ -209,7 +211,8 @@ def test_several_processes(folder, run, tmp_path):
 
 def test_stored_fresh_and_stored_results_agree(run, tmp_path):
     """The three ways to evaluate of the original: fit and keep, then read, then run again."""
-    fresh = of(run('--budget', 0.001, 0.0013, '--calibrate-split', 'train', '--save-budgets', tmp_path / 'kept'), 'budget')
+    kept = run('--budget', 0.001, 0.0013, '--calibrate-split', 'train', '--save-budgets', tmp_path / 'kept')
+    fresh = of(kept, 'budget')
     shown = run('--stored-results', model=tmp_path / 'kept')
     again = of(run('--stored-thresholds', model=tmp_path / 'kept'), 'stored')
     assert len(fresh) == len(shown) == len(again) == 2

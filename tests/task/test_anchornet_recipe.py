@@ -89,3 +89,21 @@ def test_a_localizer_trained_alone_and_two_nets_make_a_model(folder):
 def test_a_net_without_a_name(folder):
     with pytest.raises(CheckpointError, match="holds one network that is not the localizer"):
         find_part_files(folder / 'unnamed.pth', create())
+
+
+@pytest.mark.parametrize('given', [['--init-from', 'whole'], ['--pretrained']])
+@pytest.mark.parametrize('demo', [False, True])
+def test_weights_of_the_whole_model_are_kept(folder, given, demo):
+    """In every stage, also in those after the first, which starts from them."""
+    given = [given[0], *(str(folder / name) for name in given[1:])]
+    options = TrainOptions(['--model', 'test_anchornet_patch', '--data-dir', 'somewhere', *given])
+    model = create(1)
+    recipe = create_recipe(options.base, demo=demo, model=model)
+    assert [s.name for s in recipe.stages] == [*PARTS]
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    for i, stage in enumerate(recipe.stages):
+        args = options.for_stage(stage, 1)
+        if i:
+            args.init_from = ''  # as train.py does
+        stage.prepare(model, args, StageContext())
+        assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())

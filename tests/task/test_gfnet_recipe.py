@@ -199,11 +199,13 @@ def test_frozen_glance_needs_weights(tmp_path, caplog):
     warmup.prepare(small(), args, StageContext())
 
 
-def test_encoder_from_a_file(tmp_path):
+def test_encoder_from_a_file(tmp_path, monkeypatch):
     backbone = timm.create_model('test_focusnet', num_classes=5)
     save_pretrained(backbone, tmp_path)
     torch.save({'state_dict': backbone.state_dict()}, tmp_path / 'file.pth.tar')
-    for source in (tmp_path, f'local-dir:{tmp_path}', tmp_path / 'file.pth.tar'):
+    torch.save({'state_dict': backbone.state_dict()}, tmp_path / 'test_focusnet.pth')  # like a model with the tag 'pth'
+    monkeypatch.chdir(tmp_path)
+    for source in (tmp_path, f'local-dir:{tmp_path}', tmp_path / 'file.pth.tar', 'test_focusnet.pth'):
         model = small()
         classifier = load_encoder(model.local_encoder, source, model)
         assert torch.equal(classifier['weight'], backbone.fc.weight)

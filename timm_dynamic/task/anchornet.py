@@ -223,6 +223,9 @@ def create_anchornet_recipe(args: argparse.Namespace, demo: bool, model: Any) ->
             raise ValueError(
                 '--init-downstream is for the nets that an AnchorNet-patch has beside its localizer: --model anchornet '
                 'has none.')
+        if args.init_from:
+            raise ValueError(
+                '--init-from is for an AnchorNet-patch. Weights for --model anchornet: --initial-checkpoint.')
         return Recipe('anchornet', (
             Stage('localizer', create_static_task, defaults['localizer'], label=args.model),))
     given = _given_parts(args, model)

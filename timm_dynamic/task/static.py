@@ -106,8 +106,10 @@ def load_encoder(encoder: Any, source: str | Path, model: Any) -> dict[str, torc
     text = str(source).removeprefix('local-dir:')
     cfg = encoder.pretrained_cfg
     architecture, head = cfg['architecture'], cfg.get('classifier') or ''
-    # If a folder has the name of a timm model, the model is meant. 'local-dir:' or './' selects the folder.
-    if Path(text).exists() and not (text == str(source) and is_model(text)):
+    # If a folder has the name of a timm model, the model is meant. 'local-dir:' or './' selects the folder. But a file
+    # is meant: densenet201.pth is no model with a tag.
+    path = Path(text)
+    if path.is_file() or (path.exists() and not (text == str(source) and is_model(text))):
         filter_fn = checkpoint_filter_of(architecture) if is_model(architecture) else None
         state_dict = map_pycls_keys(read_state_dict(text))
         state_dict = dict(filter_fn(state_dict, encoder)) if filter_fn else state_dict

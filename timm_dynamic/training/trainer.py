@@ -37,15 +37,11 @@ from ..launch.classes import sorted_classes
 from ..models.builder import load_checkpoint
 from ..models.dynamic_net import DynamicNet
 from ..task import Stage, StageContext
-from ..utils import (
-    CheckpointError,
-    read_checkpoint,
-    seeded,
-)
+from ..utils import CheckpointError, seeded
 from ..utils.report import write_yaml
 from ..utils.signals import Stopped, StopRequest
 from .progress import LossGuard, NonFiniteLoss, Pace, RunningMeans, TrainingLog
-from .run_folder import CheckpointManager, StageResults, check_identity, check_resumable
+from .run_folder import CheckpointManager, StageResults, check_identity, read_resumable
 
 _logger = logging.getLogger(__name__)
 
@@ -225,8 +221,7 @@ class Trainer:
         Raises:
             CheckpointError: It is neither, or is for another model or optimizer.
         """
-        checkpoint = read_checkpoint(path)
-        check_resumable(checkpoint, path)
+        checkpoint = read_resumable(path)
         load_checkpoint(unwrap_model(self.task.get_eval_model()), path, use_ema=False)
         if self.task.has_ema():
             load_checkpoint(unwrap_model(self.task.get_eval_model(ema=True)), path)
@@ -267,8 +262,6 @@ class Trainer:
         totals, name = self.means.gather(), f'{self.stage.name}-{self.epoch:04d}-{self.batch:07d}'
         if self.main:
             self.states.save({**self.state_dict(), 'totals': totals}, name)
-
-    # training
 
     def fit(self, stop: StopRequest) -> dict[str, Any]:
         """Train to the end.
