@@ -465,12 +465,12 @@ def curve(lab, flag):
             curves=curves, points=points, title=title, static=static, images=images))
     seen = lab.evaluated(*DYNAMIC, '--geometric', '--compare', 'local-dir:{other}', flag, '{tmp}/c.png')
     name = '/'.join(lab.paths['{dynamic}'].parts[-2:])
-    assert list(drawn['curves']) == [f'{name}: steps', f'{name}: budgets, fitted on a random half']
+    assert list(drawn['curves']) == [f'{name}: steps', f'{name}: budgets, fitted on all']
     assert drawn['title'] == 'evaluated on validation'
     other = '/'.join(lab.paths['{other}'].parts[-2:])
     assert list(drawn['points']) == [f'{name}: geometric']
     assert list(drawn['static']) == [other]
-    assert drawn['images'] == 5  # half of them: exits are fitted on the others
+    assert drawn['images'] == 10  # cross-fitted
     (gmacs, top1), = drawn['static'][other]
     assert (round(gmacs, 6), top1) == (seen.rows[1]['gmacs'], seen.rows[1]['top1'])
     lab.monkeypatch.undo()

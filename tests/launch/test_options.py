@@ -193,7 +193,7 @@ def test_typos_and_abbreviations_are_explained(create, says):
 
 
 @pytest.mark.parametrize(('create', 'common', 'rare', 'most'), [
-    (create_train_parser, '--model-kwargs', '--lr-k-decay', 130),
+    (create_train_parser, '--model-kwargs', '--lr-k-decay', 140),
     (create_validate_parser, '--save-budgets', '--strict', 110),
     (create_predict_parser, '--topk', '--shard-size', 100)])
 def test_help_shows_the_common_options_and_help_all_every_one(create, common, rare, most, capsys):
