@@ -470,7 +470,7 @@ def curve(lab, flag):
     other = '/'.join(lab.paths['{other}'].parts[-2:])
     assert list(drawn['points']) == [f'{name}: geometric']
     assert list(drawn['static']) == [other]
-    assert drawn['images'] == 10  # cross-fitted
+    assert drawn['images'] == 9  # all of them: cross-fitted
     (gmacs, top1), = drawn['static'][other]
     assert (round(gmacs, 6), top1) == (seen.rows[1]['gmacs'], seen.rows[1]['top1'])
     lab.monkeypatch.undo()
