@@ -95,6 +95,13 @@ def test_synsets_of_imagenet(num_classes, subset):
     assert model_class_to_idx(None, 10) is None
 
 
+def test_as_many_classes_with_other_names(caplog):
+    """A thousand folders that are not named by synset may be in another order."""
+    names = model_class_to_idx(None, 1000)
+    assert match_classes({f'class {i:04d}': i for i in range(1000)}, names, 1000, "'val'") is None
+    assert "data has 1000 classes (e.g. 'class 0000'), the model has 1000 (e.g. 'n01440764')" in caplog.text
+
+
 def test_training_on_some_imagenet_classes_keeps_their_indices(tmp_path, caplog):
     """Else a 1000-class model would be trained with other indices than it is validated with."""
     caplog.set_level(logging.INFO, logger='timm_dynamic')

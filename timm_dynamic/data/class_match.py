@@ -80,7 +80,7 @@ def match_classes(
             f"but not '{strange}'. Remove its images, or give the model's index of each class with --class-map.")
     count = max(own.values()) + 1
     example = f" (e.g. '{next(iter(names))}')" if names else ', whose names are not known'
-    if count != num_classes or (names and infer_imagenet_subset({'num_classes': num_classes}) is None):
+    if names or count != num_classes:
         _logger.warning(
             f"The {what} data has {count} classes (e.g. '{strange}'), the model has {num_classes}{example}. They "
             'cannot be matched by name, so their order is used: the results may be wrong. Give the index of each class '
