@@ -3,6 +3,7 @@
 
     python benchmark.py --help
     python benchmark.py exit --model gfnet_resnet50_96 --channels-last --fuse
+    python benchmark.py exit --model local-dir:RUN/best --budget G --data-dir DIR --channels-last --fuse
 """
 import sys
 

@@ -1,15 +1,18 @@
 """What tests share."""
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import psutil
 import torch
+from parity.confidence_reference import make_state_dict
 from PIL import Image
 
 ROOT = Path(__file__).parents[1]
@@ -29,6 +32,24 @@ def make_images(folder: Path, counts: dict[str, int], classes: int = 3, size: tu
                 pixels[..., c % 3] += 90
                 Image.fromarray(pixels).save(path / f'{i:03d}.png')
     return folder
+
+
+def fit_classifier(model: Any, images: Path, split: str = 'train') -> None:
+    """Fit the classifier of an untrained timm model to images of `make_images`, so that it is better than chance."""
+    size = 32, 32
+    paths = sorted((images / split).glob('*/*.png'))
+    classes = torch.tensor([int(path.parent.name.removeprefix('class')) for path in paths])
+    pixels = [np.array(Image.open(path).resize(size), dtype=np.float32) / 255 for path in paths]
+    x = (torch.tensor(np.stack(pixels)).permute(0, 3, 1, 2) - 0.45) / 0.225
+    with torch.no_grad():
+        features = model.eval().forward_head(model.forward_features(x), pre_logits=True)
+        mean, scale = features.mean(0), features.std() + 1e-6
+        inputs = (features - mean) / scale
+        targets = torch.nn.functional.one_hot(classes, model.num_classes).float()
+        weight = torch.linalg.solve(inputs.T @ inputs + torch.eye(inputs.shape[1]), inputs.T @ targets).T
+        head = model.get_classifier()
+        head.weight.copy_(weight / scale * 5)
+        head.bias.copy_(-head.weight @ mean)
 
 
 def run_python(*args, processes: int = 1, check: bool = True, env: Any = None) -> subprocess.CompletedProcess:
@@ -79,3 +100,11 @@ def authors_checkpoint(model, name, steps=5, prefix='module.', **other):
         'model_name': name, 'patch_size': model.patch_size, **parts, 'flops': list(flops),
         'anytime_classification': [torch.tensor(60.), 70.], 'dynamic_threshold': torch.rand(39, steps),
         'budgeted_batch_classification': [list(np.linspace(flops[0], flops[-1], 39)), [60.] * 39], **other}
+
+
+def write_clcnet_zip(path: Path, seed: int = 0) -> None:
+    """Write a confidence net as `save_model` of the original CLCNet does."""
+    with zipfile.ZipFile(path, 'w') as archive:
+        archive.writestr('model_params.json', json.dumps({'init_params': {'n_d': 8, 'n_a': 8}, 'class_attrs': {}}))
+        with archive.open('network.pt', 'w') as f:
+            torch.save(make_state_dict(seed=seed), f)

@@ -1,4 +1,5 @@
 """The command line that draws where models look."""
+import json
 import re
 
 import numpy as np
@@ -6,8 +7,10 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from timm.data import create_transform, resolve_data_config
 
 import timm_dynamic  # noqa: F401
+from timm_dynamic.data import create_dataset
 from timm_dynamic.utils import save_pretrained
 from timm_dynamic.visualize import main, visualize
 
@@ -47,6 +50,47 @@ def test_demo_images(folder, tmp_path):
     written = visualize([
         '--model', f'local-dir:{folder / "test_anchornet_patch"}', '--demo', '3', '-b', '2', '--out', str(tmp_path)])
     assert [p.name for p in written] == ['digit_0.png', 'digit_1.png', 'digit_2.png']
+
+
+def test_json_and_probabilities(tmp_path):
+    """Every number is that of the model: the sums after each step, each window alone, and its box."""
+    visualize(['--model', 'test_anchornet_patch', '--demo', '2', '--thresholds', '0', '0', '0', '--json',
+               '--probabilities', '--out', str(tmp_path)])
+    model = timm.create_model('test_anchornet_patch', pretrained=True).eval()
+    dataset = create_dataset('cluttered_digits', split='test', num_samples=2, img_size=96)
+    transform = create_transform(**resolve_data_config(model=model))
+    with torch.inference_mode():
+        out = model.forward_all(torch.stack([transform(dataset[i][0]) for i in range(2)]))
+
+    def check(found, logits):
+        probs, classes = logits.softmax(dim=0).sort(descending=True)
+        assert [c['index'] for c in found] == classes.tolist()  # the ten best, of ten
+        assert [c['prob'] for c in found] == pytest.approx(probs.tolist(), abs=1e-5)
+        assert found[0]['label'] == f'class {classes[0]}'
+
+    for i in range(2):
+        found = json.loads((tmp_path / f'digit_{i}.json').read_text())
+        assert (found['image'], found['steps_used']) == (f'digit {i}', 1)
+        assert found['prediction'] == found['steps'][0]['prediction']
+        check(found['localizer'], out['localizer_logits'][i])
+        assert [step['box'] for step in found['steps']] == [
+            None, *([r, c, r + 47, c + 47] for r, c in out['coords'][:, i].tolist())]
+        for t, step in enumerate(found['steps']):
+            check(step['prediction'], out['logits'][t, i])
+            check(step['own'], out['patch_logits'][t - 1, i] if t else out['logits'][0, i])
+            assert step['gmacs'] == model.step_macs[t] / 1e9
+        with Image.open(tmp_path / f'digit_{i}.prob.png') as picture:
+            colors = {color for _, color in picture.convert('RGB').getcolors(1 << 20)}
+            assert {(0x7f, 0xb3, 0xd5), (0xdd, 0xdd, 0xdd)} <= colors  # the step that was used, and the others
+
+
+def test_json_of_an_anchornet_alone(folder, tmp_path):
+    visualize(['--model', f"local-dir:{folder / 'anchornet'}", '--input', str(folder / 'images/one.png'), '--json',
+               '--num-windows', '2', '--out', str(tmp_path)])
+    found = json.loads((tmp_path / 'one.png.json').read_text())
+    assert found.keys() == {'image', 'prediction', 'windows'}
+    assert len(found['prediction']) == 10
+    assert [box[2] - box[0] for box in found['windows']] == [94, 94]
 
 
 @pytest.mark.parametrize(('options', 'message'), [

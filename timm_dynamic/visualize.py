@@ -19,20 +19,22 @@ from timm.utils import ParseKwargs
 
 from .data import DEMO_DATASET, create_dataset, read_demo_note
 from .evaluation.pictures import class_names, draw_image, look, to_pixels
+from .evaluation.step_predictions import describe_look, draw_probabilities
 from .launch.build import demo_settings
+from .launch.parser import StrictParser
 from .launch.script import run_script
 from .models.anchornet import AnchorNet
 from .models.builder import check_model_name
 from .models.dynamic_net import DynamicNet
-from .utils import atomic_write
+from .utils import atomic_write, write_json
 
 _logger = logging.getLogger(__name__)
 
 
 def create_parser() -> argparse.ArgumentParser:
     """Parser for python -m timm_dynamic.visualize."""
-    parser = argparse.ArgumentParser(
-        prog='python -m timm_dynamic.visualize', allow_abbrev=False,
+    parser = StrictParser(
+        prog='python -m timm_dynamic.visualize',
         description='Draw where a GFNet, an AnchorNet-patch or an AnchorNet looks, and its prediction after each step.')
     add = parser.add_argument
     add('--model', '-m', required=True, metavar='NAME', help="a model with its weights, or 'local-dir:FOLDER'")
@@ -43,6 +45,9 @@ def create_parser() -> argparse.ArgumentParser:
     add('--demo-digit-scale', type=int, nargs=2, metavar=('LO', 'HI'), help="(default: the model's, else 24 36)")
     add('--demo-clutter', type=float, metavar='X', help="(default: the model's, else 0.5)")
     add('--out', '-o', required=True, metavar='DIR', help='folder for the pictures, one PNG per image')
+    add('--json', action='store_true', help=(
+        'also write one JSON per image: ten best classes after each step, and of each window of an AnchorNet-patch'))
+    add('--probabilities', action='store_true', help='also draw the probabilities after each step, in NAME.prob.png')
     add('--budget', type=float, metavar='G', help='exit early within this budget (GMACs per image on average)')
     add('--thresholds', type=float, nargs='+', metavar='T', help='exit early at these confidences, one a step')
     add('--num-windows', type=int, default=4, metavar='N', help='windows of an AnchorNet alone (%(default)s)')
@@ -158,6 +163,11 @@ def visualize(argv: Sequence[str] | None = None) -> list[Path]:
             with atomic_write(path) as tmp:
                 draw_image(pixels, seen, name_of, name, target).save(tmp, 'png')
             written.append(path)
+            if args.json:
+                write_json(path.with_suffix('.json'), {'image': name, **describe_look(seen, name_of)})
+            if args.probabilities:
+                with atomic_write(path.with_suffix('.prob.png')) as tmp:
+                    draw_probabilities(seen, name_of, name).save(tmp, 'png')
         batch.clear()
 
     demo_args = {'img_size': config['input_size'][-1], **read_demo_note(model.pretrained_cfg.get('notes'))}

@@ -8,6 +8,8 @@ import timm
 from helpers import ROOT
 
 from timm_dynamic.benchmark import benchmark_exit, benchmark_main, run_benchmark, time_interleaved
+from timm_dynamic.data import DEMO_DATASET, create_dataset
+from timm_dynamic.evaluation.predict import run_prediction
 from timm_dynamic.utils.report import read_rows
 
 
@@ -47,6 +49,61 @@ def test_exit(model, capsys, tmp_path):
     assert stream['efficiency'] == pytest.approx(needed * stream['images_per_s'], rel=1e-3)
     assert static['latency_ms'] > 0
     assert stream['latency_ms'] is None
+
+
+@pytest.mark.parametrize('member', [False, True])
+def test_own_exits_and_images(member, tmp_path):
+    """The shares are those of the same policy on the same images, from a model with its own weights."""
+    name = 'test_clcnet' if member else 'test_gfnet'
+    model = timm.create_model(name, pretrained=True).eval()
+    images = tmp_path / 'images' / 'validation' / 'any'
+    images.mkdir(parents=True)
+    demo = create_dataset(DEMO_DATASET, None, 'test', img_size=96)
+    for i in range(20):
+        demo[i][0].save(images / f'{i}.png')
+    budget = model.exit_cfg['budgets'][5]
+    rows = benchmark_exit(
+        name, batch_size=8, repeats=1, static='none', latency_images=1, budget=budget['gmacs'],
+        data_dir=str(tmp_path / 'images'))
+    model.set_budget(budget['gmacs'])
+    steps = predict_folder(model, name, tmp_path)
+    shares = [round(steps.count(t) / 20, 4) for t in range(1, model.num_steps + 1)]
+    assert len(set(steps)) > 1
+    assert rows[1]['exit_shares'] == rows[2]['exit_shares'] == shares
+    mean = sum(model.step_macs[t - 1] for t in steps) / 20 / 1e9
+    assert rows[2]['gmacs'] == pytest.approx(mean, rel=1e-3)
+
+
+def predict_folder(model, name, folder):
+    """Steps used, in the results of predict.py."""
+    file = folder / 'predictions.csv'
+    run_prediction([
+        '--model', name, '--pretrained', '--data-dir', str(folder / 'images'), '--budget',
+        str(model.exit_cfg['budgets'][5]['gmacs']), '--results-file', str(file), '--workers', '0',
+        '--no-console-results'])
+    return [int(row['steps_used']) for row in read_rows(file)]
+
+
+def test_thresholds_on_the_demo_set():
+    rows = benchmark_exit(
+        'test_gfnet', batch_size=8, num_images=12, repeats=1, static='none', latency_images=0, thresholds=[2, -1, 0])
+    assert [row['exit_shares'] for row in rows[:3]] == [None, [0, 1, 0], [0, 1, 0]]
+    assert rows[2]['gmacs'] == pytest.approx(timm.create_model('test_gfnet').step_macs[1] / 1e9)
+
+
+@pytest.mark.parametrize(('flags', 'message'), [
+    (['--budget', '0.008', '--thresholds', '0', '0', '0'], '--budget and --thresholds both say when to exit'),
+    (['--thresholds', '0', '0', '0', '--exit-shares', '1', '1', '1'], '--exit-shares places thresholds on noise'),
+    (['--data-dir', 'images'], '--data-dir: without --budget or --thresholds, images are noise'),
+    (['--split', 'test', '--dataset', 'torch/cifar10'], '--dataset, --split: without'),
+    (['--thresholds', '0', '0'], 'Expected 3 thresholds'),
+    (['--budget', '9'], 'budget of 9 GMACs is out of range'),
+    (['--thresholds', '0', '0', '0', '--num-images', '99999999'], '--num-images: expected at most the'),
+    (['--thresholds', '0', '0', '0', '--data-dir', 'nowhere'], 'nowhere'),
+])
+def test_options_of_own_exits_that_are_refused(flags, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        run_benchmark(['exit', '--model', 'test_gfnet', '--latency-images', '0', *flags])
 
 
 def test_compiled_steps_compete_with_eager_ones():

@@ -1,4 +1,7 @@
 """Rows and curves of exit tables."""
+import itertools
+import math
+
 import pytest
 import timm
 import torch
@@ -7,7 +10,7 @@ from exit_tables import make_table
 import timm_dynamic  # noqa: F401
 from timm_dynamic.evaluation import exit_report
 from timm_dynamic.evaluation.calibration import Calibration
-from timm_dynamic.exits import ExitTable, geometric_thresholds, solve_curve
+from timm_dynamic.exits import ExitPoint, ExitTable, geometric_thresholds, solve_curve
 
 
 @pytest.fixture
@@ -19,6 +22,11 @@ def calibrated(calibration, evaluation):
     return Calibration(calibration, evaluation, 'fitted', 'evaluated')
 
 
+def point(gmacs, top1):
+    nothing = torch.zeros(0)
+    return ExitPoint(top1, None, gmacs, nothing, nothing, nothing, nothing)
+
+
 class TestRows:
     def test_steps(self):
         table = make_table()
@@ -28,7 +36,7 @@ class TestRows:
         for t, row in enumerate(rows):
             assert row['top1'] == pytest.approx(100 * table.correct[:, t].float().mean().item(), abs=1e-4)
             assert row['top5'] == pytest.approx(100 * table.correct_top5[:, t].float().mean().item(), abs=1e-4)
-            assert (row['images'], row['split']) == (400, 'test')
+            assert (row['images'], row['correct'], row['split']) == (400, int(table.correct[:, t].sum()), 'test')
         curve = [(gmacs, round(top1, 4)) for gmacs, top1 in exit_report.step_curve(table)]
         assert curve == [(row['gmacs'], row['top1']) for row in rows]
         assert 'top5' not in exit_report.step_rows(make_table(top5=False))[0]
@@ -85,6 +93,48 @@ class TestRows:
         assert budgets == sorted(budgets)
         alike = ExitTable(torch.full((9, 2), 0.5), torch.ones(9, 2, dtype=torch.bool), (1, 2))
         assert len(exit_report.budget_rows(calibrated(alike, alike), num=6)) == 1
+
+    def test_default_budgets_are_where_the_curve_moves(self):
+        # 60 points of accuracy within the first tenth of the cost, 40 in the rest: hypot(0.1, 0.6) and hypot(0.9, 0.4).
+        points = [point(1., 30.), point(1.5, 55.), point(2., 90.), point(11., 130.), point(6., 89.)]
+        first, rest = math.hypot(0.05, 0.25) + math.hypot(0.05, 0.35), math.hypot(0.9, 0.4)
+        budgets = exit_report.spread_budgets(points, 9)
+        assert (budgets[0], budgets[-1]) == (1., 11.)
+        step = (first + rest) / 8
+        expected = 2 + 9 * (5 * step - first) / rest  # the sixth one is on the flat part
+        assert budgets[5] == pytest.approx(expected)
+        assert sum(b <= 2 for b in budgets) == 1 + int(first / step)
+        assert all(a < b for a, b in itertools.pairwise(budgets))
+        assert exit_report.spread_budgets(points[:1], 9) == [1.]
+        assert exit_report.spread_budgets([point(1., 30.), point(2., 30.)], 9) == [1.]
+        assert exit_report.spread_budgets(points, 1) == [11.]
+
+    def test_half_of_the_default_budgets_are_on_the_steep_part_of_a_table(self):
+        def table(seed):  # the tenth of the images with the least confidence gains from a second step of 10 GMACs
+            generator = torch.Generator().manual_seed(seed)
+            confidence, luck = torch.rand(2, 4000, 2, generator=generator)
+            first = (confidence[:, 0] > 0.1) & (luck[:, 0] < 0.99)
+            return ExitTable(confidence, torch.stack([first, luck[:, 1] < 0.999], dim=1), (10**9, 11 * 10**9))
+
+        rows = exit_report.budget_rows(calibrated(table(0), table(1)), num=6)
+        assert sum(1 < row['budget'] <= 2.1 for row in rows) >= 2  # evenly spaced, the second one costs 3 GMACs
+        assert rows[-1]['budget'] > 9
+
+    def test_thresholds_as_words(self):
+        confidence = torch.tensor([[0.25, 0.25, 0.125], [0.75, 0.875, 0.75]])
+        table = ExitTable(confidence, torch.ones(2, 3, dtype=torch.bool), (1, 2, 3))
+        assert exit_report.show_thresholds([-0.4, 1.5, 0.5], table) == ['always', 'never', 'always']
+        assert exit_report.show_thresholds([0.25, 0.875, 0.5], table) == ['always', 0.875, 'always']  # reached
+        assert exit_report.show_thresholds([-0.4, 1.5, 0.5]) == [-0.4, 1.5, 'always']
+        assert exit_report.show_thresholds([-1e8, 1e8, 0.5]) == ['always', 'never', 'always']
+
+    def test_words_are_in_the_terminal_only(self):
+        report, table = exit_report.Report({}), make_table()
+        rows = exit_report.budget_rows(calibrated(table, make_table(seed=1)), [1.0, 2.0])
+        report.add('net', 'budgets:', rows, fitted=table)
+        cheapest = report.text[0].splitlines()[3]
+        assert cheapest.split()[-3:] == ['always', 'always', 'always']
+        assert all(isinstance(v, float) for row in report.points for v in row['thresholds'])
 
     def test_kept_budgets_are_json_and_can_be_set(self, model):
         table = make_table(step_macs=model.step_macs)

@@ -130,10 +130,10 @@ def test_one_image_by_hand():
 
 def test_text_is_shortened():
     font = ImageFont.load_default(14)
-    short = pictures._shorten('a' * 99, font, 60)
+    short = pictures.shorten('a' * 99, font, 60)
     assert short.endswith('a…')
     assert font.getlength(short) <= 60
-    assert pictures._shorten('class 2', font, 160) == 'class 2'
+    assert pictures.shorten('class 2', font, 160) == 'class 2'
 
 
 def test_sheet(tmp_path, monkeypatch):

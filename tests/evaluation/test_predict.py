@@ -283,6 +283,27 @@ def test_topk_and_columns(run, folder):
     assert prob.tolist() == pytest.approx(json.loads(rows[0]['prob']), abs=1e-6)
 
 
+def test_windows_and_steps(run, tmp_path):
+    """--topk 10 and what every window says, in one JSON: the same answers, and what `describe_look` says."""
+    torch.manual_seed(0)
+    anchornet = timm.create_model('test_anchornet_patch', pretrained=True, num_classes=10)
+    save_pretrained(anchornet, tmp_path / 'anchornet')
+    options = ['--img-size', 96, '--topk', 10, '--thresholds', 0.5, 0.5, 0]
+    plain = run(*options, model=tmp_path / 'anchornet', file='plain.json').rows
+    rows = run(*options, '--per-step', model=tmp_path / 'anchornet', file='steps.json').rows
+    assert len(rows) == 15
+    assert {row['steps_used'] for row in rows.values()} > {1}
+    for name, row in rows.items():
+        steps = row.pop('steps')
+        assert [step['box'] is None for step in steps] == [True, False, False]
+        used = steps[row['steps_used'] - 1]
+        assert [c['index'] for c in used['prediction']] == [int(i) for i in row['index']]
+        assert [c['prob'] for c in used['prediction']] == pytest.approx(row['prob'], abs=1e-5)
+        assert all(len(step['own']) == 10 for step in steps)
+        assert (row['index'], row['steps_used']) == (plain[name]['index'], plain[name]['steps_used'])
+        assert row['prob'] == pytest.approx(plain[name]['prob'], abs=1e-5)
+
+
 def test_class_names_of_the_model(run, folder, tmp_path):
     net = timm.create_model(f'local-dir:{folder / "net"}', pretrained=True)
     names = ['cat', 'dog, hound', 'eel']
@@ -432,6 +453,7 @@ def test_other_options_are_refused_by_name(folder, tmp_path, capsys):
     ('--file-list x --dataset wds/', '--file-list and --dataset wds/ both name the images'),
     ('--data-dir nowhere', "There is no data at 'nowhere'"),
     ('--num-gpu 2', '--num-gpu is not supported. One process uses one GPU'),
+    ('--per-step --index-col steps', "Two columns of the results are called 'steps'"),
     ('--test-pool', '--test-pool changes how a static model pools'),
 ])
 def test_bad_input(says, options, message):
@@ -442,6 +464,8 @@ def test_bad_input(says, options, message):
 def test_exits_of_static_models(says):
     assert '--budget: ' in says('--budget', 1, model='static')
     assert 'makes one prediction and cannot exit early' in says('--thresholds', 1, model='static')
+    assert '--per-step: ' in says('--per-step', model='static')
+    assert '(CLCNet) does not choose where to look' in says('--per-step', model='cascade')
 
 
 def test_an_empty_list(says, tmp_path):

@@ -15,6 +15,7 @@ from timm_dynamic import ConfidenceNet
 from timm_dynamic.data import create_dataset
 from timm_dynamic.evaluation import cascade, run_validation, validate_main
 from timm_dynamic.exits import ExitTable, early_exit
+from timm_dynamic.launch.options import create_validate_parser
 from timm_dynamic.utils import CheckpointError, save_pretrained
 
 COUNTS = {'train': 30, 'val': 25}
@@ -77,6 +78,63 @@ def test_each_member_sees_its_own_view(folder, run, tmp_path):
     # one tensor, as timm's own scripts give it, is something else: the small view is made of the large one
     single = early_exit(model, x[1], model.exit_policy)
     assert not torch.allclose(single.confidence, expected.confidence, atol=1e-3)
+
+
+@pytest.mark.parametrize('rule', ['most_confident', 'last'])
+@torch.no_grad()
+def test_predictions_name_the_member_that_answers(folder, run, tmp_path, rule):
+    model, x, *_ = views(folder, 'val')
+    outputs = model.forward_all(x)
+    scores = model.replay(outputs['member_logits'], final_rule='last').confidence
+    threshold = scores[0].sort().values[37:39].mean().item()
+    run('--final-rule', rule, '--thresholds', threshold, 0, '--save-predictions', tmp_path / 'answers.csv')
+    rows = list(csv.DictReader((tmp_path / 'answers.csv').open()))
+    used = torch.where(scores[0] >= threshold, 1, 2)
+    expected = torch.where(scores[1] > scores[0], used, 1) if rule == 'most_confident' else used
+    assert [int(row['steps_used']) for row in rows] == used.tolist()
+    assert [int(row['member']) for row in rows] == expected.tolist()
+    assert torch.equal(expected, used) == (rule == 'last')  # else the column would say nothing new
+    own = outputs['member_logits'].argmax(dim=2)
+    assert [int(row['prediction']) for row in rows] == own.gather(0, expected[None] - 1)[0].tolist()
+
+
+@torch.no_grad()
+def test_sweep_of_thresholds(folder, run):
+    """Each row is what --thresholds gives. The share sent on and the cost belong together."""
+    rows = [row for row in run('--threshold-sweep', '--confidence', 'max_prob') if row.get('point') == 'sweep']
+    assert [row['threshold'] for row in rows] == [round(0.05 + 0.02 * i, 2) for i in range(49)]
+    assert (rows[0]['sent_on'], rows[-1]['sent_on']) == (0, 1)
+    costs = timm.create_model(f'local-dir:{folder / "net"}', pretrained=True).step_macs_of('max_prob')
+    for row in rows:
+        cost = costs[0] + row['sent_on'] * (costs[1] - costs[0])
+        assert row['gmacs'] == pytest.approx(cost / 1e9, abs=1e-6)
+    middle = next(row for row in rows if 0.2 < row['sent_on'] < 0.8)
+    single = run('--thresholds', middle['threshold'], 0, '--confidence', 'max_prob')[-1]
+    assert {k: single[k] for k in ('top1', 'gmacs')} == {k: middle[k] for k in ('top1', 'gmacs')}
+
+
+def test_files_of_parts(folder, run, fold_nets, tmp_path, capsys):
+    """The user's members beside a confidence net, or beside nets of a cross-validation."""
+    model = timm.create_model(f'local-dir:{folder / "net"}', pretrained=True)
+    for i, net in enumerate(model.members):
+        torch.save({'state_dict': net.state_dict()}, tmp_path / f'{i}.pth.tar')
+    model.confidence_net.save(tmp_path / 'net.safetensors')
+    base = ['--model', 'test_clcnet', '--num-classes', 3, '--img-size', 32]
+    members = ['--checkpoint', f'0={tmp_path}/0.pth.tar', '--checkpoint', f'1={tmp_path}/1.pth.tar']
+    row = run(*base, *members, '--checkpoint', f'confidence_net={tmp_path}/net.safetensors', '--threshold-sweep')
+    same = run('--threshold-sweep')
+    assert row[-20]['top1'] == same[-20]['top1']
+    assert row[0]['checkpoint'].startswith(f'0={tmp_path}/0.pth.tar 1=')
+    row, same = (run(*options, *fold_nets[2]) for options in ([*base, *members], ()))
+    assert row[0]['top1'] == same[0]['top1']
+    with pytest.raises(CheckpointError, match='it has the parts 7; expected confidence_net, names of members'):
+        run(*base, '--checkpoint', f'7={tmp_path}/0.pth.tar')
+    for second in (f'0={tmp_path}/1.pth.tar', str(tmp_path / '1.pth.tar')):
+        with pytest.raises(SystemExit):
+            run(*base, *members[:2], '--checkpoint', second)
+        assert 'PART=FILE once for each part' in capsys.readouterr().err
+    path = str(tmp_path / 'lr=1.pth')  # no part: its name would be a path
+    assert create_validate_parser().parse_args(['--checkpoint', path]).checkpoint == path
 
 
 def test_views_can_be_overridden(run):

@@ -69,17 +69,26 @@ def of(rows, point):
     ('validation', 'train', 15), ('test', 'validation', 9), ('train', 'validation', 21), ('val', 'train', 15)])
 def test_exits_are_fitted_on_another_split(run, caplog, split, fitted_on, images):
     caplog.set_level('INFO')
-    row, = of(run('--budget', 0.001, '--split', split), 'budget')
+    asked = ['--calibrate-split', 'train'] if fitted_on == 'train' else []
+    row, = of(run('--budget', 0.001, '--split', split, *asked), 'budget')
     assert (row['split'], row['fitted_on'], row['images'], row['budget']) == (split, fitted_on, images, 0.001)
     assert f'fitted on {fitted_on} (' in caplog.text
     assert f'evaluated on {split} ({images} images)' in caplog.text
     assert ('may have been trained on' in caplog.text) == (fitted_on == 'train')
 
 
-def test_without_another_split_one_half_is_judged(run, folder, caplog):
-    """A folder without splits is, to timm, every split."""
+@pytest.mark.parametrize(('data', 'split'), [('data', 'validation'), ('data', 'val'), ('data/val', 'validation')])
+def test_without_another_split_exits_are_cross_fitted(run, caplog, data, split):
+    """Not on the training split, whose images the model has learned. For timm, a folder without splits is any split."""
     caplog.set_level('INFO')
-    row, = of(run('--budget', 0.001, data='data/val'), 'budget')
+    row, = of(run('--budget', 0.001, '--split', split, data=data), 'budget')
+    assert (row['fitted_on'], row['split'], row['images']) == (
+        f'all of {split}', f'{split}, cross-fitted in halves', 15)
+
+
+def test_where_one_policy_is_needed_one_half_is_judged(run, caplog, tmp_path):
+    caplog.set_level('INFO')
+    row, = of(run('--budget', 0.001, '--save-predictions', tmp_path / 'p.csv'), 'budget')
     assert (row['fitted_on'], row['split'], row['images']) == (
         'a random half of validation', 'the other half of validation', 7)
     assert 'fitted on a random half of validation (8 images), evaluated on the other half' in caplog.text
@@ -91,10 +100,10 @@ def test_half_can_be_asked_for(run):
     assert [row['images'] for row in of(rows, 'step 1')] == [15]  # steps are not fitted
 
 
-def test_a_folder_without_the_validation_split_is_fitted_on_train(run, folder):
+def test_a_folder_without_the_validation_split_is_cross_fitted(run, folder):
     shutil.copytree(folder / 'data', folder / 'two', ignore=shutil.ignore_patterns('val'))
     row, = of(run('--budget', 0.001, '--split', 'test', data='two'), 'budget')
-    assert row['fitted_on'] == 'train'
+    assert row['fitted_on'] == 'all of test'
 
 
 def test_splits_of_torchvision_that_are_one():
@@ -151,7 +160,9 @@ def test_the_row_is_what_forward_gives(run, folder, net, tmp_path):
 
 def test_a_row_is_what_running_it_gives(run, folder, net, tmp_path):
     """Thresholds of the table, given to the model itself on the same images."""
-    rows = run('--geometric', '--results-file', tmp_path / 'r.csv', '--save-exit-table', tmp_path / 't.st')
+    rows = run(
+        '--geometric', '--calibrate-split', 'train', '--results-file', tmp_path / 'r.csv', '--save-exit-table',
+        tmp_path / 't.st')
     row, = of(rows, 'geometric p=20')
     config = net.pretrained_cfg
     loader = create_loader(
@@ -180,8 +191,8 @@ def test_static_models_stand_beside(run, folder):
 
 def test_several_processes(folder, run, tmp_path):
     """To the byte what one process gives, on an odd number of images."""
-    options = ['--budget', '0.001', '0.0013', '--calibrate-samples', '16', '--geometric', '--metrics-avg', 'macro',
-               '--results-format', 'json']
+    options = ['--budget', '0.001', '0.0013', '--calibrate-split', 'train', '--calibrate-samples', '16', '--geometric',
+               '--metrics-avg', 'macro', '--results-format', 'json']
     rows = run(*options, '--results-file', tmp_path / 'one.json', '--save-exit-table', tmp_path / 'one.st')
     assert [row['images'] for row in rows] == [15] * (1 + 3 + 2 + 39)
     run_forked(
@@ -200,7 +211,8 @@ def test_several_processes(folder, run, tmp_path):
 
 def test_stored_fresh_and_stored_results_agree(run, tmp_path):
     """The three ways to evaluate of the original: fit and keep, then read, then run again."""
-    fresh = of(run('--budget', 0.001, 0.0013, '--save-budgets', tmp_path / 'kept'), 'budget')
+    kept = run('--budget', 0.001, 0.0013, '--calibrate-split', 'train', '--save-budgets', tmp_path / 'kept')
+    fresh = of(kept, 'budget')
     shown = run('--stored-results', model=tmp_path / 'kept')
     again = of(run('--stored-thresholds', model=tmp_path / 'kept'), 'stored')
     assert len(fresh) == len(shown) == len(again) == 2
@@ -211,7 +223,7 @@ def test_stored_fresh_and_stored_results_agree(run, tmp_path):
 
 def test_stored_exits_evaluated_where_they_were_fitted(run, tmp_path, caplog):
     caplog.set_level('INFO')
-    run('--budget', 0.001, '--save-budgets', tmp_path / 'kept')
+    run('--budget', 0.001, '--calibrate-split', 'train', '--save-budgets', tmp_path / 'kept')
     for split, noted in (('test', False), ('train', True)):
         caplog.clear()
         run('--stored-thresholds', '--split', split, model=tmp_path / 'kept')
@@ -271,6 +283,35 @@ def test_the_authors_numbers(folder, authors, tmp_path):
         assert stored[1]['gmacs'] == row['gmacs'] == round(authors.step_macs[2] / 1e9, 6)
 
 
+@pytest.mark.parametrize('stored', [True, False])
+def test_what_was_measured_needs_no_data(tmp_path, caplog, stored):
+    """Mode 0 of the original, and a table: the demo set's ten classes are not those of the authors' files."""
+    torch.manual_seed(0)
+    model = timm.create_model(
+        'gfnet', backbone='test_resnet', patch_size=32, num_steps=3, policy_hidden=16, classifier_hidden=16)
+    costs = dict(model_flops=9e8, policy_flops=4e7, fc_flops=6e7)
+    torch.save(authors_checkpoint(model, **costs), tmp_path / 'a.pth.tar')
+    table = ExitTable(torch.rand(6, 3), torch.rand(6, 3) > 0.5, model.step_macs)
+    table.save(tmp_path / 'table.safetensors')
+    fresh_accelerate()
+    caplog.set_level('INFO', 'timm_dynamic')
+    asked = ['--stored-results'] if stored else ['--exit-table', str(tmp_path / 'table.safetensors')]
+    rows = run_validation([
+        '--model', 'gfnet', '--model-kwargs', *AUTHORS, '--checkpoint', str(tmp_path / 'a.pth.tar'),
+        '--device', 'cpu', *asked])
+    assert [row['point'] for row in rows if 'point' in row] == ['step 1', 'step 2', 'step 3']
+    # Costs of the parts, counted and as the authors state them
+    parts = model.count_part_macs()
+    shown = caplog.text.partition('cost of one run of each part:')[2]
+    for part, steps, authors in (
+            ('glance encoder', '1', 0.9), ('local encoder', '2, 3', 0.9), ('patch policy', '2, 3', 0.04),
+            ('classifier', '1, 2, 3', 0.06)):
+        line = next(line for line in shown.splitlines() if line.startswith(part))
+        name, shown_steps, *numbers = re.split('  +', line)
+        assert (name, shown_steps) == (part, steps)
+        assert [float(n) for n in numbers] == pytest.approx([max(parts[part]) / 1e9, authors], abs=1e-6)
+
+
 # Tables of AnchorNet
 
 @pytest.mark.skipif(
@@ -290,6 +331,7 @@ def test_the_published_points_of_anchornet(tmp_path, capsys):
     assert len(rows) == 34
     assert [(round(row['top1'] / 100, 4), round(row['gmacs'], 2)) for row in rows] == [
         (row['acc'], row['gflops']) for row in published]
+    assert [row['exit_correct'] for row in rows] == [row['stage_true_num'] for row in published]
     rows = of(run_validation(options), 'thresholds')  # as their script charges: not as the list was made
     assert sum(round(row['gmacs'], 2) == p['gflops'] for row, p in zip(rows, published)) == 21
 
@@ -330,7 +372,8 @@ def test_tables_of_anchornet_can_be_written(run, net, tmp_path):
     ('--exit-table {good} --calibrate-table {good} --geometric', 'good.st and good.st hold the same'),
     ('--exit-table {good} --calibrate-split train', 'runs no model: --calibrate-split has no effect with it'),
     ('--exit-table {good} --save-exit-table x', 'runs no model: --save-exit-table has no effect'),
-    ('--strict', '--strict needs --thresholds'),
+    ('--strict', '--strict needs --thresholds or --threshold-sweep'),
+    ('--save-features=x.txt', 'expected a file that ends in .safetensors or .csv'),
     ('--steps 2', '--steps says how to read a table: give one with --exit-table'),
     ('--exit-table {good} --steps 4', r'4 steps asked for, confidences have shape \[20, 3\]'),
     ('--exit-table {good} --anchor-gmacs nan', '--anchor-gmacs: expected a cost, got nan'),

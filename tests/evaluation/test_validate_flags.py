@@ -5,6 +5,7 @@ what reaches Accelerate on a machine with a GPU.
 """
 import csv
 import json
+import sys
 from functools import partial
 from types import SimpleNamespace
 
@@ -29,7 +30,7 @@ from flag_tables import (
 from helpers import make_images
 
 from timm_dynamic import ConfidenceNet
-from timm_dynamic.data import FoldMap, dataset_factory
+from timm_dynamic.data import ConfidenceFeatures, FoldMap, dataset_factory
 from timm_dynamic.evaluation import model_evaluator, run_validation, validate
 from timm_dynamic.exits import ExitTable, collect
 from timm_dynamic.exits.anchornet_table import save_anchornet_table
@@ -283,6 +284,13 @@ def valid_labels(lab, flag):
         lab.opened(*base, flag, '{tmp}/valid.txt')
 
 
+def device_modules(lab, flag):
+    (lab.tmp / 'imported_by_validate.py').write_text('')
+    lab.monkeypatch.syspath_prepend(lab.tmp)
+    lab.opened(flag, 'imported_by_validate')
+    assert sys.modules.pop('imported_by_validate')
+
+
 def retry(lab, flag):
     evaluate, sizes = model_evaluator.evaluate, []
 
@@ -337,6 +345,24 @@ def stored_results(lab, flag):
     seen = lab.evaluated('--model', 'local-dir:{kept}', flag, '--anytime')
     assert points(seen) == ['step 1', 'step 2', 'step 3', 'budget']
     assert points(lab.evaluated('--model', 'local-dir:{kept}')) == ['step 1', 'step 2', 'step 3']
+
+
+def calibrate_augment(lab, flag):
+    """Only the images to fit on are random views, the same in every run and for every number of workers."""
+    base = [*DYNAMIC, '--budget', '0.001', '--calibrate-split', 'extra']
+    plain = lab.evaluated(*base).tables[-2:]
+    views, more = (lab.evaluated(*base, flag, '-j', workers).tables[-2:] for workers in ('0', '2'))
+    assert torch.equal(views[0].confidence, plain[0].confidence)
+    assert not torch.equal(views[1].confidence, plain[1].confidence)
+    assert torch.equal(views[1].confidence, more[1].confidence)
+    other = lab.evaluated(*base, flag, '--no-prefetcher').tables[-1]
+    torch.testing.assert_close(views[1].confidence, other.confidence)
+    with pytest.raises(ValueError, match='needs images to fit on that are not evaluated on'):
+        lab.evaluated(*DYNAMIC, '--budget', '0.001', '--calibrate-split', 'half', flag)
+    with pytest.raises(ValueError, match='not for cascades'):
+        lab.evaluated(*CASCADE, '--budget', '0.001', '--calibrate-split', 'extra', flag)
+    with pytest.raises(SystemExit):
+        lab.evaluated(*base[:2], flag)
 
 
 def exit_table(lab, flag):
@@ -403,6 +429,26 @@ def save_budgets(lab, flag):
     assert len(model.exit_cfg['budgets']) == points(SimpleNamespace(rows=grid)).count('budget') >= 1
 
 
+def save_features(lab, flag):
+    """Of a static model: the authors' format, and ours."""
+    seen = lab.evaluated(flag, '{tmp}/new/f.csv')
+    lab.evaluated(flag, '{tmp}/f.safetensors')
+    with torch.inference_mode():
+        logits = torch.cat([seen.model(x) for x, _ in seen.loader])
+    names = [f'class{c}/{i:03d}.png' for c in range(3) for i in range(3)]
+    target = torch.arange(3).repeat_interleave(3)
+    expected = ConfidenceFeatures.from_logits(logits, target, names)
+    assert expected.correct.float().mean().item() == pytest.approx(seen.top1 / 100, abs=1e-6)
+    ours, csv_file = ConfidenceFeatures.load(lab.tmp / 'f.safetensors'), ConfidenceFeatures.load(lab.tmp / 'new/f.csv')
+    assert ours.names == names
+    assert csv_file.names == [name.partition('/')[2] for name in names]
+    for features in (ours, csv_file):
+        torch.testing.assert_close(features.probabilities, expected.probabilities)
+        assert torch.equal(features.correct, expected.correct)
+    with pytest.raises(ValueError, match=r'of a cascade.s members are written by train\.py --stage features'):
+        lab.opened(*CASCADE, flag, '{tmp}/f.csv')
+
+
 def save_predictions(lab, flag):
     lab.evaluated(*DYNAMIC, flag, '{tmp}/answers.csv')
     rows = list(csv.DictReader((lab.tmp / 'answers.csv').open()))
@@ -415,14 +461,17 @@ def curve(lab, flag):
     drawn = {}
     lab.monkeypatch.setattr(
         validate, 'plot_accuracy_over_macs',
-        lambda path, curves, points, title: drawn.update(curves=curves, points=points, title=title))
+        lambda path, curves, points, title, static, images: drawn.update(
+            curves=curves, points=points, title=title, static=static, images=images))
     seen = lab.evaluated(*DYNAMIC, '--geometric', '--compare', 'local-dir:{other}', flag, '{tmp}/c.png')
     name = '/'.join(lab.paths['{dynamic}'].parts[-2:])
-    assert list(drawn['curves']) == [f'{name}: steps', f'{name}: budgets, fitted on a random half']
+    assert list(drawn['curves']) == [f'{name}: steps', f'{name}: budgets, fitted on all']
     assert drawn['title'] == 'evaluated on validation'
     other = '/'.join(lab.paths['{other}'].parts[-2:])
-    assert list(drawn['points']) == [f'{name}: geometric', other]
-    (gmacs, top1), = drawn['points'][other]
+    assert list(drawn['points']) == [f'{name}: geometric']
+    assert list(drawn['static']) == [other]
+    assert drawn['images'] == 9  # all of them: cross-fitted
+    (gmacs, top1), = drawn['static'][other]
     assert (round(gmacs, 6), top1) == (seen.rows[1]['gmacs'], seen.rows[1]['top1'])
     lab.monkeypatch.undo()
     assert run_validation(lab.argv(*DYNAMIC, flag, '{tmp}/c.png'))
@@ -510,6 +559,7 @@ OURS = {
     '--demo-clutter': opened(lambda seen: seen.loader.dataset.clutter, '0.25', gives=0.25, base=DEMO),
     '--compare': evaluated(lambda seen: [row['model'].rpartition('/')[2] for row in seen.rows], 'local-dir:{other}',
                            gives=['weights', 'other']),
+    '--device-modules': device_modules,
     '--anytime': anytime,
     '--budget': dynamic(lambda seen: [row.get('budget') for row in seen.rows][4:], '0.001', '0.0015',
                         gives=[0.001, 0.0015]),
@@ -528,6 +578,7 @@ OURS = {
     '--calibrate-split': dynamic(last('fitted_on'), 'extra', gives='extra', base=['--budget', '0.001']),
     '--calibrate-samples': dynamic(lambda seen: len(seen.tables[-1]), '5', gives=5,
                                    base=['--budget', '0.001', '--calibrate-split', 'extra']),
+    '--calibrate-augment': calibrate_augment,
     '--exit-table': exit_table,
     '--calibrate-table': calibrate_table,
     '--save-exit-table': save_exit_table,
@@ -540,6 +591,8 @@ OURS = {
     '--final-rule': evaluated(
         lambda seen: seen.model.final_rule, 'last', gives='last', base=[*CASCADE, '--confidence', 'max_prob']),
     '--save-predictions': save_predictions,
+    '--save-features': save_features,
+    '--threshold-sweep': dynamic(lambda seen: points(seen).count('sweep'), gives=49),
 }
 
 

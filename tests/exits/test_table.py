@@ -79,6 +79,14 @@ def test_anytime_by_hand(table):
         assert (again.top1, again.steps_used.tolist()) == (point.top1, [t + 1] * 4)
 
 
+def test_correct_samples_of_each_step():
+    confidence = torch.tensor([[0.9, 0.1], [0.8, 0.1], [0.1, 0.9], [0.2, 0.9], [0.3, 0.9]])
+    correct = torch.tensor([[True, False], [False, True], [True, True], [True, False], [False, True]])
+    point = ExitTable(confidence, correct, [1, 2]).evaluate([0.5, 0.])
+    assert point.steps_used.tolist() == [1, 1, 2, 2, 2]
+    assert point.exit_correct.tolist() == [1, 2]
+
+
 def test_without_top5_and_with_one_step():
     table = ExitTable(np.float32([[0.3], [0.4]]), np.array([[True], [False]]), torch.tensor([7]))
     point = table.evaluate([0.5])

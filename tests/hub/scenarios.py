@@ -706,7 +706,8 @@ def _train(*options: str) -> int:
     if not images.exists():
         make_images(images, {'train': 4, 'val': 4})
     return train_main([
-        '--model', 'test_focusnet', '--num-classes', '3', '--img-size', '32', '--data-dir', str(images), '-b', '4',
+        '--model', 'test_focusnet', '--recipe', 'classification', '--num-classes', '3', '--img-size', '32',
+        '--data-dir', str(images), '-b', '4',
         '--epochs', '1', '-j', '0', '--device', 'cpu', '--lr', '0.01', '--output', str(FOLDER / 'train'), *options])
 
 

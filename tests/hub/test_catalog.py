@@ -65,18 +65,26 @@ def test_entries_are_complete(catalog):
     assert licences['CLCNet'] == 'mit'
 
 
-def test_the_readme_and_the_catalog_quote_the_same_numbers(catalog):
-    readme = (ROOT / 'README.md').read_text(encoding='utf-8')
+def test_the_docs_and_the_catalog_quote_the_same_numbers(catalog):
+    page = (ROOT / 'docs/focusnet.md').read_text(encoding='utf-8')
     for name, entry in catalog.items():
         if entry.title == 'FocusNet':
             before, after = ('{top1:.3f} / {top5:.3f}'.format(**m) for m in (entry.baseline, entry.metrics))
-            assert f"| `{name.split('.')[0]}` | {before} | {after} |" in readme
+            assert f"| `{name.split('.')[0]}` | {before} | {after} |" in page
 
 
 def test_anchornet_budgets_are_complete(catalog):
     entry = catalog['anchornet_patch_densenet201_95.paper_in1k']
     assert len(entry.budgets) == 34
     assert all(sum(b['exits']) == 50000 and len(b['thresholds']) == 5 for b in entry.budgets)
+
+
+def test_both_anchornets_have_three_files(catalog):
+    for backbone in ('densenet201', 'resnet50'):
+        entry = find_entry(catalog, f'anchornet_patch_{backbone}_95')
+        assert {file['part']: file['name'] for file in entry.files} == {
+            'localizer': 'anchornet.pth', 'resized': f'{backbone}_resized_95_best.pth.tar',
+            'patch': f'{backbone}_patch_95_best.pth.tar'}
 
 
 def test_find_entry(catalog):

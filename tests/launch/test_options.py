@@ -72,7 +72,7 @@ def test_a_plain_model_has_timms_defaults():
 
 @pytest.mark.parametrize('demo', [False, True])
 def test_recipe_defaults_come_with_a_recipe_only(demo):
-    plain = vars(resolve('--model', 'focusnet_resnet18', demo=demo))
+    plain = vars(resolve('--model', 'focusnet_resnet18', '--recipe', 'classification', demo=demo))
     assert {k: plain[k] for k in TIMM} == {**TIMM, 'model': 'focusnet_resnet18'}
     assert resolve(*FOCUS, demo=demo).epochs != TIMM['epochs']
 
@@ -180,7 +180,7 @@ def test_config_with_errors(tmp_path, says, text, message):
 
 
 def test_config_that_is_not_there(says):
-    assert "--config: cannot read 'nowhere.yaml'" in says(resolve, '-c', 'nowhere.yaml')
+    assert "--config: there is no file 'nowhere.yaml'" in says(resolve, '-c', 'nowhere.yaml')
 
 
 @pytest.mark.parametrize('create', [create_train_parser, create_validate_parser, create_predict_parser])
@@ -193,7 +193,7 @@ def test_typos_and_abbreviations_are_explained(create, says):
 
 
 @pytest.mark.parametrize(('create', 'common', 'rare', 'most'), [
-    (create_train_parser, '--model-kwargs', '--lr-k-decay', 130),
+    (create_train_parser, '--model-kwargs', '--lr-k-decay', 140),
     (create_validate_parser, '--save-budgets', '--strict', 110),
     (create_predict_parser, '--topk', '--shard-size', 100)])
 def test_help_shows_the_common_options_and_help_all_every_one(create, common, rare, most, capsys):

@@ -13,6 +13,7 @@ import pytest
 import timm
 import torch
 from timm.models import get_model_args, group_parameters
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from timm_dynamic.exits import ExitTable, early_exit, solve_policy, solve_thresholds
@@ -323,6 +324,26 @@ class DynamicModelTester(ModelTester, StepTester):
             thread.join()
         for first in range(2):
             torch.testing.assert_close(results[first], steps[-1][0][first::2], rtol=0, atol=self.atol)
+
+    def test_for_inference(self, model):
+        x, twin = self.images(), copy.deepcopy(model).train()
+        with torch.no_grad():
+            expected = list(model.forward_steps(x))
+            assert twin.for_inference() is twin
+            for _ in range(2):
+                assert not twin.training
+                assert not any(isinstance(m, nn.BatchNorm2d) for m in twin.modules())
+                assert all(p.is_contiguous(memory_format=torch.channels_last) for p in twin.parameters() if p.ndim == 4)
+                for a, b in zip(twin.forward_steps(x), expected, strict=True):
+                    torch.testing.assert_close(a, b, rtol=0, atol=1e-4)
+                weights = {k: v.clone() for k, v in twin.state_dict().items()}
+                twin.for_inference()
+                assert all(torch.equal(v, weights[k]) for k, v in twin.state_dict().items())
+        for fused in (twin, copy.deepcopy(twin)):
+            with pytest.raises(RuntimeError, match='cannot be trained'):
+                fused.train()
+            assert not any(m.training for m in fused.modules())
+            assert fused.eval() is fused
 
     def test_compiles_without_graph_breaks(self, model):
         torch._dynamo.reset()

@@ -38,7 +38,8 @@ def test_configs():
         assert (cfg.input_size, cfg.num_classes) == ((3, 224, 224), 1000)
         assert (cfg.interpolation, cfg.crop_pct) == ('bilinear', 0.875)
         assert 'FocusNet' in cfg.paper_name
-        assert cfg.origin_url
+        assert cfg.origin_url == (
+            'https://github.com/XueZ-phd/FocusNet-Classifying-better-by-focusing-on-confusing-classes')
     assert sum(p.numel() for p in timm.create_model('test_focusnet').parameters()) < 1e6
 
 

@@ -395,7 +395,7 @@ def test_hub_weights_bring_their_exit_policies(tiny, tmp_path, monkeypatch):
     save_pretrained(model, snapshot)
     asked = []
 
-    def download(repo, filename, revision=None, cache_dir=None):
+    def download(repo, filename, revision=None, cache_dir=None, local_files_only=False):
         asked.append((repo, filename, revision))
         return str(snapshot / filename)
 

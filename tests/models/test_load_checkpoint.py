@@ -161,6 +161,7 @@ class TestCascade:
         model = create('clcnet', models=('test_efficientnet', 'test_resnet'), num_classes=1000)
         given = create('test_efficientnet')
         monkeypatch.setattr(timm, 'create_model', create_model)
+        monkeypatch.setattr('timm_dynamic.utils.download.can_connect', lambda: True)  # it could be fetched
         load_checkpoint(
             model, {'confidence_net': make_state_dict(), '0': given.state_dict()}, cache_dir=tmp_path)
         assert asked == [('test_resnet', tmp_path)]

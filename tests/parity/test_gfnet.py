@@ -114,6 +114,13 @@ def test_inference_is_the_original(name, numbers):
     unused = macs['classifier_per_step'][0] and macs['step0_head'] and model.head_hidden_size * model.num_classes
     assert model.step_macs == tuple(m - unused for m in macs['cumulative'])
 
+    parts = model.count_part_macs()
+    assert parts['glance encoder'] == (macs['global_encoder'], *[0] * (model.num_steps - 1))
+    assert parts['local encoder'] == (0, *[macs['local_encoder']] * (model.num_steps - 1))
+    assert parts['patch policy'] == (0, *[macs['policy_analytic']] * (model.num_steps - 1))
+    assert parts['classifier'][1:] == tuple(macs['classifier_per_step'][1:])
+    assert tuple(np.cumsum([sum(step) for step in zip(*parts.values())])) == model.step_macs
+
     # The numbers beside the weights have come along.
     assert model.exit_cfg['origin']['flops'] == macs['cumulative']
     assert model.exit_cfg['origin']['anytime_classification'][0] == 60.0

@@ -1,6 +1,7 @@
 import pytest
 import timm
 import torch
+import torchvision
 from torch import nn
 
 from timm_dynamic.loss import FocusPickingLoss
@@ -105,6 +106,19 @@ def test_no_such_baseline():
 def test_never_a_random_baseline():
     with pytest.raises(CheckpointError, match='no weights of gfnet'):
         create_baseline('gfnet', _model(num_classes=1000))
+
+
+def test_the_authors_baseline_of_mobilenetv2(tmp_path):
+    """A file as their training script writes it: torchvision's keys, and the state of the optimizer."""
+    original = torchvision.models.mobilenet_v2(num_classes=7).eval()
+    file = tmp_path / 'baseline_mobilenet_v2_model_best.pth.tar'
+    torch.save({
+        'epoch': 90, 'arch': 'mobilenet_v2', 'best_acc1': torch.tensor(65.558), 'optimizer': {},
+        'state_dict': {f'module.{k}': v for k, v in original.state_dict().items()}}, file)
+    task = FocusPickingTask(timm.create_model('focusnet_mobilenetv2_100', num_classes=7), file, verbose=False)
+    x = torch.randn(2, 3, 96, 96)
+    with torch.inference_mode():
+        torch.testing.assert_close(task.baseline_logits(x), original(x), rtol=0, atol=1e-5)
 
 
 def test_fixed_size_baseline_names_the_sizes():

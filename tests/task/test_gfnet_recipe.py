@@ -1,4 +1,6 @@
+import json
 import logging
+from pathlib import Path
 
 import pytest
 import timm
@@ -40,14 +42,14 @@ def test_the_papers_settings(name):
     lr, first, last, epochs, weight_decay, aux, frozen = PAPER[name]
     for args, classifier_lr in ((warmup, first), (finetune, last)):
         assert args.batch_size == 128
-        assert resolve_learning_rate(args, 256) == pytest.approx(lr)
+        assert resolve_learning_rate(args, 256, 'warmup') == pytest.approx(lr)
         assert args.classifier_lr_scale * lr == pytest.approx(classifier_lr)
         assert (args.epochs, args.weight_decay) == (epochs, weight_decay)
         assert (args.aux_weight, args.freeze_global) == (aux, frozen)
         assert (args.opt, args.momentum, args.sched, args.min_lr, args.warmup_epochs) == ('sgd', 0.9, 'cosine', 0, 0)
         assert (args.smoothing, args.color_jitter, args.hflip, args.scale) == (0, 0, 0.5, [0.08, 1.0])
     assert (policy.epochs, policy.opt, policy.opt_betas, policy.sched) == (15, 'adam', [0.9, 0.999], 'none')
-    assert resolve_learning_rate(policy, 256) == 3e-4
+    assert resolve_learning_rate(policy, 256, 'policy') == 3e-4
     assert (policy.policy_gamma, policy.policy_epsilon, policy.policy_std, policy.policy_updates) == (0.7, 0.2, 0.1, 1)
     assert (policy.policy_value_coeff, policy.policy_entropy_coeff) == (0.5, 0.01)
     sizes = [224] if 'efficientnet' in name else None
@@ -57,7 +59,7 @@ def test_the_papers_settings(name):
 def test_optimizer_groups():
     recipe = create_recipe(options('--model', 'test_gfnet').base, model=small())
     args = options('--batch-size', 256).for_stage(recipe.stages[0])
-    args.lr = resolve_learning_rate(args, 256)
+    args.lr = resolve_learning_rate(args, 256, 'warmup')
     task = GlanceFocusTask(small(), verbose=False)
     optimizer = build_optimizer(task.trainable_module, args)
     assert type(optimizer).__name__ == 'SGD'
@@ -117,10 +119,28 @@ def test_recipe_is_chosen_by_the_model():
     assert [s.name for s in demo.stages] == ['static', 'warmup', 'policy', 'finetune']
 
 
+@pytest.mark.parametrize('demo', [False, True])
+@pytest.mark.parametrize('whole', [['--pretrained'], ['--initial-checkpoint', 'x'], ['--pretrained-path', 'x']])
+def test_weights_of_the_whole_model_are_kept(whole, demo):
+    """The encoders do not start from the backbone's weights, nor from those of a static net."""
+    opts = options('--model', 'test_gfnet', *whole)
+    for name in ('gfnet', 'end-to-end'):
+        opts.base.recipe = name
+        model = small()
+        recipe = create_recipe(opts.base, demo=demo, model=model)
+        assert [s.name for s in recipe.stages] == (
+            ['end-to-end'] if name == 'end-to-end' else ['warmup', 'policy', 'finetune'])
+        before = {k: v.clone() for k, v in model.state_dict().items()}
+        recipe.stages[0].prepare(model, opts.for_stage(recipe.stages[0]), StageContext())
+        assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    with pytest.raises(ValueError, match=f'--init-local cannot be combined with {whole[0]}, which loads the weights'):
+        create_recipe(options('--init-local', 'scratch', *whole).base, demo=demo, model=small())
+
+
 def test_options_of_another_recipe():
     with pytest.raises(ValueError, match=r"'gfnet' trains GFNet models, .*; got --model resnet50"):
         create_recipe(options('--recipe', 'gfnet').base)
-    with pytest.raises(ValueError, match="--init-from is an option of the recipe 'gfnet' and 'end-to-end', not of 'cl"):
+    with pytest.raises(ValueError, match=r"--init-from is an option of .*'end-to-end' and 'anchornet', not of 'clas"):
         create_recipe(options('--init-from', 'x').base)
     with pytest.raises(ValueError, match="--focus-plain is an option of the recipe 'focusnet'"):
         create_recipe(options('--focus-plain').base, model=small())
@@ -179,11 +199,13 @@ def test_frozen_glance_needs_weights(tmp_path, caplog):
     warmup.prepare(small(), args, StageContext())
 
 
-def test_encoder_from_a_file(tmp_path):
+def test_encoder_from_a_file(tmp_path, monkeypatch):
     backbone = timm.create_model('test_focusnet', num_classes=5)
     save_pretrained(backbone, tmp_path)
     torch.save({'state_dict': backbone.state_dict()}, tmp_path / 'file.pth.tar')
-    for source in (tmp_path, f'local-dir:{tmp_path}', tmp_path / 'file.pth.tar'):
+    torch.save({'state_dict': backbone.state_dict()}, tmp_path / 'test_focusnet.pth')  # like a model with the tag 'pth'
+    monkeypatch.chdir(tmp_path)
+    for source in (tmp_path, f'local-dir:{tmp_path}', tmp_path / 'file.pth.tar', 'test_focusnet.pth'):
         model = small()
         classifier = load_encoder(model.local_encoder, source, model)
         assert torch.equal(classifier['weight'], backbone.fc.weight)
@@ -195,6 +217,32 @@ def test_encoder_from_a_file(tmp_path):
         load_encoder(small().local_encoder, tmp_path / 'other', small())
     with pytest.raises(CheckpointError, match=r"weights of 'resnet5O' are not available: .*Did you mean"):
         load_encoder(small().local_encoder, 'resnet5O', small())
+
+
+@pytest.mark.parametrize(('container', 'prefix', 'head'), [
+    ('model_state', '', 'head.fc'),  # pycls
+    ('state_dict', 'module.', 'fc'),  # the GFNet authors
+])
+def test_regnets_with_the_keys_of_pycls(tmp_path, container, prefix, head):
+    """The keys and shapes are those of the authors' files."""
+    shapes = json.loads((Path(__file__).parents[1] / 'parity/data/gfnet.json').read_text())[
+        'gfnet_regnety_006_96']['components']['model_prime_state_dict']['shapes']
+    values = {k.removeprefix('module.'): torch.rand(shape) for k, shape in shapes.items()}
+    file = {prefix + (f'{head}.{k[3:]}' if k.startswith('fc.') else k): v for k, v in values.items()}
+    torch.save({'epoch': 100, container: file}, tmp_path / 'regnety_600m.pyth')
+    model = timm.create_model('gfnet_regnety_006_96')
+    classifier = load_encoder(model.local_encoder, tmp_path / 'regnety_600m.pyth', model)
+    state = model.local_encoder.state_dict()
+    assert len(state) == len(values) - 2
+    for ours, theirs in {
+            'stem.conv.weight': 'stem.conv.weight', 's1.b1.downsample.conv.weight': 's1.b1.proj.weight',
+            's1.b1.downsample.bn.running_var': 's1.b1.bn.running_var', 's4.b4.conv1.conv.weight': 's4.b4.f.a.weight',
+            's4.b4.conv2.bn.bias': 's4.b4.f.b_bn.bias', 's3.b2.se.fc1.weight': 's3.b2.f.se.f_ex.0.weight',
+            's3.b2.se.fc2.bias': 's3.b2.f.se.f_ex.2.bias', 's4.b1.conv3.bn.running_mean': 's4.b1.f.c_bn.running_mean',
+    }.items():
+        assert torch.equal(state[ours], values[theirs]), ours
+    assert torch.equal(classifier['weight'], values['fc.weight'])
+    assert torch.equal(classifier['bias'], values['fc.bias'])
 
 
 @pytest.mark.parametrize('kwargs', [{}, dict(step_classifier='concat')])

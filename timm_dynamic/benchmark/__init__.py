@@ -1,6 +1,6 @@
+from ..utils.timing import get_device, time_call, time_each, time_interleaved, wait_for
 from .command import benchmark_main, create_benchmark_parser, run_benchmark
 from .exit import benchmark_exit
-from .timing import get_device, time_call, time_each, time_interleaved, wait_for
 
 __all__ = [
     'benchmark_exit',

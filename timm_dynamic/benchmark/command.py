@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..launch.parser import StrictParser
 from ..launch.script import run_script
 from ..utils.report import format_table, write_rows
 from . import exit
@@ -28,10 +29,10 @@ def create_benchmark_parser(
         prog: Name of the command.
     """
     prog = sys.argv[0] if sys.argv[0].startswith('timm-dynamic ') else prog
-    parser = argparse.ArgumentParser(prog=prog, description='Measure how fast timm_dynamic is.', allow_abbrev=False)
+    parser = StrictParser(prog=prog, description='Measure how fast timm_dynamic is.')
     commands = parser.add_subparsers(dest='benchmark', metavar='BENCHMARK', required=True)
     for benchmark in benchmarks:
-        p = commands.add_parser(benchmark.NAME, help=benchmark.HELP, description=benchmark.HELP, allow_abbrev=False)
+        p = commands.add_parser(benchmark.NAME, help=benchmark.HELP, description=benchmark.HELP)
         benchmark.add_arguments(p)
         p.add_argument('--results-file', metavar='FILE', help='also write the table, as CSV or JSON by its ending')
         p.add_argument('--json', action='store_true', help='print the table as JSON')

@@ -13,11 +13,15 @@ import torch
 from timm.utils import ParseKwargs
 
 from ..exits import ExitStream, early_exit
+from ..exits.collect import move_images
+from ..launch.build import build_model
 from ..layers import fuse_conv_bn
 from ..models.builder import check_model_name
 from ..models.dynamic_net import DynamicNet, State
+from ..models.exit_cfg import Policy
 from ..models.macs import count_macs
-from .timing import get_device, time_call
+from ..utils.timing import get_device, time_call
+from .images import check_effect, num_images_of, predict_options, read_images, rows_of
 
 NAME, HELP = 'exit', 'throughput and latency of a static network, all steps, early_exit and ExitStream'
 
@@ -26,7 +30,8 @@ _LAYOUTS = {'contiguous': torch.contiguous_format, 'channels last': torch.channe
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument('--model', default='gfnet_resnet50_96', metavar='NAME', help='(%(default)s)')
+    parser.add_argument(
+        '--model', default='gfnet_resnet50_96', metavar='NAME', help="model, or 'local-dir:FOLDER' (%(default)s)")
     parser.add_argument('--model-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='KEY=VALUE')
     parser.add_argument('--pretrained', action='store_true', help='load the weights; speed does not depend on them')
     parser.add_argument('--static', metavar='NAME', help=(
@@ -35,8 +40,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--exit-shares', type=float, nargs='+', metavar='X', help=(
         'share of the images that stops at each step; thresholds are placed accordingly (default: 0.6 0.4 for two '
         'steps, 0.5 0.3 0.2 for three, 0.5 0.2 0.1 0.1 0.1 for five, else equal ones)'))
+    parser.add_argument('--budget', type=float, metavar='G', help=(
+        'use the exits that the model stores for this average cost (GMACs per image), on real images: those of '
+        '--data-dir, else the embedded demo set. The weights are loaded'))
+    parser.add_argument('--thresholds', type=float, nargs='+', metavar='T', help=(
+        'use these thresholds, one per step, in the same way'))
+    parser.add_argument('--data-dir', metavar='DIR', help='images for --budget and --thresholds: a folder or tar file')
+    parser.add_argument('--dataset', metavar='TYPE/NAME', help='type and name of the dataset, as in predict.py')
+    parser.add_argument(
+        '--split', metavar='NAME', help='split of the dataset (default: validation; of the demo set test)')
     parser.add_argument('--batch-size', '-b', type=int, default=64, metavar='N', help='(%(default)s)')
-    parser.add_argument('--num-images', type=int, metavar='N', help='length of the stream (default: 20 batches)')
+    parser.add_argument('--num-images', type=int, metavar='N', help=(
+        'length of the stream (default: 20 batches; with --budget and --thresholds, at most the images there are)'))
     parser.add_argument('--device', default='cpu', metavar='DEVICE', help='(%(default)s)')
     parser.add_argument('--repeats', type=int, default=3, metavar='N', help='runs of each, by turns (%(default)s)')
     parser.add_argument('--channels-last', action='store_true', help='memory format of models and images')
@@ -54,7 +69,8 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     return benchmark_exit(
         args.model, args.exit_shares, args.batch_size, args.num_images, args.device, args.repeats, args.static,
         args.model_kwargs, args.pretrained, args.channels_last, args.fuse, args.amp_dtype if args.amp else None,
-        args.torchcompile, args.cuda_graphs, args.latency_images)
+        args.torchcompile, args.cuda_graphs, args.latency_images, args.budget, args.thresholds, args.data_dir,
+        args.dataset, args.split)
 
 
 def benchmark_exit(
@@ -73,6 +89,11 @@ def benchmark_exit(
         torchcompile: str | None = None,
         cuda_graphs: bool = False,
         latency_images: int = 20,
+        budget: float | None = None,
+        thresholds: Sequence[float] | None = None,
+        data_dir: str | None = None,
+        dataset: str | None = None,
+        split: str | None = None,
 ) -> list[dict[str, Any]]:
     """Time a static network, all steps, `early_exit` on batches, and `ExitStream`, by turns.
 
@@ -81,7 +102,9 @@ def benchmark_exit(
     and compiled where `torchcompile` is set and that is faster. So 1 is what the exit shares allow. The static network
     is timed with the same settings as the model and, if these differ from timm's, also plain: as timm creates it.
 
-    Images are noise, and weights random unless `pretrained`. Thresholds are placed such that the shares come out.
+    Images are noise, and weights random unless `pretrained`. Thresholds are placed such that the shares come out. With
+    `budget` or `thresholds`, the model has its own weights and uses these exits on random images of the dataset, which
+    are read before anything is timed.
 
     The arguments are those of `add_arguments`; `torchcompile` is the backend.
 
@@ -93,31 +116,48 @@ def benchmark_exit(
 
     Raises:
         ValueError: There is no such model or device, the model has no steps, the shares do not fit it, a number is not
-            positive, or `cuda_graphs` is set without `torchcompile`.
+            positive, `cuda_graphs` is set without `torchcompile`, an argument would have no effect, the model stores no
+            such budget, or there are fewer images than requested.
     """
-    num_images = 20 * batch_size if num_images is None else num_images
-    if min(batch_size, num_images, repeats, latency_images + 1) < 1:
-        raise ValueError(f'Expected positive numbers, got batch size {batch_size}, {num_images} images, '
+    own = budget is not None or thresholds is not None
+    wanted = 20 * batch_size if num_images is None else num_images
+    if min(batch_size, wanted, repeats, latency_images + 1) < 1:
+        raise ValueError(f'Expected positive numbers, got batch size {batch_size}, {wanted} images, '
                          f'{repeats} repeats, {latency_images} images for latency.')
+    check_effect(own, budget, thresholds, exit_shares, {'data-dir': data_dir, 'dataset': dataset, 'split': split})
     if cuda_graphs and not torchcompile:
         raise ValueError('CUDA graphs are made of compiled steps: --cuda-graphs needs --torchcompile.')
     torch.manual_seed(0)
     dev = get_device(device)
     check_model_name(model)
-    net: Any = timm.create_model(model, pretrained=pretrained, **(model_kwargs or {}))
+    options = predict_options(model, batch_size, model_kwargs, data_dir, dataset, split) if own else None
+    net: Any = build_model(options, pretrained=True) if options else timm.create_model(
+        model, pretrained=pretrained, **(model_kwargs or {}))
     if not isinstance(net, DynamicNet):
         raise ValueError(f"'{model}' has no steps to exit after.")
-    shares = _check_shares(exit_shares, net.num_steps)
+    policy: Any = thresholds
+    if budget is not None:
+        net.set_budget(budget)
+        policy = net.exit_policy
+    elif thresholds is not None:
+        policy = net.make_stop_rule(thresholds)
+    shares = None if own else _check_shares(exit_shares, net.num_steps)
     net.clear_exit()
-    nets = _prepare(net.to(dev).eval(), static, pretrained, channels_last, fuse, torchcompile, cuda_graphs)
-
-    pool = [_noise(nets.dynamic, batch_size, dev, nets.layout) for _ in range(min(8, -(-num_images // batch_size)))]
-    sizes = [batch_size] * (num_images // batch_size) + [num_images % batch_size] * (num_images % batch_size > 0)
-    batches = [_rows_of(pool[i % len(pool)], slice(n)) for i, n in enumerate(sizes)]
+    layout = _LAYOUTS[_layout_names(channels_last)[0]]
+    if options:
+        batches = [_with_layout(move_images(x, dev), layout) for x in read_images(options, net, wanted, num_images)]
+        pool = batches
+    nets = _prepare(
+        net.to(dev).eval(), static, pretrained and not own, channels_last, fuse, torchcompile, cuda_graphs)
+    if not options:
+        pool = [_noise(net, batch_size, dev, layout) for _ in range(min(8, -(-wanted // batch_size)))]
+        sizes = [batch_size] * (wanted // batch_size) + [wanted % batch_size] * (wanted % batch_size > 0)
+        batches = [rows_of(pool[i % len(pool)], slice(n)) for i, n in enumerate(sizes)]
     autocast = torch.autocast(dev.type, getattr(torch, amp_dtype or 'bfloat16'), enabled=bool(amp_dtype))
     with torch.no_grad(), autocast:
-        thresholds = place_thresholds(nets.dynamic, pool, shares)
-        ways = _ways(nets, thresholds, pool[0], batches)
+        if shares is not None:
+            policy = place_thresholds(nets.dynamic, pool, shares)
+        ways = _ways(nets, policy, pool[0], batches)
         steps = _step_ways(nets, pool[:2])
         memory = {name: _peak_memory(way.run, dev) for name, way in ways.items()}  # this also warms up
         for way in steps.values():
@@ -125,7 +165,7 @@ def benchmark_exit(
         for _ in range(repeats):
             for way in (*steps.values(), *ways.values()):
                 way.seconds.append(time_call(way.run, dev, way.calls) / way.num_images)
-        latency = _latencies(nets, thresholds, pool, latency_images, dev)
+        latency = _latencies(nets, policy, pool, latency_images, dev)
 
     fastest = [min((way for (s, _), way in steps.items() if s == t), key=lambda way: median(way.seconds))
                for t in range(net.num_steps)]
@@ -238,15 +278,11 @@ def _with_layout(x: Any, layout: torch.memory_format) -> Any:
     return x.contiguous(memory_format=layout)
 
 
-def _rows_of(x: Any, rows: slice) -> Any:
-    return tuple(v[rows] for v in x) if isinstance(x, tuple) else x[rows]
-
-
-def _ways(nets: _Nets, thresholds: Sequence[float], batch: Any, batches: list[Any]) -> dict[str, _Way]:
+def _ways(nets: _Nets, policy: Policy, batch: Any, batches: list[Any]) -> dict[str, _Way]:
     """The ways to predict that are compared, by name."""
-    net, batch_size = nets.dynamic, _num_images(batch)
-    num_images = sum(map(_num_images, batches))
-    stream = ExitStream(net, thresholds, batch_size)
+    net, batch_size = nets.dynamic, num_images_of(batch)
+    num_images = sum(map(num_images_of, batches))
+    stream = ExitStream(net, policy, batch_size)
     ways = []
     if nets.static is not None:
         x, name = nets.static_input(batch_size), f'static {nets.static_name}'
@@ -255,16 +291,12 @@ def _ways(nets: _Nets, thresholds: Sequence[float], batch: Any, batches: list[An
             ways.append(_Way(f'{name}, plain', partial(nets.plain_static, x), batch_size, 2))
     ways.append(_Way('all steps', lambda: [None for _ in _all_steps(net, batch)], batch_size, 2))
     for name, predict in (
-            ('early_exit', lambda: (early_exit(net, x, thresholds) for x in batches)),
+            ('early_exit', lambda: (early_exit(net, x, policy) for x in batches)),
             ('ExitStream', lambda: stream.run(batches))):
         way = _Way(name, lambda: None, num_images)
         way.run = partial(_count_exits, way, predict, net.num_steps)
         ways.append(way)
     return {way.name: way for way in ways}
-
-
-def _num_images(x: Any) -> int:
-    return len(x[0] if isinstance(x, tuple) else x)
 
 
 def _count_exits(way: _Way, predict: Callable[[], Any], num_steps: int) -> None:
@@ -288,7 +320,7 @@ def _step_ways(nets: _Nets, pool: list[Any]) -> dict[tuple[int, str], _Way]:
         states = [[state for _, state in _all_steps(net, _with_layout(x, layout))] for x in pool]
         for t in range(net.num_steps):
             ways[t, candidate] = _Way(
-                candidate, partial(_run_step_on_each, run_step, net, t, states), sum(map(_num_images, pool)))
+                candidate, partial(_run_step_on_each, run_step, net, t, states), sum(map(num_images_of, pool)))
     return ways
 
 
@@ -372,7 +404,7 @@ def _ratio(seconds: Sequence[float], by: Sequence[float]) -> float:
 
 def _latencies(
         nets: _Nets,
-        thresholds: list[float],
+        policy: Policy,
         pool: list[Any],
         num: int,
         device: torch.device,
@@ -380,11 +412,11 @@ def _latencies(
     """Mean milliseconds per image at batch size 1, over the same images for all."""
     if not num:
         return {}
-    size = _num_images(pool[0])
-    images = [_rows_of(pool[i // size % len(pool)], slice(i % size, i % size + 1)) for i in range(num)]
+    size = num_images_of(pool[0])
+    images = [rows_of(pool[i // size % len(pool)], slice(i % size, i % size + 1)) for i in range(num)]
     ways: dict[str, Callable[[Any], Any]] = {
         'all steps': lambda x: list(nets.dynamic.forward_steps(x)),
-        'early_exit': lambda x: early_exit(nets.dynamic, x, thresholds)}
+        'early_exit': lambda x: early_exit(nets.dynamic, x, policy)}
     if nets.static is not None:
         one = nets.static_input(1)
         ways[f'static {nets.static_name}'] = lambda x: nets.static(one)

@@ -9,8 +9,9 @@ from timm.data import ImageDataset
 from timm.data import create_dataset as create_timm_dataset
 
 from ..utils import did_you_mean
+from .class_match import ClassMatch
 from .cluttered_digits import ClutteredDigits
-from .splits import TRAIN_SPLITS, VALIDATION_SPLITS
+from .splits import check_torch_split, find_split
 
 _logger = logging.getLogger('timm.data.dataset')  # where timm's own warnings of skipped images come from
 
@@ -81,12 +82,21 @@ def create_dataset(
         if not os.path.exists(root):
             raise FileNotFoundError(
                 f"There is no data at '{root}': expected a folder with one sub-folder per class, or a tar file.")
-        _check_split(root, split)
+    prefix, _, inner = name.partition('/')
+    if prefix.lower() == 'torch':
+        check_torch_split(inner, split)
+    folder = root
+    if root and os.path.isdir(root) and (not name or name.lower() in ('torch/folder', 'torch/image_folder')):
+        folder, kwargs['search_split'] = find_split(root, split), False
+    elif root and not name:
+        find_split(root, split)
     try:
-        dataset = create_timm_dataset(name, root=root, split=split, **kwargs)
+        dataset = create_timm_dataset(name, root=folder, split=split, **kwargs)
     except RuntimeError as e:
         if 'Found 0 images' in str(e):
             raise ValueError(f"'{root}' holds no images for the split '{split}': {e}") from e
+        if 'not found in info' in str(e):  # of a webdataset
+            raise ValueError(f"There is no split '{split}' of '{name}': {e}") from e
         raise
     except AssertionError as e:  # how timm checks its arguments
         raise ValueError(f"The dataset '{name or root}' cannot be opened: {e}") from e
@@ -122,20 +132,13 @@ def read_demo_note(notes: Sequence[str] | None) -> dict[str, Any]:
     return {}
 
 
-def _check_split(root: str, split: str) -> None:
-    """Raise a ValueError for a split without a folder, if others have one: timm would use the images of all splits."""
-    split = split.split('[')[0]
-    names = next((s for s in (TRAIN_SPLITS, VALIDATION_SPLITS) if split in s), (split,))
-    found = {n for n in (*TRAIN_SPLITS, *VALIDATION_SPLITS, 'test') if os.path.isdir(os.path.join(root, n))}
-    several = found.intersection(TRAIN_SPLITS) and found.difference(TRAIN_SPLITS)
-    if several and not any(os.path.exists(os.path.join(root, n)) for n in names):
-        raise ValueError(f"There is no split '{split}' at '{root}', which has {', '.join(sorted(found))}.")
-
-
 def class_to_idx(dataset: Any) -> dict[str, int] | None:
     """Index of each class name; None if the dataset does not have them."""
-    for source in (dataset, getattr(dataset, 'reader', None)):
-        mapping = getattr(source, 'class_to_idx', None)
+    if isinstance(getattr(dataset, 'target_transform', None), ClassMatch):
+        return dataset.target_transform.class_to_idx
+    reader = getattr(dataset, 'reader', None)
+    for source, name in ((dataset, 'class_to_idx'), (reader, 'class_to_idx'), (reader, 'class_name_to_idx')):
+        mapping = getattr(source, name, None)  # the last is that of tar files
         if isinstance(mapping, dict) and mapping:
             return mapping
     return None

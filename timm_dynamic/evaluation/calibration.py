@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torchvision.datasets import VisionDataset
 
-from ..data.dataset_factory import TRAIN_SPLITS, VALIDATION_SPLITS
+from ..data.splits import TRAIN_SPLITS, VALIDATION_SPLITS
 from ..exits import ExitPoint, ExitTable
 
 _logger = logging.getLogger(__name__)

@@ -16,7 +16,8 @@ from ..exits.collect import rank_of
 from ..models import ConfidenceNet
 from ..models.clcnet import CONFIDENCES, FINAL_RULES, CLCNet
 from ..task import score_folds
-from ..task.clcnet import FOLDS_FILE, Choice, compare_confidences, describe_best
+from ..task.clcnet import FOLDS_FILE
+from ..task.compare_confidences import Choice, compare_confidences, describe_best
 from .calibration import Calibration
 from .exit_report import Report, short_name
 
@@ -111,6 +112,10 @@ def check_cascade_options(args: argparse.Namespace, name: str, model: Any) -> No
             f"{' and '.join(given_too)}.")
     if args.confidence == 'all' and args.final_rule:
         raise ValueError('--confidence all also chooses the final rule: leave out --final-rule.')
+    if args.save_features and isinstance(model, CLCNet):
+        raise ValueError(
+            "--save-features writes the features of one classifier. Those of a cascade's members are written by "
+            'train.py --stage features.')
     if not args.fold_nets:
         return
     if model.confidence_kind != 'clcnet' and args.confidence != 'all':
@@ -126,6 +131,20 @@ def check_cascade_options(args: argparse.Namespace, name: str, model: Any) -> No
 
 
 # What the members say
+
+def answering_members(table: ExitTable, steps: torch.Tensor, final_rule: str) -> torch.Tensor:
+    """Number of the member whose prediction is the answer of a cascade [N] int64, from 1.
+
+    Args:
+        table: Exit table of the cascade.
+        steps: Number of members that were run [N] int64.
+        final_rule: Final rule. With 'most_confident', an answer is only replaced by one of higher confidence.
+    """
+    if final_rule == 'last':
+        return steps
+    final = table.confidence.gather(1, steps[:, None] - 1)
+    return (table.confidence == final).int().argmax(dim=1) + 1
+
 
 class Replayed(NamedTuple):
     """What a cascade with some confidence and final rule does."""

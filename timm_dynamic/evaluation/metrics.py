@@ -1,4 +1,5 @@
 """Accuracy and exit table of any model on a loader, the same in training and validation."""
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -12,6 +13,22 @@ from ..exits import ExitTable
 from ..exits.collect import Outputs, SampleRecorder, predict_steps, rank_of, run_loader
 from ..exits.table import run_policy
 from ..models.dynamic_net import DynamicNet
+from ..utils import did_you_mean
+
+
+def check_metric(metric: str, task: Any, model: Any) -> str:
+    """Give a metric's name back, if validation of a task gives such a metric.
+
+    Raises:
+        ValueError: It does not.
+    """
+    steps = task.num_predictions(model)
+    names = [*task.create_evaluator().metric_names, *(f'top1_step{t + 1}' for t in range(steps) if steps > 1)]
+    if metric not in names:
+        raise ValueError(
+            f"--eval-metric {metric}: there is no such metric. Choose from {', '.join(names)}."
+            f'{did_you_mean(metric, names)}')
+    return metric
 
 
 class Evaluation(NamedTuple):
@@ -24,6 +41,30 @@ class Evaluation(NamedTuple):
     """
     metrics: dict[str, float]
     table: ExitTable | None
+
+
+def is_better_than_chance(correct: int, images: int, num_classes: int, level: float = 0.01) -> bool:
+    """Whether a result is better than that of a classifier that guesses.
+
+    A guess is correct with probability 1 / num_classes, so that the number of correct guesses is binomial. The result
+    is better if guesses reach it with a probability of less than `level`. It counts as better, too, if there are so
+    few images that even a result without an error would not show a difference.
+
+    Args:
+        correct: Number of images that are classified correctly.
+        images: Number of images.
+        num_classes: Number of classes.
+        level: Probability of calling a guess better than chance.
+    """
+    chance = 1 / num_classes
+    if chance ** images >= level:
+        return True
+
+    def probability(k: int) -> float:
+        ways = math.lgamma(images + 1) - math.lgamma(k + 1) - math.lgamma(images - k + 1)
+        return math.exp(ways + k * math.log(chance) + (images - k) * math.log1p(-chance))
+
+    return sum(map(probability, range(correct, images + 1))) < level
 
 
 def evaluate(

@@ -10,17 +10,19 @@ from accelerate import Accelerator
 from timm.data import RealLabelsImagenet
 from timm.layers import apply_test_time_pool
 
+from ..data import ConfidenceFeatures, RandomView
 from ..data.image_names import image_names
 from ..exits import ExitTable, solve_curve
 from ..exits.anchornet_table import save_anchornet_table
 from ..exits.collect import Outputs, SampleRecorder
 from ..launch.build import build_eval_loader, eval_views, model_dtype, resolve_data
+from ..launch.describe import describe_data, describe_device, describe_model
 from ..models.clcnet import CLCNet
 from ..models.dynamic_net import DynamicNet
 from ..models.macs import count_macs
-from ..utils.report import write_rows
+from ..utils.report import format_block, write_rows
 from .calibration import CROSS, HALF, Calibration, open_calibration_loader, same_split, share_images
-from .cascade import CascadeReplay, FoldNets, MemberAnswers
+from .cascade import CascadeReplay, FoldNets, MemberAnswers, answering_members
 from .exit_report import Report, Row, report_points, report_steps, short_name
 from .metrics import evaluate
 from .requests import load_table, needs_fit
@@ -42,6 +44,7 @@ class _Measured(NamedTuple):
     steps_top1: torch.Tensor  # class after each step [N, T]
     target: torch.Tensor  # [N]
     members: MemberAnswers | None = None
+    probabilities: torch.Tensor | None = None  # of what `forward` gives, sorted [N, C]; for --save-features
 
 
 class ModelEvaluator:
@@ -57,6 +60,7 @@ class ModelEvaluator:
         fit_splits: Splits to fit exits on, the best first, unless `--calibrate-split` names one.
         fold_nets: Confidence nets of a cross-validation, for a cascade.
         compared: The model is one of `--compare`: only its accuracy and cost are reported.
+        announce: Log data, model, device and batch before the model is run.
     """
 
     def __init__(
@@ -67,10 +71,12 @@ class ModelEvaluator:
             accelerator: Accelerator,
             data_config: Mapping[str, Any] | None = None,
             out_of_fold: OutOfFold | None = None,
-            fit_splits: Sequence[str] = ('validation', 'train', HALF),
+            fit_splits: Sequence[str] = ('validation', CROSS),
             fold_nets: FoldNets | None = None,
             compared: bool = False,
+            announce: bool = False,
     ) -> None:
+        self.announce = announce
         self.name, self.args, self.accelerator = name, args, accelerator
         self.out_of_fold, self.fit_splits, self.compared = out_of_fold, fit_splits, compared
         self.dynamic = isinstance(model, DynamicNet)
@@ -118,6 +124,8 @@ class ModelEvaluator:
         """
         args = self.args
         loader = self._open_loader(args.split, args.num_samples)
+        if args.save_features and isinstance(loader.dataset, torch.utils.data.IterableDataset):
+            raise ValueError('--save-features needs images that can be counted; this dataset can only be iterated.')
         if self.out_of_fold is not None and self._has_seen(self.out_of_fold.split, loader):
             return self._report_out_of_fold(self.out_of_fold.table)
         if self.replay is not None:
@@ -126,12 +134,22 @@ class ModelEvaluator:
         if self.dynamic and not self.compared and needs_fit(args) and not args.calibrate_table:
             # Before the model runs, so that errors come early.
             fit_on, fit_loader = self._find_calibration(loader)
+        if self.announce and self.accelerator.is_main_process:
+            loaders = {args.split: loader} if fit_loader is None else {args.split: loader, fit_on: fit_loader}
+            _logger.info(format_block({
+                'data': describe_data(args, loaders),
+                'model': describe_model(self.name, self.exported, self.data_config, self.num_classes),
+                'device': describe_device(args, self.accelerator),
+                'batch': f'{args.batch_size} images per process',
+            }))
         measured = self._measure(loader, args.split, self.name)
         report = Report(self._row(measured, loader))
         assert report.row is not None
+        if measured.probabilities is not None and self.accelerator.is_main_process:
+            self._save_features(measured.probabilities, measured, loader)
         if not self.dynamic:
             if report.row['gmacs']:
-                report.markers[short_name(self.name)] = [(report.row['gmacs'], report.row['top1'])]
+                report.static[short_name(self.name)] = [(report.row['gmacs'], report.row['top1'])]
             return report
         answers, calibration = measured.steps_top1, None
         if self.replay is not None and measured.members is not None:
@@ -139,6 +157,8 @@ class ModelEvaluator:
             (table, answers), calibration = self.replay.finish(
                 report, self.name, measured.members, fitted, args.seed)
             self._update_row(report.row, table, measured.members)
+            report.static.update({
+                row['member']: [(row['gmacs'], row['top1'])] for row in report.points if 'member' in row})
         else:
             assert measured.table is not None
             table = measured.table
@@ -166,16 +186,37 @@ class ModelEvaluator:
         if self.out_of_fold is not None:
             return f'{self.out_of_fold.split}, out of fold', None
         num = self.args.calibrate_samples
+        one_policy = self.replay is not None or self.args.save_predictions
+        candidates = [HALF if one_policy and name == CROSS else name for name in self.fit_splits]
         fit_on, fit_loader = open_calibration_loader(
-            self.args.split, self.args.calibrate_split, self.fit_splits, loader,
+            self.args.split, self.args.calibrate_split, candidates, loader,
             lambda split: self._open_loader(split, num, random_samples=num))
-        if fit_on == CROSS and (self.replay is not None or self.args.save_predictions):
+        if fit_on == CROSS and one_policy:
             raise ValueError(
                 f'--calibrate-split {CROSS} evaluates two policies, one on each half. With --save-predictions, '
                 f'--fold-nets or --confidence all, choose {HALF}.')
+        if num and fit_on in (HALF, CROSS):
+            raise ValueError(
+                '--calibrate-samples: exits are fitted on the images that are evaluated on. Name others with '
+                '--calibrate-split.')
         if self.replay is not None and fit_loader is not None:
             self.replay.add_split(fit_on, fit_loader.dataset)
+        if self.args.calibrate_augment:
+            self._augment(fit_loader)
+            _logger.info(f"Exits are fitted on random crops and flips of '{fit_on}'.")
         return fit_on, fit_loader
+
+    def _augment(self, fit_loader: Any) -> None:
+        """Let a loader of images to fit on give random views of them."""
+        if fit_loader is None:
+            raise ValueError(
+                '--calibrate-augment needs images to fit on that are not evaluated on: name them with '
+                '--calibrate-split, e.g. train.')
+        if fit_loader.views is not None:
+            raise ValueError('--calibrate-augment is not for cascades: each member has its own preprocessing.')
+        dataset: Any = fit_loader.dataset
+        dataset = dataset.dataset if isinstance(dataset, torch.utils.data.Subset) else dataset
+        dataset.transform = RandomView(self.data_config, self.args.no_prefetcher, self.args.seed)
 
     def _calibrate(self, table: ExitTable, fit_on: str, fit_loader: Any) -> Calibration | None:
         """Tables to fit and evaluate on; None if no exits are fitted."""
@@ -197,22 +238,24 @@ class ModelEvaluator:
 
     def _measure(self, loader: Any, split: str, desc: str) -> _Measured:
         args = self.args
+        with_features = bool(args.save_features) and not self.compared
         recorder = SampleRecorder(loader, self.accelerator)
 
         def on_batch(output: torch.Tensor, target: torch.Tensor, outputs: Outputs, x: Any) -> None:
             top5 = output.topk(min(5, output.shape[1]), dim=1).indices
             steps = outputs['logits'] if self.classes is None else outputs['logits'][..., self.classes]
             members = [] if self.replay is None else [outputs['member_logits'].float().transpose(0, 1)]
-            recorder.add(target, top5, steps.argmax(dim=-1).T, *members)
+            features = [output.float().softmax(dim=1).sort(dim=1, descending=True).values] if with_features else []
+            recorder.add(target, top5, steps.argmax(dim=-1).T, *members, *features)
 
         metrics, table = evaluate(
             self.model, loader, self.accelerator, predict=None if self.replay is None else self.replay.predict,
             classes=self.classes, channels_last=args.channels_last, dtype=model_dtype(args), desc=desc,
             log_freq=args.log_freq, on_batch=on_batch)
-        target, top5, steps_top1, *members = recorder.gather()
+        target, top5, steps_top1, *more = recorder.gather()
         if self.replay is None:
-            return _Measured(metrics, table, top5, steps_top1, target)
-        answers = self.replay.answers(split, members[0], target)
+            return _Measured(metrics, table, top5, steps_top1, target, probabilities=more[0] if with_features else None)
+        answers = self.replay.answers(split, more[0], target)
         return _Measured(metrics, table, top5, steps_top1, target, answers)
 
     # Results
@@ -285,6 +328,14 @@ class ModelEvaluator:
         if args.save_predictions:
             self._save_predictions(table, answers, target, loader, calibration)
 
+    def _save_features(self, probabilities: torch.Tensor, measured: _Measured, loader: Any) -> None:
+        path = Path(self.args.save_features)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        correct = measured.top5[:, 0] == measured.target
+        features = ConfidenceFeatures(probabilities, correct, image_names(loader.dataset, self.args.split))
+        (features.save_csv if path.suffix == '.csv' else features.save)(path)
+        _logger.info(f'Features of {len(features)} images of {self.args.split}: {path}')
+
     def _save_predictions(
             self,
             table: ExitTable,
@@ -310,7 +361,11 @@ class ModelEvaluator:
             [names[i] for i in images.tolist()], answers[at].tolist(), target[images].tolist(),
             steps[images].tolist(), table.confidence[at].tolist())
         keys = ('file', 'prediction', 'target', 'steps_used', 'confidence')
-        write_rows(args.save_predictions, [dict(zip(keys, row)) for row in zip(*columns)], 'csv')
+        rows: list[Row] = [dict(zip(keys, row)) for row in zip(*columns)]
+        if isinstance(self.exported, CLCNet):
+            members = answering_members(table, steps, self.exported.final_rule)[images]
+            rows = [{**row, 'member': member} for row, member in zip(rows, members.tolist())]
+        write_rows(args.save_predictions, rows, 'csv')
         _logger.info(f'Answer to every image of {where} ({len(images)}): {args.save_predictions}')
 
 

@@ -25,6 +25,11 @@ _HEAT = ((0, 0, 4), (81, 18, 124), (183, 55, 121), (252, 137, 97), (252, 253, 19
 
 # Looking
 
+# Classes with the largest probabilities: (class index, probability), the best first.
+TopClasses = list[tuple[int, float]]
+_NUM_BEST = 10
+
+
 @dataclass(frozen=True)
 class Look:
     """Where a model looks in one image, and what it predicts.
@@ -40,6 +45,9 @@ class Look:
         cam_label: The class of the map.
         cam_origin: Center of the map's first position, in pixels from the image's edge.
         cam_stride: Distance between the centers of neighbouring positions, in pixels.
+        best: The ten best classes after each step.
+        own: The ten best classes by the logits of each view alone, of models that add up logits.
+        localizer: The ten best classes of the localizer, if there is one.
         glance: Step 1 sees the whole image, scaled down; each further step sees a window.
     """
     size: int
@@ -52,6 +60,9 @@ class Look:
     cam_label: int | None = None
     cam_origin: float = 0.
     cam_stride: float = 1.
+    best: list[TopClasses] = field(default_factory=list)
+    own: list[TopClasses] = field(default_factory=list)
+    localizer: TopClasses = field(default_factory=list)
     glance: bool = True
 
 
@@ -94,11 +105,15 @@ def _look_by_step(model: Any, images: torch.Tensor) -> list[Look] | None:
     rule = model.exit_policy
     steps_used = [model.num_steps] * len(images) if rule is None else run_policy(rule, confidence).tolist()
     labels = logits.argmax(dim=-1)
-    cams, localized = out.get('cam'), out.get('localizer_logits')
+    cams, localized, patches = out.get('cam'), out.get('localizer_logits'), out.get('patch_logits')
+    best = _best_classes(logits.transpose(0, 1))
+    own = None if patches is None else _best_classes(torch.cat([logits[:1], patches]).transpose(0, 1))
+    localizer = None if localized is None else _best_classes(localized)
     return [Look(
         size=model.patch_size,
         windows=[(row, column) for row, column in out['coords'][:, i].tolist()],
         labels=labels[:, i].tolist(),
+        best=best[i],
         confidence=confidence[i].tolist(),
         gmacs=[macs / 1e9 for macs in model.step_macs],
         steps_used=steps_used[i],
@@ -106,7 +121,17 @@ def _look_by_step(model: Any, images: torch.Tensor) -> list[Look] | None:
         cam_label=None if localized is None else int(localized[i].argmax()),
         cam_origin=0. if cams is None else (model.localizer_field or model.localizer_stride) / 2,
         cam_stride=1. if cams is None else model.localizer_stride,
+        own=[] if own is None else own[i],
+        localizer=[] if localizer is None else localizer[i],
     ) for i in range(len(images))]
+
+
+def _best_classes(logits: torch.Tensor) -> list[Any]:
+    """`TopClasses` of logits [..., C], as nested lists."""
+    if logits.ndim > 1:
+        return [_best_classes(part) for part in logits]
+    probabilities, classes = logits.float().softmax(dim=0).topk(min(_NUM_BEST, len(logits)))
+    return list(zip(classes.tolist(), probabilities.tolist()))
 
 
 def _look_alone(model: AnchorNet, images: torch.Tensor, num_windows: int, iou_threshold: float) -> list[Look]:
@@ -115,6 +140,7 @@ def _look_alone(model: AnchorNet, images: torch.Tensor, num_windows: int, iou_th
     if not isinstance(model.fc, torch.nn.Linear):
         raise ValueError('The windows are those of a class: AnchorNet needs its classifier, got num_classes=0.')
     confidence, labels = logits.float().softmax(dim=-1).amax(dim=-1), logits.argmax(dim=-1)
+    best = _best_classes(logits)
     cam = class_activation_map(features.float(), model.fc.weight.float(), labels)
     rows, columns = (torch.arange(n) * model.stride for n in cam.shape[1:])
     index, found = choose_windows(
@@ -124,6 +150,7 @@ def _look_alone(model: AnchorNet, images: torch.Tensor, num_windows: int, iou_th
         size=model.receptive_field,
         windows=[(row, column) for row, column in corners[i][:int(found[i])]],
         labels=[int(labels[i])],
+        best=[best[i]],
         confidence=[float(confidence[i])],
         cam=cam[i].cpu(),
         cam_label=int(labels[i]),
@@ -271,13 +298,13 @@ def draw_sheet(
         _draw_windows(panel, seen, _CELL / whole.width, font)
         sheet.paste(panel, (x, y))
         if targets is not None:
-            pen.text((x, y + _CELL + 2), _shorten(name_of(targets[i]), font, _CELL), _INK, font)
+            pen.text((x, y + _CELL + 2), shorten(name_of(targets[i]), font, _CELL), _INK, font)
         for k in range(_num_views(seen)):
             x = _CELL_GAP + (k + 1) * step
             _paste_view(sheet, whole, seen, k, (x, y), _CELL)
             label = seen.labels[min(k, len(seen.labels) - 1)]
             percent = f', {100 * seen.confidence[min(k, len(seen.labels) - 1)]:.0f} %'
-            name = _shorten(name_of(label), font, _CELL - font.getlength(percent))
+            name = shorten(name_of(label), font, _CELL - font.getlength(percent))
             ink = _ink(label, None if targets is None else targets[i], k >= _stop(seen))
             pen.text((x, y + _CELL + 2), name + percent, ink, font)
     return sheet
@@ -308,7 +335,7 @@ def draw_image(
     pen = ImageDraw.Draw(sheet)
     small, large = (ImageFont.load_default(size) for size in (14, 17))
     truth = '' if target is None else f'  (true: {name_of(target)})'
-    pen.text((_GAP, _GAP - 2), _shorten(f'{title}{truth}', large, width - 2 * _GAP), _INK, large)
+    pen.text((_GAP, _GAP - 2), shorten(f'{title}{truth}', large, width - 2 * _GAP), _INK, large)
 
     whole = _to_image(image)
     panel = whole.resize((_PANEL, _PANEL), Image.Resampling.BICUBIC)
@@ -322,7 +349,7 @@ def draw_image(
         left = 2 * _GAP + _PANEL
         sheet.paste(heat, (left, top))
         text = f"activation map of '{name_of(seen.cam_label or 0)}'"
-        pen.text((left, top + _PANEL + 5), _shorten(text, small, _PANEL), _FAINT, small)
+        pen.text((left, top + _PANEL + 5), shorten(text, small, _PANEL), _FAINT, small)
 
     left = panels * (_PANEL + _GAP) + 2 * _GAP
     for k in range(num_views):
@@ -330,7 +357,7 @@ def draw_image(
         _paste_view(sheet, whole, seen, k, (left, y), _VIEW)
         for i, (line, ink) in enumerate(_view_lines(seen, k, name_of, target)):
             font = large if i == 1 else small
-            pen.text((left + _VIEW + _GAP, y + 4 + 24 * i), _shorten(line, font, _TEXT - _GAP), ink, font)
+            pen.text((left + _VIEW + _GAP, y + 4 + 24 * i), shorten(line, font, _TEXT - _GAP), ink, font)
     return sheet
 
 
@@ -442,7 +469,8 @@ def _heat_map(seen: Look, side: int) -> Image.Image:
     return Image.fromarray(colors.round().clamp(0, 255).byte().numpy())
 
 
-def _shorten(text: str, font: Any, width: float) -> str:
+def shorten(text: str, font: Any, width: float) -> str:
+    """Cut a text to a width in pixels."""
     if font.getlength(text) <= width:
         return text
     while text and font.getlength(f'{text}…') > width:

@@ -18,21 +18,23 @@ from tqdm import tqdm
 
 from ..data import PredictionImages, PredictionStream
 from ..data.image_names import image_names
-from ..exits import ExitStream
+from ..exits import ExitStream, early_exit
 from ..exits.collect import move_images, predict_steps
 from ..exits.stream import StreamResult
 from ..launch.accelerator import create_accelerator
 from ..launch.build import default_split, eval_views, model_dtype, resolve_data, uses_demo_data
 from ..launch.images import build_image_loader, open_images
 from ..launch.options import create_predict_parser
-from ..launch.script import run_script
+from ..launch.script import import_modules, run_script
 from ..models.dynamic_net import DynamicNet
 from ..models.macs import count_macs
 from ..utils import UserError, hash_weights
 from ..utils.report import format_table, write_rows
 from .exit_report import short_name
+from .pictures import class_names, look
 from .prediction_results import EXTENSIONS, ResultTable, Shards, check_formats, write_predictions
 from .requests import check_requests
+from .step_predictions import describe_look
 from .validate import open_model
 
 _logger = logging.getLogger(__name__)
@@ -41,9 +43,9 @@ _MAX_SHARD = 4096
 _SHOWN = 5  # rows, and unreadable images, in the log
 # Options that the rows of shards do not depend on: they may change when a prediction is continued.
 _FREE = {
-    'workers', 'pin_mem', 'log_freq', 'results_dir', 'results_file', 'results_format', 'results_separate_col',
-    'fullname', 'filename_col', 'index_col', 'label_col', 'output_col', 'label_type', 'include_index',
-    'exclude_output', 'no_console_results'}
+    'device_modules', 'workers', 'pin_mem', 'log_freq', 'results_dir', 'results_file', 'results_format',
+    'results_separate_col', 'fullname', 'filename_col', 'index_col', 'label_col', 'output_col', 'label_type',
+    'include_index', 'exclude_output', 'no_console_results'}
 
 
 class Predictor:
@@ -81,16 +83,17 @@ class Predictor:
             self.model.compile_steps(**how)
         elif args.torchcompile:
             self.model = torch.compile(self.model, **how)
+        self.name_of = class_names(model)
+        self.policy: Any = None
         self.stream: ExitStream | None = None
         if dynamic:
             all_steps = [math.inf] * model.num_steps
-            policy = all_steps if model.exit_policy is None else model.exit_policy
-            self.stream = ExitStream(self.model, policy, args.batch_size)
+            self.policy = all_steps if model.exit_policy is None else model.exit_policy
+            self.stream = ExitStream(self.model, self.policy, args.batch_size)
 
     def run(self, batches: Iterable[tuple[Any, Any]]) -> Iterator[StreamResult]:
         """Predict for batches (images, keys). The keys are the targets of the results, which come in the same order."""
-        moved = (
-            (move_images(x, self.accelerator.device, model_dtype(self.args), self.layout), keys) for x, keys in batches)
+        moved = self._move(batches)
         if self.stream is not None:
             yield from self.stream.run(moved)
             return
@@ -101,15 +104,31 @@ class Predictor:
             result.target = keys
             yield result
 
+    def run_all_steps(self, batches: Iterable[tuple[Any, Any]]) -> Iterator[tuple[StreamResult, list[Any]]]:
+        """As `run`, and the 'steps' of `describe_look` for each image. All steps are run for that."""
+        for x, keys in self._move(batches):
+            result = StreamResult(*early_exit(self.model, x, self.policy))
+            result.target = keys
+            yield result, [describe_look(seen, self.name_of)['steps'] for seen in look(self.model, x)]
+
+    def _move(self, batches: Iterable[tuple[Any, Any]]) -> Iterator[tuple[Any, Any]]:
+        for x, keys in batches:
+            yield move_images(x, self.accelerator.device, model_dtype(self.args), self.layout), keys
+
 
 def _set_exit(args: argparse.Namespace, model: Any) -> None:
     """Set the exits that the options ask for."""
     option = '--budget' if args.budget is not None else '--thresholds' if args.thresholds is not None else ''
     if not isinstance(model, DynamicNet):
+        option = option or ('--per-step' if args.per_step else '')
         if option:
             raise ValueError(
                 f"{option}: '{args.model}' ({type(model).__name__}) makes one prediction and cannot exit early.")
         return
+    if args.per_step and not hasattr(model, 'patch_size'):
+        raise ValueError(
+            f"--per-step: '{args.model}' ({type(model).__name__}) does not choose where to look. Expected a GFNet or "
+            'an AnchorNet-patch.')
     if args.test_pool:
         raise ValueError(f"--test-pool changes how a static model pools; '{args.model}' is a dynamic one.")
     requests = argparse.Namespace(
@@ -169,13 +188,17 @@ def _predict_shards(
             rows: list[Any] = []
             errors: list[Any] = []
             # The images of a shard come from the loader as whole batches, or are the last ones.
-            for i, result in enumerate(predictor.run(islice(batches, shard_size // args.batch_size))):
+            of_shard = islice(batches, shard_size // args.batch_size)
+            results = predictor.run_all_steps(of_shard) if args.per_step else \
+                ((result, None) for result in predictor.run(of_shard))
+            for i, (result, steps) in enumerate(results):
                 outputs = result.logits.float().softmax(dim=1) if args.output_type == 'prob' else result.logits.float()
                 classes: list[list[int]] = [[]] * len(outputs)
                 if args.topk:
                     outputs, top = outputs.topk(min(args.topk, outputs.shape[1]), dim=1)
                     classes = top.tolist()
-                columns = outputs.tolist(), result.steps_used.tolist(), result.confidence.tolist()
+                columns = [outputs.tolist(), result.steps_used.tolist(), result.confidence.tolist()]
+                columns += [] if steps is None else [steps]
                 for key, *row in zip(result.target, classes, *columns):
                     if key.error is not None:
                         errors.append([(key.number, key.name), key.error])
@@ -269,6 +292,7 @@ def run_prediction(argv: Sequence[str] | None = None) -> dict[str, Any]:
         that cannot be read, and 'images_per_sec' of this run. In processes other than the main one it is empty.
     """
     args = _parse(argv)
+    import_modules(args.device_modules)
     accelerator = create_accelerator(args)
     if not accelerator.is_main_process:
         logging.getLogger('timm_dynamic').setLevel(logging.WARNING)

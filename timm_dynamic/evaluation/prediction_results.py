@@ -112,13 +112,15 @@ class ResultTable:
             for part, width in zip(parts, widths)]
         self.columns = [
             args.filename_col, *(name for part in named for name in part), 'steps_used', 'confidence', 'gmacs']
+        if args.per_step:
+            self.columns.append('steps')
         twice = [name for name, times in Counter(self.columns).items() if times > 1]
         if twice:
             raise ValueError(f"Two columns of the results are called '{twice[0]}'.")
 
     def __iter__(self) -> Iterator[Row]:
         for number in self.numbers:
-            for key, classes, outputs, step, confidence in self.shards.read(number)['rows']:
+            for key, classes, outputs, step, confidence, *steps in self.shards.read(number)['rows']:
                 parts = [classes] * self.with_index
                 if self.label_of is not None:
                     parts.append([self.label_of(index) for index in classes])
@@ -127,7 +129,7 @@ class ResultTable:
                 cells: list[Any] = [self._name(*key)]
                 for part in parts:
                     cells += part if self.separate or len(part) == 1 else [part]
-                cells += [step, confidence, self.step_gmacs[step - 1]]
+                cells += [step, confidence, self.step_gmacs[step - 1], *steps]
                 yield dict(zip(self.columns, cells))
 
     def errors(self) -> list[Row]:

@@ -13,9 +13,9 @@ from .exit_report import check_stored, stored_rows
 def dynamic_options(args: argparse.Namespace) -> list[str]:
     """Options that were given and only mean something for dynamic models."""
     names = (
-        'anytime', 'budget', 'thresholds', 'geometric', 'stored_results', 'stored_thresholds', 'calibrate_split',
-        'calibrate_samples', 'exit_table', 'calibrate_table', 'save_exit_table', 'save_budgets', 'save_predictions',
-        'fold_nets', 'curve')
+        'anytime', 'budget', 'thresholds', 'threshold_sweep', 'geometric', 'stored_results', 'stored_thresholds',
+        'calibrate_split', 'calibrate_samples', 'calibrate_augment', 'exit_table', 'calibrate_table', 'save_exit_table',
+        'save_budgets', 'save_predictions', 'fold_nets', 'curve')
     return [f"--{name.replace('_', '-')}" for name in names if getattr(args, name) not in (None, False)]
 
 

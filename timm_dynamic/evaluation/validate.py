@@ -12,16 +12,17 @@ from timm.models import is_model, is_model_in_modules, list_pretrained, parse_mo
 from timm.utils import check_batch_size_retry, decay_batch_step, reparameterize_model
 
 from ..launch.accelerator import create_accelerator
-from ..launch.build import build_model, default_split, resolve_data, uses_demo_data
+from ..launch.build import build_model, default_split, resolve_data
 from ..launch.options import create_validate_parser
-from ..launch.script import run_script
+from ..launch.script import import_modules, run_script
 from ..models.builder import Family, check_model_name, load_checkpoint
 from ..models.clcnet import CLCNet
+from ..models.dynamic_net import DynamicNet
 from ..utils import CheckpointError, save_pretrained, seeded
 from ..utils.report import check_plot, format_table, plot_accuracy_over_macs, write_rows
 from .calibration import Calibration
 from .cascade import FoldNets
-from .exit_report import Report, report_points, report_steps, short_name, stored_rows
+from .exit_report import Report, report_parts, report_points, report_steps, short_name, stored_rows
 from .model_evaluator import ModelEvaluator, accuracy
 from .requests import (
     check_model,
@@ -35,20 +36,26 @@ from .requests import (
 
 _logger = logging.getLogger(__name__)
 
+Checkpoint = str | dict[str, str]  # a file or folder, or a file for each part
+
 
 def open_model(
         args: argparse.Namespace,
-        checkpoint: str,
+        checkpoint: Checkpoint,
         fold_nets: FoldNets | None = None,
         compared: bool = False,
+        needs_data: bool = True,
 ) -> Any:
-    """Create a model with its weights, and with what a checkpoint says about exits."""
+    """Create a model with its weights, and with what a checkpoint says about exits.
+
+    Without data (`needs_data=False`), the number of classes does not depend on a data set.
+    """
     kind = None if args.confidence == 'all' or compared else args.confidence
     more = {}
     if parse_model_name(args.model)[0] is None and is_model_in_modules(args.model.split('.')[0], ['clcnet']):
         more['confidence'] = 'max_prob' if fold_nets else kind  # no net is fetched that is not needed
     with seeded(args.seed, 'model'):  # a classifier that the weights do not fit has initial values
-        model = build_model(args, pretrained=args.pretrained or not checkpoint, **more)
+        model = build_model(args, needs_data=needs_data, pretrained=args.pretrained or not checkpoint, **more)
     if checkpoint:
         load_checkpoint(model, checkpoint, use_ema=args.use_ema)
     if isinstance(model, CLCNet) and not compared:
@@ -62,7 +69,7 @@ def open_model(
 def validate_model(
         args: argparse.Namespace,
         name: str,
-        checkpoint: str,
+        checkpoint: Checkpoint,
         accelerator: Accelerator,
         compared: bool = False,
 ) -> Report:
@@ -71,7 +78,7 @@ def validate_model(
     Args:
         args: Options of validate.py.
         name: Model name, as `timm.create_model` takes it.
-        checkpoint: File or folder with its weights; empty for pretrained ones.
+        checkpoint: File or folder with its weights, or a file for each part; empty for pretrained ones.
         accelerator: Processes, device, precision.
         compared: The model is one of `--compare`: only its accuracy and cost are reported.
 
@@ -80,19 +87,25 @@ def validate_model(
     """
     args = argparse.Namespace(**{**vars(args), 'model': name})
     fold_nets = FoldNets.read(args.fold_nets, args.fold_dir) if args.fold_nets and not compared else None
-    model = open_model(args, checkpoint, fold_nets, compared)
+    stored = only_stored(args)
+    model = open_model(args, checkpoint, fold_nets, compared, needs_data=not stored)
     if not compared:
         check_model(args, name, model)
-        if only_stored(args):
-            report = Report(None)
-            caption = f'{short_name(name)}, results kept in the model (nothing was run):'
-            report.add(name, caption, stored_rows(model, name), hide=())
-            return report
-    evaluator = ModelEvaluator(model, name, args, accelerator, fold_nets=fold_nets, compared=compared)
+    if stored:
+        report = Report(None)
+        caption = f'{short_name(name)}, results kept in the model (nothing was run):'
+        report.add(name, caption, stored_rows(model, name), hide=())
+        report_parts(report, name, model)
+        return report
+    evaluator = ModelEvaluator(
+        model, name, args, accelerator, fold_nets=fold_nets, compared=compared, announce=True)
     report = evaluator.run()
     if checkpoint and report.row is not None:
-        report.row['checkpoint'] = checkpoint
+        report.row['checkpoint'] = checkpoint if isinstance(checkpoint, str) else \
+            ' '.join(f'{part}={file}' for part, file in checkpoint.items())
     if not compared:
+        if isinstance(model, DynamicNet):
+            report_parts(report, name, model)
         _save_budgets(args, evaluator.exported, evaluator.data_config, accelerator)
     return report
 
@@ -111,13 +124,13 @@ def _save_budgets(
         f"Load it with: timm.create_model('local-dir:{args.save_budgets}', pretrained=True).set_budget(gmacs=...)")
 
 
-def validate_table(args: argparse.Namespace, name: str, checkpoint: str, accelerator: Accelerator) -> Report:
+def validate_table(args: argparse.Namespace, name: str, checkpoint: Checkpoint, accelerator: Accelerator) -> Report:
     """Evaluate exits on a table that was measured before.
 
     Args:
         args: Options of validate.py.
         name: Name of the model that was measured; empty if not known.
-        checkpoint: File with the model's weights.
+        checkpoint: File with the model's weights, or a file for each part.
         accelerator: Processes.
 
     Returns:
@@ -126,7 +139,7 @@ def validate_table(args: argparse.Namespace, name: str, checkpoint: str, acceler
     model = data_config = step_macs = None
     if name:
         args = argparse.Namespace(**{**vars(args), 'model': name})
-        model = open_model(args, checkpoint)
+        model = open_model(args, checkpoint, needs_data=False)
         check_model(args, name, model)
         step_macs = model.step_macs
         data_config = resolve_data(args, model)
@@ -147,6 +160,8 @@ def validate_table(args: argparse.Namespace, name: str, checkpoint: str, acceler
     elif needs_fit(args):
         calibration = Calibration.in_halves(table, args.split, args.seed)
     report_points(report, args, label, table, calibration, model)
+    if model is not None:
+        report_parts(report, name, model)
     _save_budgets(args, model, data_config, accelerator)
     return report
 
@@ -154,7 +169,7 @@ def validate_table(args: argparse.Namespace, name: str, checkpoint: str, acceler
 def _with_retry(
         args: argparse.Namespace,
         name: str,
-        checkpoint: str,
+        checkpoint: Checkpoint,
         accelerator: Accelerator,
         compared: bool,
 ) -> Report:
@@ -170,11 +185,15 @@ def _with_retry(
             _logger.warning(f'{name}: {str(e).splitlines()[0]} - trying again with batch size {batch_size}.')
 
 
-def _jobs(args: argparse.Namespace) -> Iterator[tuple[str, str]]:
+def _is_folder(checkpoint: Checkpoint) -> bool:
+    return isinstance(checkpoint, str) and bool(checkpoint) and Path(checkpoint).is_dir()
+
+
+def _jobs(args: argparse.Namespace) -> Iterator[tuple[str, Checkpoint]]:
     """Model names and checkpoints to evaluate."""
     name, checkpoint = args.model, args.checkpoint
     in_parts = Family.of(name).is_checkpoint_folder
-    if checkpoint and Path(checkpoint).is_dir() and not (in_parts and in_parts(Path(checkpoint))):
+    if _is_folder(checkpoint) and not (in_parts and in_parts(Path(checkpoint))):
         folders = sorted(p.parent for p in Path(checkpoint).glob('**/config.json'))
         files = sorted(f for s in ('*.pth.tar', '*.pth', '*.safetensors') for f in glob.glob(f'{checkpoint}/{s}'))
         if not folders and not files:
@@ -205,12 +224,11 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = create_validate_parser()
     args = parser.parse_args(argv)
     args.split = args.split or default_split(args)
-    many = bool(args.checkpoint) and Path(args.checkpoint).is_dir()
-    if not args.model and not many and not args.exit_table:
+    if not args.model and not _is_folder(args.checkpoint) and not args.exit_table:
         parser.error('--model is needed (a name, local-dir:FOLDER, a wildcard, all, or a text file of names).')
     if args.exit_table:
-        others = ('save_exit_table', 'save_predictions', 'confidence', 'final_rule', 'fold_nets')
-        for option in ('calibrate_split', 'calibrate_samples', *others):
+        others = ('save_exit_table', 'save_predictions', 'save_features', 'confidence', 'final_rule', 'fold_nets')
+        for option in ('calibrate_split', 'calibrate_samples', 'calibrate_augment', *others):
             if getattr(args, option):
                 parser.error(
                     f"--exit-table evaluates what was measured before and runs no model: --{option.replace('_', '-')} "
@@ -219,14 +237,17 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
             parser.error(
                 '--stored-results, --stored-thresholds and --save-budgets need --model if --exit-table is given.')
     several = len(args.thresholds or ()) + len(args.budget or ()) > 1 or (args.save_budgets and not args.budget)
-    if args.save_predictions and (several or args.geometric or args.stored_thresholds):
+    if args.save_predictions and (several or args.geometric or args.stored_thresholds or args.threshold_sweep):
         parser.error(
             '--save-predictions writes one prediction per image: give one list of --thresholds or one --budget with '
             'it, not several.')
     if args.fold_dir and not args.fold_nets:
         parser.error('--fold-dir needs --fold-nets: it says which images each net has not seen.')
-    if args.strict and not args.thresholds:
-        parser.error('--strict needs --thresholds: it says how confidences are compared with them.')
+    if args.save_features and Path(args.save_features).suffix not in ('.safetensors', '.csv'):
+        parser.error(f"--save-features: expected a file that ends in .safetensors or .csv, got '{args.save_features}'.")
+    if args.strict and not (args.thresholds or args.threshold_sweep):
+        parser.error(
+            '--strict needs --thresholds or --threshold-sweep: it says how confidences are compared with them.')
     for option in ('steps', 'anchor_gmacs'):
         if getattr(args, option) is not None and not (args.exit_table or args.calibrate_table):
             parser.error(
@@ -234,8 +255,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
                 '--calibrate-table.')
     if args.anchor_gmacs is not None and not 0 <= args.anchor_gmacs < float('inf'):
         parser.error(f'--anchor-gmacs: expected a cost, got {args.anchor_gmacs:g}.')
-    if args.calibrate_table and (args.calibrate_split or args.calibrate_samples):
-        parser.error('--calibrate-table and --calibrate-split both say what to fit on: choose one.')
+    if args.calibrate_table and (args.calibrate_split or args.calibrate_samples or args.calibrate_augment):
+        parser.error('--calibrate-table and the other --calibrate options both say what to fit on: choose one.')
     if args.calibrate_samples is not None and args.calibrate_samples < 1:
         parser.error(f'--calibrate-samples: expected at least 1, got {args.calibrate_samples}.')
     fitting = [option for option in dynamic_options(args) if option.startswith('--calibrate-')]
@@ -257,19 +278,19 @@ def run_validation(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
         and so on, which have a 'point'.
     """
     args = _parse(argv)
+    import_modules(args.device_modules)
     if args.curve:
         check_plot(args.curve, '--curve')
     accelerator = create_accelerator(args)
-    if accelerator.is_main_process and uses_demo_data(args) and not args.exit_table and not only_stored(args):
-        _logger.info(f"No data given: split '{args.split}' of the embedded demo set cluttered_digits is used.")
     if not accelerator.is_main_process:
         logging.getLogger('timm_dynamic').setLevel(logging.WARNING)
     reports: list[Report] = []
     jobs = list(_jobs(args)) if args.model or args.checkpoint else [('', '')]
-    if len(jobs) > 1 and (args.save_exit_table or args.save_budgets or args.save_predictions or args.exit_table):
+    one_model = ('exit_table', 'save_exit_table', 'save_budgets', 'save_predictions', 'save_features')
+    if len(jobs) > 1 and any(getattr(args, option) for option in one_model):
         raise ValueError(
-            '--exit-table, --save-exit-table, --save-budgets and --save-predictions are for one model, found '
-            f"{len(jobs)}: {', '.join(name for name, _ in jobs[:3])}, ...")
+            '--exit-table, --save-exit-table, --save-budgets, --save-predictions and --save-features are for one '
+            f"model, found {len(jobs)}: {', '.join(name for name, _ in jobs[:3])}, ...")
     for i, (name, checkpoint) in enumerate(jobs + [(name, '') for name in args.compare]):
         compared = i >= len(jobs)
         try:
@@ -277,10 +298,17 @@ def run_validation(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
                 reports.append(validate_table(args, name, checkpoint, accelerator))
             else:
                 reports.append(_with_retry(args, name, checkpoint, accelerator, compared))
-        except (CheckpointError, RuntimeError) as e:
-            if len(jobs) + len(args.compare) == 1 or accelerator.num_processes > 1:
+        except (CheckpointError, RuntimeError, OSError, ValueError) as e:
+            # Errors of the first model may be about the options or the data, which are those of all models.
+            about_model = i > 0 or isinstance(e, (CheckpointError, RuntimeError))
+            if len(jobs) + len(args.compare) == 1 or not about_model or accelerator.num_processes > 1:
+                if reports and accelerator.is_main_process:
+                    _logger.error(f'{name} failed. Results of the models before it:')
+                    _show(reports, args)
                 raise
-            reports.append(Report({'model': name, 'error': str(e).splitlines()[0]}))  # the others' results are not lost
+            reason = (str(e) or type(e).__name__).splitlines()[0]
+            _logger.error(f'{name} failed: {reason}')
+            reports.append(Report({'model': name, 'error': reason}))  # the others' results are not lost
         if accelerator.is_main_process and args.results_file:  # after every model: a long list may be interrupted
             write_rows(args.results_file, _rows(reports), args.results_format)
     if accelerator.is_main_process:
@@ -300,7 +328,11 @@ def _show(reports: Sequence[Report], args: argparse.Namespace) -> None:
     if args.curve:
         curves = {label: curve for r in reports for label, curve in r.curves.items()}
         markers = {label: curve for r in reports for label, curve in r.markers.items()}
-        plot_accuracy_over_macs(args.curve, curves, markers, f'evaluated on {args.exit_table or args.split}')
+        static = {label: curve for r in reports for label, curve in r.static.items()}
+        images = {r.images for r in reports if r.images is not None}
+        plot_accuracy_over_macs(
+            args.curve, curves, markers, f'evaluated on {args.exit_table or args.split}', static,
+            images.pop() if len(images) == 1 else None)
         _logger.info(f'Accuracy over multiply-adds: {args.curve}')
 
 

@@ -23,6 +23,7 @@ class ExitPoint:
         top5: Top-5 accuracy in %; None if the table does not have it.
         gmacs: Mean cost of a sample in 10⁹ multiply-adds.
         exit_shares: Share of the samples that stop after each step [T], float64.
+        exit_correct: Number of these samples whose prediction is correct [T], int64.
         steps_used: The step after which each sample stops [N] int64, in 1..T.
         policy: The `ExitPolicy`, or the thresholds.
     """
@@ -30,6 +31,7 @@ class ExitPoint:
     top5: float | None
     gmacs: float
     exit_shares: torch.Tensor
+    exit_correct: torch.Tensor
     steps_used: torch.Tensor
     policy: Any
 
@@ -148,11 +150,13 @@ class ExitTable:
         counts = torch.bincount(steps_used - 1, minlength=self.num_steps)
         macs = sum(count * m for count, m in zip(counts.tolist(), self.step_macs))
         at = steps_used[:, None] - 1
+        correct = self.correct.gather(1, at)
         return ExitPoint(
-            top1=_percent(self.correct.gather(1, at)),
+            top1=_percent(correct),
             top5=None if self.correct_top5 is None else _percent(self.correct_top5.gather(1, at)),
             gmacs=macs / self.num_samples / 1e9,
             exit_shares=counts.double() / self.num_samples,
+            exit_correct=torch.bincount(steps_used[correct[:, 0]] - 1, minlength=self.num_steps),
             steps_used=steps_used,
             policy=policy,
         )

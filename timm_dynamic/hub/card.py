@@ -6,6 +6,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
+from ..evaluation.clock import describe_clock
 from ..models.builder import DEFAULT_HUB_ORG
 from ..utils import atomic_write
 from ..utils.export import CONFIG
@@ -176,6 +177,11 @@ def _results(config: Mapping[str, Any], entry: Entry, picture: bool) -> list[str
             ('GMACs', 'top-1 (%)', 'exits after step 1, 2, ... (%)'), [
                 (b['gmacs'], b.get('top1'), _numbers([100 * s for s in b.get('exit_shares') or ()], 3) or None)
                 for b in shown])
+    clock = _exit_cfg_of(config).get('clock')
+    if clock:
+        add(describe_clock(clock), ('', 'images per second', 'ms of one image', 'GMACs', 'top-1 (%)'), [
+            (row['clock'], row['images_per_s'], row['ms_single'], row.get('gmacs'), row.get('top1'))
+            for row in clock['rows']])
     add(f'Operating points{on}, as published', ('GMACs', 'threshold', 'top-1 (%)'), [
         (p['gmacs'], p['threshold'], p['top1']) for p in entry.published])
     if picture:

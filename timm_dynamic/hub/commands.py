@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..launch.parser import StrictParser
 from ..utils import CheckpointError, read_json
 from .catalog import CATALOG, Entry, find_entry, read_catalog
 from .convert import convert, stage_bundled
@@ -33,7 +34,7 @@ Log in first with `hf auth login`. A second run is safe: it sends only files tha
 
 def convert_main(argv: Sequence[str] | None = None) -> int:
     """Entry point of hfhub/convert.py and `timm-dynamic convert`. Returns the exit status: 0, or 1 for an error."""
-    parser = argparse.ArgumentParser(description=_CONVERT, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = StrictParser(description=_CONVERT, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('files', nargs='+', metavar='AUTHORS_FILE',
                         help='A file, a folder, or PART=FILE for each part of a model with several parts.')
     parser.add_argument('--model', required=True, help='Name of a model in the catalog, with or without its tag.')
@@ -66,7 +67,7 @@ def convert_main(argv: Sequence[str] | None = None) -> int:
 
 def publish_main(argv: Sequence[str] | None = None) -> int:
     """Entry point of hfhub/publish.py and `timm-dynamic publish`. Returns the exit status: 0, or 1 for an error."""
-    parser = argparse.ArgumentParser(description=_PUBLISH, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = StrictParser(description=_PUBLISH, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('folder', nargs='?', metavar='FOLDER', help='Folder to publish.')
     parser.add_argument('--all', action='store_true',
                         help='Publish all models of the catalog that are in --root or come with the package.')

@@ -31,13 +31,15 @@ from ..data import (
     create_multi_view_transform,
     create_train_loader,
     format_demo_note,
+    model_class_to_idx,
     read_demo_note,
     worker_context,
 )
-from ..models.builder import check_model_name, load_checkpoint
+from ..models.builder import check_model_name, check_timm_weights, load_checkpoint
 from ..models.dynamic_net import DynamicNet
 from ..task.classification import mixes
 from ..utils import seeded
+from .classes import check_classes, match_dataset
 
 _logger = logging.getLogger(__name__)
 
@@ -64,11 +66,12 @@ def model_dtype(args: argparse.Namespace) -> torch.dtype | None:
     return getattr(torch, args.model_dtype) if args.model_dtype else None
 
 
-def build_model(args: argparse.Namespace, **kwargs: Any) -> Any:
+def build_model(args: argparse.Namespace, needs_data: bool = True, **kwargs: Any) -> Any:
     """Create the model of the options, on the CPU.
 
     Args:
         args: Options of train.py or validate.py.
+        needs_data: The model will see images. Without data in the options, these are the ten classes of the demo set.
         **kwargs: Further arguments of `timm.create_model`. Values of None are ignored.
 
     Raises:
@@ -78,7 +81,7 @@ def build_model(args: argparse.Namespace, **kwargs: Any) -> Any:
     if args.fast_norm:
         set_fast_norm()
     num_classes = args.num_classes
-    if num_classes is None and uses_demo_data(args) and parse_model_name(args.model)[0] is None:
+    if num_classes is None and needs_data and uses_demo_data(args) and parse_model_name(args.model)[0] is None:
         num_classes = 10
     resolved = resolve_model_input_args(
         args.model,
@@ -87,6 +90,8 @@ def build_model(args: argparse.Namespace, **kwargs: Any) -> Any:
         global_pool=args.gp,
         **{**args.model_kwargs, **{k: v for k, v in kwargs.items() if v is not None}},
     )
+    if kwargs.get('pretrained'):
+        check_timm_weights(args.model)
     try:
         model = timm.create_model(**resolved)
     except TypeError as e:
@@ -183,20 +188,6 @@ def image_mode(args: argparse.Namespace, data_config: Mapping[str, Any]) -> str:
     return args.input_img_mode or ('RGB' if data_config['input_size'][0] == 3 else 'L')
 
 
-def check_classes(dataset: Any, num_classes: int, what: str) -> None:
-    """Raise a ValueError if a dataset has more classes than the model."""
-    classes = class_to_idx(dataset)
-    if classes is not None and max(classes.values()) >= num_classes:
-        raise ValueError(
-            f'The {what} data has {max(classes.values()) + 1} classes ({_first_names(classes)}), the model has '
-            f'{num_classes}: use --num-classes {max(classes.values()) + 1}.')
-
-
-def _first_names(classes: dict[str, int]) -> str:
-    names = sorted(classes, key=lambda k: classes[k])
-    return ', '.join(names[:3]) + (', ...' if len(names) > 3 else '')
-
-
 def build_train_loader(
         args: argparse.Namespace,
         data_config: dict[str, Any],
@@ -208,6 +199,7 @@ def build_train_loader(
     """Create the training loader, and the mixup to apply to its batches if the loader does not do that."""
     dataset = open_dataset(args, args.train_split, data_config, True, args.train_num_samples)
     check_classes(dataset, num_classes, 'training')
+    match_dataset(args, dataset, data_config, num_classes, 'training', training=True)
     names = class_to_idx(dataset)
     if args.aug_splits == 1 or args.aug_splits < 0:
         raise ValueError(f'--aug-splits must be 0 or at least 2, got {args.aug_splits}.')
@@ -313,7 +305,7 @@ def build_eval_loader(
     Args:
         args: Options of train.py or validate.py.
         split: Split of the dataset.
-        data_config: Preprocessing, see `timm.data.resolve_data_config`.
+        data_config: Preprocessing and the model's classes, see `resolve_data`.
         num_classes: Number of classes of the model.
         device: Device of the images.
         world_size: Number of processes. Each process loads a share of the images.
@@ -325,10 +317,12 @@ def build_eval_loader(
         **kwargs: Further arguments of timm's `create_loader`.
 
     Raises:
-        ValueError: The dataset has more classes than the model, or fewer random images than processes are requested.
+        ValueError: The dataset has more classes than the model, or some that the model does not have, or fewer random
+            images than processes are requested.
     """
     dataset = open_dataset(args, split, data_config, False, samples)
     check_classes(dataset, num_classes, f"'{split}'")
+    match_dataset(args, dataset, data_config, num_classes, f"'{split}'")
     workers, whole = args.workers, dataset
     if random_samples is not None and not isinstance(dataset, torch.utils.data.IterableDataset):
         if random_samples < world_size:
@@ -388,30 +382,18 @@ def create_eval_loader(
     return loader
 
 
-def sorted_classes(loader: Any) -> list[str] | None:
-    """Names of the classes of a loader, by index; None if they are not known."""
-    names = loader.class_to_idx
-    return sorted(names, key=lambda name: names[name]) if names else None
-
-
-def check_same_classes(train: dict[str, int] | None, val: dict[str, int] | None) -> None:
-    """Raise a ValueError if a class has different indices in training and validation."""
-    for name in sorted((train or {}).keys() & (val or {}).keys()):
-        if train[name] != val[name]:  # type: ignore[index]
-            different = sorted((train or {}).keys() ^ (val or {}).keys())
-            raise ValueError(
-                f"The class '{name}' has index {train[name]} in training and {val[name]} in validation: "  # type: ignore[index]
-                f'the folders have different classes ({_first_names(dict.fromkeys(different, 0))}). Set the indices '
-                'with --class-map.')
-
-
-def resolve_learning_rate(args: argparse.Namespace, global_batch_size: int) -> float:
-    """Return `--lr`, or `--lr-base` scaled with the global batch size as in timm."""
+def resolve_learning_rate(args: argparse.Namespace, global_batch_size: int, stage: str) -> float:
+    """Return `--lr`, or `--lr-base` scaled with the global batch size as in timm. Scaling is logged for the stage."""
     if args.lr:
         return args.lr
     ratio = global_batch_size / args.lr_base_size
     scale = args.lr_base_scale or ('sqrt' if any(o in args.opt.lower() for o in ('ada', 'lamb')) else 'linear')
-    return args.lr_base * (ratio ** 0.5 if scale == 'sqrt' else ratio)
+    lr = args.lr_base * (ratio ** 0.5 if scale == 'sqrt' else ratio)
+    if ratio != 1:
+        _logger.info(
+            f'{stage}: learning rate {lr:.4g}, scaled ({scale}) from --lr-base {args.lr_base:g} for batches of '
+            f'{args.lr_base_size} images to batches of {global_batch_size}')
+    return lr
 
 
 def build_optimizer(module: nn.Module, args: argparse.Namespace) -> torch.optim.Optimizer:
@@ -473,8 +455,9 @@ def resolve_data(args: argparse.Namespace, model: nn.Module) -> dict[str, Any]:
     """Preprocessing of images, from the options and the model.
 
     Returns:
-        What timm's `resolve_data_config` returns. On the demo set also 'notes' for the pretrained_cfg of the model: the
-        settings of the set that were given here, or when the model was trained.
+        What timm's `resolve_data_config` returns, and 'class_to_idx', the index of each class name of the model, or
+        None if they are not known. On the demo set also 'notes' for the pretrained_cfg of the model: the settings of
+        the set that were given here, or when the model was trained.
 
     Raises:
         ValueError: `--mean` or `--std` has neither one value nor one for each channel.
@@ -489,7 +472,12 @@ def resolve_data(args: argparse.Namespace, model: nn.Module) -> dict[str, Any]:
     for key in ('mean', 'std'):
         if len(config[key]) != channels:  # e.g. grey images: the mean over the colour channels, as in timm
             config[key] = (sum(config[key]) / len(config[key]),) * channels
-    notes = getattr(unwrap_model(model), 'pretrained_cfg', {}).get('notes') or ()
+    plain: Any = unwrap_model(model)
+    cfg = getattr(plain, 'pretrained_cfg', {})
+    members = getattr(plain, 'specs', ())  # of a cascade
+    labels = [labels for labels in (cfg.get('label_names'), *(m.label_names for m in members)) if labels]
+    config['class_to_idx'] = model_class_to_idx(labels[0] if labels else None, getattr(plain, 'num_classes', 0))
+    notes = cfg.get('notes') or ()
     config['notes'] = [note for note in notes if not str(note).startswith(DEMO_DATASET)]
     if uses_demo_data(args):
         settings = {**read_demo_note(notes), **demo_settings(args)}

@@ -1,6 +1,7 @@
 """Command line options of train.py, validate.py and predict.py: those of timm, with timm's meanings and defaults, and ours."""
 import argparse
 import sys
+from pathlib import Path
 from typing import Any
 
 from timm.utils import ParseKwargs
@@ -53,7 +54,7 @@ COMMON_TRAIN = (
     'stage_args', 'focus_baseline', 'init_local', 'init_downstream', 'init_members', 'init_from', 'confidence',
     'initial_checkpoint', 'resume', 'batch_size', 'opt', 'weight_decay', 'clip_grad', 'sched', 'lr', 'warmup_epochs',
     'epochs', 'aa', 'reprob', 'mixup', 'cutmix', 'smoothing', 'drop_path', 'model_ema', 'seed', 'workers', 'output',
-    'experiment', 'push_to_hub', 'eval_metric', 'log_with')
+    'experiment', 'clock', 'push_to_hub', 'eval_metric', 'log_with')
 _COMMON_EVAL = (
     *_COMMON_DATA, *_COMMON_MODEL, *_COMMON_DEVICE, 'split', 'checkpoint', 'batch_size', 'workers', 'results_file',
     'results_format', 'budget', 'thresholds', 'confidence')
@@ -61,6 +62,19 @@ COMMON_VALIDATE = (
     *_COMMON_EVAL, 'compare', 'calibrate_split', 'save_budgets', 'save_exit_table', 'exit_table', 'save_predictions',
     'curve', 'stored_results', 'stored_thresholds')
 COMMON_PREDICT = (*_COMMON_EVAL, 'file_list', 'topk', 'label_type', 'output_type', 'results_dir')
+
+
+class _CheckpointAction(argparse.Action):
+    """Takes FILE as a text, and PART=FILE, which can be repeated, as a dict of the parts."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option_string: str | None = None):
+        part, equals, file = values.partition('=')
+        before = getattr(namespace, self.dest)
+        parts = before if isinstance(before, dict) else {}
+        is_part = equals and '/' not in part and not Path(values).exists()
+        if before and (not is_part or not parts or part in parts):
+            parser.error(f'{option_string}: expected one FILE or folder, or PART=FILE once for each part.')
+        setattr(namespace, self.dest, {**parts, part: file} if is_part else values)
 
 
 def _dataset_options(g: Any, split_names: bool) -> None:
@@ -110,7 +124,9 @@ def _device_options(g: Any) -> None:
 
 def _checkpoint_options(g: Any) -> None:
     g.add_argument('--pretrained', action='store_true', help='use pretrained weights (default without --checkpoint)')
-    g.add_argument('--checkpoint', default='', metavar='FILE', help='weights: a file, or a folder with several files')
+    g.add_argument('--checkpoint', default='', action=_CheckpointAction, metavar='FILE', help=(
+        'weights: a file, or a folder with several files; or PART=FILE, repeated for the parts of a model, e.g. a cascade: '
+        'confidence_net, and members by number (from 0) or name'))
     g.add_argument('--use-ema', action='store_true', help="use the checkpoint's averaged weights")
     g.add_argument('--reparam', action='store_true', help='reparameterise the model for inference')
     g.add_argument('--test-pool', action='store_true', help='use test-time pooling')
@@ -145,8 +161,7 @@ def create_train_parser() -> argparse.ArgumentParser:
         common=COMMON_TRAIN,
         prog=_prog('train'),
         description='Train timm models and dynamic models on one or many devices.\n\n'
-                    '  accelerate launch train.py --model focusnet_resnet18 --focus-baseline resnet18.tv_in1k '
-                    '--data-dir IMAGENET\n\n'
+                    '  accelerate launch train.py --model focusnet_resnet18 --data-dir IMAGENET\n\n'
                     "timm's options have the same names, meanings and defaults. Priority of values: command line, "
                     '--config,\ndefaults of the recipe, defaults of timm.')
     p.add_argument('-c', '--config', default='', metavar='FILE', help='YAML file with options')
@@ -161,7 +176,7 @@ def create_train_parser() -> argparse.ArgumentParser:
     g.add_argument('--initial-checkpoint', default='', metavar='FILE', help='start from the weights in this file or folder; all weights must match')
     g.add_argument('--resume', default='', metavar='PATH', help=(
         "'auto': continue the run in --output/--experiment if there is one, else start it; or the folder of a run or "
-        "state; or a .pth.tar file of timm's train.py"))
+        "state; or a .pth.tar file of timm's train.py or of the FocusNet authors' code"))
     g.add_argument('--no-resume-opt', action='store_true', help="do not load the optimizer's state")
     _input_options(g)
     g.add_argument('-b', '--batch-size', type=int, default=128, metavar='N', help='batch size per process (%(default)s)')
@@ -178,12 +193,14 @@ def create_train_parser() -> argparse.ArgumentParser:
     g.add_argument('--stage-args', nargs='+', default=[], metavar='STAGE.OPTION=VALUE',
                    help='options for one stage, e.g. baseline.epochs=5')
     g.add_argument('--init-from', default='', metavar='PATH', help=(
-        "initial weights of a whole GFNet for the first stage: the folder of a stage, a file, or an authors' checkpoint"))
+        "initial weights of a whole GFNet or AnchorNet-patch for the first stage: the folder of a stage, a file, or an "
+        "authors' checkpoint; of an AnchorNet-patch also single networks, e.g. anchornet.pth"))
 
     g = p.add_argument_group('FocusNet')
     g.add_argument('--focus-baseline', metavar='MODEL', help=(
         "frozen baseline of a FocusNet: a timm model with weights, 'local-dir:FOLDER', a checkpoint file of the same "
-        "architecture, or 'scratch' to train a net like --model with cross-entropy first"))
+        "architecture, or 'scratch' to train a net like --model with cross-entropy first (default: that of the paper, "
+        'if the data has its classes; with the demo set: scratch)'))
     g.add_argument('--focus-plain', action='store_true', help=(
         'also train the same net with cross-entropy for the same number of epochs, and compare in the final table'))
     g.add_argument('--focus-temperature', type=float, default=2.0, metavar='T',
@@ -214,7 +231,8 @@ def create_train_parser() -> argparse.ArgumentParser:
     g = p.add_argument_group('Cascades')
     g.add_argument('--init-members', nargs='+', metavar='SOURCE', help=(
         "initial weights of a cascade's members: 'pretrained', 'scratch' to train them first, a folder or a file; one "
-        'for all or one for each (default: pretrained; with the demo set: scratch)'))
+        "for all or one for each; 'none' with --features to train the confidence net alone (default: pretrained; with the "
+        'demo set: scratch)'))
     g.add_argument('--feature-split', metavar='NAME', help=(
         "split on which a cascade's confidence net is trained; the members should not be trained on it (default: "
         '--val-split)'))
@@ -359,6 +377,7 @@ def create_train_parser() -> argparse.ArgumentParser:
                    help='publish the best weights of the last stage on the Hugging Face Hub, with a card of the run')
     g.add_argument('--hub-private', action='store_true', help='with --push-to-hub: create a private repository')
     g.add_argument('--eval-metric', default='top1', metavar='NAME', help='metric that selects the best epoch (%(default)s)')
+    g.add_argument('--clock', action='store_true', help='at the end, measure the time that budgets, all steps and static networks take; also on the card')
     g.add_argument('--tta', type=int, default=0, metavar='N', help='average N views per image in validation, if the loader yields them')
     g.add_argument('--use-multi-epochs-loader', action='store_true', help='prefetch across the end of an epoch')
     g.add_argument('--log-with', nargs='+', metavar='TRACKER', help="Accelerate's trackers: tensorboard, wandb, ...")
@@ -414,6 +433,9 @@ def create_validate_parser() -> argparse.ArgumentParser:
     g.add_argument('--budget-rule', default='thresholds', choices=['thresholds', 'value'],
                    help='fit thresholds, or a rule on the confidences of all steps so far (%(default)s)')
     g.add_argument('--thresholds', type=float, nargs='+', action='append', metavar='T', help='evaluate these thresholds, one per step; can be repeated')
+    g.add_argument('--threshold-sweep', action='store_true', help=(
+        'evaluate the same threshold at all steps, for 49 thresholds from 0.05 to 1.01 (--threshold-searching of the '
+        'original CLCNet)'))
     g.add_argument('--strict', action='store_true', help='stop if the confidence is > a threshold, not >=, as in the original AnchorNet')
     g.add_argument('--geometric', action='store_true', help="fit and evaluate the 39 operating points of the GFNet paper (--eval_mode 2 of the original)")
     g.add_argument('--stored-results', action='store_true', help='show the results stored in the model, without data (--eval_mode 0 of the original)')
@@ -421,8 +443,11 @@ def create_validate_parser() -> argparse.ArgumentParser:
     g.add_argument('--calibrate-split', metavar='NAME', help=(
         "split to fit exits on, or 'half': fit on a random half of --split and evaluate on the other half, or 'cross': both "
         'ways round, and keep what is fitted on all (default: the '
-        'validation split; if --split is the validation split, the training split; else half)'))
+        'validation split; if that is --split, or there is none, cross; half with options that need one policy)'))
     g.add_argument('--calibrate-samples', type=int, metavar='N', help='fit on N random images (default: all)')
+    g.add_argument('--calibrate-augment', action='store_true', help=(
+        'fit on random crops and flips, as the original GFNet (--eval_mode 2) does (default: fit on images preprocessed '
+        'as for evaluation, because exits are used on such images)'))
     g.add_argument('--exit-table', metavar='FILE', help='evaluate exits on a table of --save-exit-table, or of AnchorNet (.pth), without running the model')
     g.add_argument('--steps', type=int, metavar='N', help='read only the first N steps of tables (default: all)')
     g.add_argument('--anchor-gmacs', type=float, metavar='G', help='cost of the localizer for tables of AnchorNet, without --model (0.06; in the published list 0.08)')
@@ -442,6 +467,9 @@ def create_validate_parser() -> argparse.ArgumentParser:
     g.add_argument('--save-predictions', metavar='FILE', help=(
         'write a CSV with file, prediction, target, steps used and confidence of every evaluated image. Exits: those of one '
         '--budget or one list of --thresholds, else those of the model, else none'))
+    g.add_argument('--save-features', metavar='FILE', help=(
+        'write sorted probabilities and correctness of every evaluated image, for train.py --features: .safetensors, or .csv '
+        "in the format of the CLCNet authors' scripts"))
     g.add_argument('--curve', metavar='FILE', help='draw accuracy over multiply-adds, with the --compare models (needs matplotlib)')
 
     g = p.add_argument_group('Run')
@@ -454,6 +482,7 @@ def create_validate_parser() -> argparse.ArgumentParser:
 
     g = p.add_argument_group('Device', 'Processes, devices and precision are set by accelerate launch or accelerate config.')
     _device_options(g)
+    g.add_argument('--device-modules', nargs='+', metavar='MODULE', help='Python modules to import first')
     p.refuse(REFUSED_VALIDATE)
     return p
 
@@ -502,6 +531,8 @@ def create_predict_parser() -> argparse.ArgumentParser:
         "class names, from the model's config or timm's ImageNet info (%(default)s); without names, indices are written"))
     g.add_argument('--include-index', action='store_true', help='write class indices in addition to names')
     g.add_argument('--exclude-output', action='store_true', help='do not write probabilities or logits')
+    g.add_argument('--per-step', action='store_true', help=(
+        "a column 'steps': for each step of a GFNet or AnchorNet-patch its window, the ten best classes so far, and those of the window alone"))
     g.add_argument('--no-console-results', action='store_true', help='do not print the first rows')
 
     g = p.add_argument_group('Run')
@@ -511,5 +542,6 @@ def create_predict_parser() -> argparse.ArgumentParser:
 
     g = p.add_argument_group('Device', 'Processes, devices and precision are set by accelerate launch or accelerate config.')
     _device_options(g)
+    g.add_argument('--device-modules', nargs='+', metavar='MODULE', help='Python modules to import first')
     p.refuse(REFUSED_PREDICT)
     return p

@@ -1,14 +1,28 @@
 """Common parts of the scripts: logging, one-line errors, exit status."""
+import importlib
 import logging
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from timm.utils import setup_default_logging
 
 from ..utils import UserError
 from ..utils.signals import Stopped
+
+
+def import_modules(names: Sequence[str] | None) -> None:
+    """Import the modules of `--device-modules`: they may add a device, or register models.
+
+    Raises:
+        ValueError: There is no such module.
+    """
+    for name in names or ():
+        try:
+            importlib.import_module(name)
+        except ModuleNotFoundError as e:
+            raise ValueError(f'--device-modules {name}: {e}.') from e
 
 
 def run_script(script: Callable[[], int]) -> int:

@@ -5,10 +5,15 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from timm.optim import list_optimizers
 
 from ..task import Stage
 from ..utils import did_you_mean
 from .options import REFUSED_TRAIN, create_train_parser, create_validate_parser
+from .parser import hint_model_argument
+
+# Of timm, whose factory has no list of them.
+_SCHEDULES = ('cosine', 'tanh', 'step', 'multistep', 'plateau', 'poly', 'constant', 'wsd', 'rsqrt', 'none')
 
 
 class TrainOptions:
@@ -40,6 +45,14 @@ class TrainOptions:
         self.for_one_stage: dict[str, dict[str, Any]] = {}
         for text in self.base.stage_args:
             self._add_stage_arg(text)
+
+    def set_num_classes(self, num_classes: int) -> None:
+        """Set the number of classes where no source does, e.g. from the data."""
+        for source in (self.config, self.given):
+            if source.get('num_classes', 0) is None:  # timm's args.yaml contains every option
+                del source['num_classes']
+        self.defaults['num_classes'] = num_classes
+        self.base = argparse.Namespace(**{**self.defaults, **self.config, **self.given})
 
     def _add_stage_arg(self, text: str) -> None:
         path, equals, value = text.partition('=')
@@ -75,6 +88,8 @@ class TrainOptions:
         for name in ('epochs', 'batch_size', 'val_interval', 'log_interval'):
             if getattr(args, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')}: expected at least 1, got {getattr(args, name)}.")
+        _check_name('--opt', args.opt, args.opt.lower().removeprefix('lookahead_'), list(map(str, list_optimizers())))
+        _check_name('--sched', args.sched, args.sched, _SCHEDULES)
         if not 0 <= args.smoothing <= 1:
             raise ValueError(f'--smoothing: expected a number from 0 to 1, got {args.smoothing}.')
         for key, value in stage.options.items():
@@ -97,6 +112,12 @@ class TrainOptions:
         if 'seed' not in self.for_one_stage.get(stage.name, {}):
             args.seed += stage.seed_offset
         return args
+
+
+def _check_name(option: str, given: str, name: str, known: Sequence[str]) -> None:
+    """Raise a ValueError with the closest names for a value that is not known."""
+    if name not in known:
+        raise ValueError(f"{option} {given}: there is none of this name.{did_you_mean(name, known)}")
 
 
 def validation_options(args: argparse.Namespace, split: str, **given: Any) -> argparse.Namespace:
@@ -131,6 +152,11 @@ def read_config(parser: argparse.ArgumentParser, path: str) -> dict[str, Any]:
     Raises:
         SystemExit: The file does not exist, is not a mapping, or names an unknown or unsupported option.
     """
+    if Path(path).is_dir():
+        inside = Path(path) / 'args.yaml'
+        parser.error(f"--config: '{path}' is a folder, expected a file.{f' Use {inside}.' if inside.is_file() else ''}")
+    if not Path(path).exists():
+        parser.error(f"--config: there is no file '{path}'.")
     try:
         values = yaml.safe_load(Path(path).read_text(encoding='utf-8')) or {}
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as e:
@@ -149,7 +175,8 @@ def read_config(parser: argparse.ArgumentParser, path: str) -> dict[str, Any]:
         if key in refused:
             parser.error(f"--config: {key}: {REFUSED_TRAIN['--' + key.replace('_', '-')]}")
         if key not in known:
-            parser.error(f"--config: '{path}' sets '{key}', which is not an option.{did_you_mean(key, known)}")
+            hint = hint_model_argument(key, str(values.get('model') or '')) or did_you_mean(key, known)
+            parser.error(f"--config: '{path}' sets '{key}', which is not an option.{hint}")
     return {k: typed_value(parser, k, v) for k, v in values.items()}
 
 

@@ -15,7 +15,8 @@ from torch.utils._pytree import tree_leaves
 def fuse_conv_bn(model: nn.Module, run: Callable[[], Any]) -> int:
     """Fuse batch norms into the convolutions before them, in place. Outputs change by rounding errors only.
 
-    A run shows which convolution a norm follows. A norm is fused if its input is always the output of one convolution,
+    The model then has an attribute `norms_fused`, by which `save_pretrained` and `DynamicNet.train` refuse it. A run
+    shows which convolution a norm follows. A norm is fused if its input is always the output of one convolution,
     and nothing else uses that output. The parameters of the model change: it can no longer be trained or load weights.
 
     Args:
@@ -72,6 +73,8 @@ def fuse_conv_bn(model: nn.Module, run: Callable[[], Any]) -> int:
         for name, child in list(parent._modules.items()):  # named_children skips the second name of a module
             if child is not None and child in replaced:
                 setattr(parent, name, replaced[child])
+    if fused:
+        model.norms_fused = True  # type: ignore[assignment]
     return fused
 
 

@@ -372,12 +372,24 @@ class AnchorNetPatch(DynamicNet):
 
     def check_img_size(self, side: int) -> None:
         if not 0 < self.patch_size <= side:
-            raise ValueError(f'Images of {side} pixels have no windows of {self.patch_size}.')
+            raise ValueError(
+                f'Images of {side} pixels have no windows of {self.patch_size}.{self._least_size(self.patch_size)}')
         rows, columns = self._grid(side)
         if rows * columns < self.num_steps - 1:
             raise ValueError(
                 f"Images of {side} pixels have {rows}x{columns} windows for the localizer '{self.localizer_name}', "
-                f'{self.num_steps} steps need {self.num_steps - 1}.')
+                f'{self.num_steps} steps need {self.num_steps - 1}.{self._least_size(side)}')
+
+    def _least_size(self, side: int) -> str:
+        """Say which size above a side is the least with enough windows; nothing if it is not near."""
+        for larger in range(max(side, self.patch_size, 1), side + 8 * self.localizer_stride + self.localizer_field + 1):
+            try:
+                rows, columns = self._grid(larger)
+            except ValueError:
+                continue
+            if rows * columns >= self.num_steps - 1:
+                return f' The least size is {larger} (--img-size).'
+        return ''
 
     def _check_localizer(self) -> None:
         """Raise a ValueError unless the localizer is a linear classifier of the mean of a feature map."""
@@ -560,6 +572,40 @@ def read_checkpoint_fn(path: str | Path, use_ema: bool = True) -> dict[str, Any]
     return out
 
 
+def find_part_files(path: str | Path, model: AnchorNetPatch) -> dict[str, Path]:
+    """Find files of single networks of a model: those of an `anchornet` trained alone, and the authors'.
+
+    The weights say that they are the localizer's. The words 'resized' and 'patch' in the names say which of the other
+    networks they are. In a folder of several files, 'anchornet' in the name says that it is the localizer.
+
+    Args:
+        path: A file, or a folder.
+        model: The model.
+
+    Returns:
+        Files by part, for `load_checkpoint` with the other parts as `optional`. Empty for weights of a whole model.
+
+    Raises:
+        CheckpointError: The weights cannot be read, or it is unknown which network they are for.
+    """
+    path = Path(str(path).removeprefix('local-dir:'))
+    files = _weight_files(path) if path.is_dir() and not (path / 'config.json').is_file() else []
+    if len(files) > 1:
+        named = {part: [p for p in files if word in p.name.lower()] for part, word in _PARTS.items()}
+        return {part: found[0] for part, found in named.items() if len(found) == 1}
+    weights = read_state_dict(path)
+    if any(key.partition('.')[0] in _PARTS for key in weights):
+        return {}
+    if 'exp_conv.weight' in weights or weights.keys() == model.localizer.state_dict().keys():
+        return {'localizer': path}
+    parts = [part for part in ('resized', 'patch') if part in path.name.lower()]
+    if len(parts) != 1:
+        raise CheckpointError(
+            f"'{path}' holds one network that is not the localizer. Put 'resized' or 'patch' into its name to say "
+            'which of the others it is.')
+    return {parts[0]: path}
+
+
 def _map_localizer(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Map an authors' AnchorNet onto our keys. Layers that it never uses are dropped."""
     if 'exp_conv.weight' not in state_dict:
@@ -639,7 +685,8 @@ default_cfgs = generate_default_cfgs({
         'anchornet.paper_in1k', pool_size=(17, 17), first_conv='stem.0', classifier='fc'),
     'anchornet_patch_densenet201_95.paper_in1k': _cfg(
         'anchornet_patch_densenet201_95.paper_in1k', **_three('features.conv0', 'classifier')),
-    'anchornet_patch_resnet50_95.untrained': _cfg(**_three('conv1', 'fc'), origin_url=None),
+    'anchornet_patch_resnet50_95.paper_in1k': _cfg(
+        'anchornet_patch_resnet50_95.paper_in1k', **_three('conv1', 'fc')),
     'anchornet_patch.untrained': _cfg(**_three('features.conv0', 'classifier'), origin_url=None),
     'test_anchornet_patch.digits': _cfg(
         'test_anchornet_patch.digits', num_classes=10, input_size=(3, 96, 96), crop_pct=1.0, origin_url=None,

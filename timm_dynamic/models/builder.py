@@ -3,6 +3,7 @@
 timm's own loading silently leaves random weights where a file does not fit; here that is an error. Sources may be a
 file, a folder, or a mapping from part to file: ours, timm's, or the authors'.
 """
+import inspect
 import json
 import logging
 import os
@@ -16,6 +17,7 @@ import torch
 from timm.models import (
     PretrainedCfg,
     get_model_traits,
+    get_pretrained_cfg,
     is_model,
     list_models,
     model_entrypoint,
@@ -26,6 +28,7 @@ from torch import nn
 
 from ..utils import (
     CheckpointError,
+    check_available,
     did_you_mean,
     fetch_weights,
     load_weights,
@@ -65,6 +68,18 @@ def check_model_name(name: str) -> None:
         raise ValueError(f"There is no model '{name}'.{did_you_mean(model_id, list_models())}")
 
 
+def model_arguments(name: str) -> set[str]:
+    """Names of the constructor arguments of a registered model's class; empty for other names."""
+    source, model_id = parse_model_name(name)
+    architecture = model_id.split('.')[0]
+    if source is not None or not is_model(architecture):
+        return set()
+    create_fn = model_entrypoint(architecture)
+    created = create_fn.__annotations__.get('return')
+    model_class = getattr(sys.modules[create_fn.__module__], created, None) if isinstance(created, str) else created
+    return set(inspect.signature(model_class).parameters) if isinstance(model_class, type) else set()
+
+
 @dataclass(frozen=True)
 class Family:
     """What a family of models knows about weights from outside: functions of these names in the family's module.
@@ -94,6 +109,22 @@ class Family:
         name = model_name.split('.')[0]
         module = sys.modules[model_entrypoint(name).__module__] if is_model(name) else None
         return cls(**{f.name: getattr(module, f.name) for f in fields(cls) if hasattr(module, f.name)})
+
+
+def check_timm_weights(model_name: str, cache_dir: str | Path | None = None) -> None:
+    """Raise a FileNotFoundError if timm would have to download a model's weights and cannot: see `check_available`.
+
+    Args:
+        model_name: As for `timm.create_model`. Names that are not of timm's own models are not checked.
+        cache_dir: Folder for downloads. Default: that of the Hub's client.
+    """
+    source, name = parse_model_name(model_name)
+    name = str(name)
+    if source is not None or not is_model(name) or not model_entrypoint(name).__module__.startswith('timm.'):
+        return
+    cfg = get_pretrained_cfg(name)
+    if cfg is not None and cfg.hf_hub_id and not cfg.file and not cfg.hf_hub_filename:
+        check_available(cfg.hf_hub_id, cache_dir)
 
 
 def checkpoint_filter_of(model_name: str) -> FilterFn | None:

@@ -223,6 +223,22 @@ def number_networks(
     return tuple(order.index(key) for key in keys)
 
 
+def can_rebuild(net: nn.Module, num_classes: int, in_chans: int) -> bool:
+    """Whether timm creates a network with the same weights' names and shapes from what a config records of it."""
+    architecture = getattr(net, 'pretrained_cfg', {}).get('architecture') or ''
+    if not is_model(architecture):
+        return False
+    args = {k: v for k, v in getattr(net, '_model_args', {}).items() if k not in ('num_classes', 'in_chans')}
+    try:
+        with torch.device('meta'):
+            twin = timm.create_model(architecture, num_classes=num_classes, in_chans=in_chans, **args)
+        json.dumps(args)
+    except (TypeError, ValueError, RuntimeError, AssertionError):
+        return False
+    shapes = [{k: v.shape for k, v in model.state_dict().items()} for model in (net, twin)]
+    return type(net) is type(twin) and shapes[0] == shapes[1]
+
+
 def record_members(members: Sequence[Member]) -> dict[str, Any]:
     """Arguments of `CLCNet` that create the same members on any machine: without the folders that they came from."""
     models, args = [], []

@@ -34,10 +34,10 @@ from torch import nn
 
 from ..layers.renormalize import Renormalize, per_channel
 from ..utils import CheckpointError
-from .builder import BUNDLED, build_dynamic_model, checkpoint_filter_of, hub_id
-from .cascade_members import Member, number_networks, record_members, resolve_members
+from .builder import BUNDLED, build_dynamic_model, check_timm_weights, checkpoint_filter_of, hub_id
+from .cascade_members import Member, can_rebuild, number_networks, record_members, resolve_members
 from .confidence_net import ConfidenceNet, confidence_net_filter_fn, read_confidence_net
-from .dynamic_net import DynamicNet, State, on_meta
+from .dynamic_net import DynamicNet, State, check_float, on_meta
 from .networks import check_pool, join_group_matchers, join_layer_names, join_no_weight_decay
 
 __all__ = ['CLCNet']
@@ -146,6 +146,15 @@ class CLCNet(DynamicNet):
             **super().recorded_args(), **record_members(self.specs), 'networks': list(self.member_of_step),
             'confidence': self.confidence_kind, 'final_rule': self.final_rule}
 
+    def check_export(self) -> None:
+        """Raise a ValueError if a member is a module that config.json cannot describe."""
+        for member, net in zip(self.specs, (self._net(t) for t in range(self.num_steps))):
+            if not member.source and not can_rebuild(net, self.num_classes, self.in_chans):
+                raise ValueError(
+                    f'The cascade cannot be saved: its member {member.label} is a module that timm.create_model does '
+                    'not create with its recorded arguments. Register it with timm.models.register_model and name the '
+                    'member, or save model.state_dict().')
+
     @property
     def reference_view(self) -> dict[str, Any]:
         """Largest view of a member. Images given as one tensor are prepared for it."""
@@ -212,6 +221,7 @@ class CLCNet(DynamicNet):
         if not isinstance(x, torch.Tensor) or x.ndim != 4 or x.shape[1] != self.in_chans:
             got = list(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__
             raise ValueError(f'Expected {what} [batch, {self.in_chans}, height, width], got {got}.')
+        check_float(x)
         if fixed is None:
             fixed = any(m.fixed_size for m in self.specs)
         if fixed and x.shape[2:] != (size, size):
@@ -534,6 +544,7 @@ def fetch_members(model: CLCNet, absent: Sequence[int], cache_dir: str | Path | 
             continue
         args = {**spec.args, 'img_size': size} if spec.fixed_size else spec.args
         try:
+            check_timm_weights(spec.source, cache_dir)
             net: Any = timm.create_model(
                 spec.source, pretrained=True, num_classes=model.num_classes, in_chans=model.in_chans,
                 cache_dir=cache_dir, **args)

@@ -10,7 +10,7 @@ wait, and join rows of other batches, and threads can share a model.
 import copy
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import nn
@@ -33,6 +33,7 @@ from .exit_cfg import (
 _logger = logging.getLogger(__name__)
 
 State = dict[str, torch.Tensor]
+Net = TypeVar('Net', bound='DynamicNet')
 
 
 def num_rows(state: State) -> int:
@@ -43,6 +44,14 @@ def num_rows(state: State) -> int:
 def select_rows(state: State, rows: torch.Tensor) -> State:
     """Select images of a state by index, int64, or by a mask [n], bool."""
     return {name: value[rows] for name, value in state.items()}
+
+
+def check_float(x: torch.Tensor) -> None:
+    """Raise a ValueError for images of whole numbers, e.g. uint8."""
+    if not x.is_floating_point():
+        raise ValueError(
+            f'Expected normalised images of a floating-point dtype, got {x.dtype}. Divide by 255, subtract the mean '
+            'and divide by the std of model.pretrained_cfg, or use timm.data.create_transform.')
 
 
 def square_side(img_size: int | Sequence[int], name: str) -> int:
@@ -98,6 +107,7 @@ class DynamicNet(nn.Module):
         self._step_macs: tuple[int, ...] | None = None
         self.exit_policy: StopRule | None = None
         self._compiled_steps: Sequence[Any] | None = None
+        self.norms_fused = False
         self.exit_cfg: dict[str, Any] = {} if exit_cfg is None else copy.deepcopy(dict(check_mapping(exit_cfg)))
         self._given_args: dict[str, Any] = {}
         self._read_exit_cfg()
@@ -134,6 +144,7 @@ class DynamicNet(nn.Module):
         """Raise a ValueError unless x is a batch of square images [B, in_chans, S, S] of a size the model can take."""
         if not isinstance(x, torch.Tensor):
             raise ValueError(f'Expected images as a tensor, got {type(x).__name__}.')
+        check_float(x)
         if x.ndim != 4 or x.shape[1] != self.in_chans:
             raise ValueError(f'Expected images [batch, {self.in_chans}, height, width], got {list(x.shape)}.')
         if x.shape[2] != x.shape[3]:
@@ -197,12 +208,40 @@ class DynamicNet(nn.Module):
     def fuse_conv_bn(self) -> int:
         """Fuse batch norms into convolutions, in place, for faster inference: see `layers.fuse_conv_bn`.
 
+        A model with fused norms can no longer be trained or saved: `train()` and `save_pretrained` raise an error.
+
         Returns:
             Number of fused batch norms.
         """
         parameter = next(self.parameters())
         x = self.example_input(device=parameter.device, dtype=parameter.dtype)
         return fuse_conv_bn(self, lambda: list(self.forward_steps(x)))
+
+    def for_inference(self: Net) -> Net:
+        """Prepare the model for fast inference, in place: eval mode, fused batch norms, weights in channels last.
+
+        This is the recommended setting on a CPU, for single images and for batches: see docs/speed.md. Images may have
+        any memory format. Outputs change by rounding errors only. Calling it again changes nothing. Call it last:
+        a model with fused norms cannot be trained, nor load the weights of one that is not fused.
+
+        Returns:
+            The model itself.
+        """
+        self.eval()
+        self.fuse_conv_bn()
+        return self.to(memory_format=torch.channels_last)
+
+    def train(self: Net, mode: bool = True) -> Net:
+        """Set train or eval mode.
+
+        Raises:
+            RuntimeError: Train mode is requested, and norms are fused into convolutions.
+        """
+        if mode and self.norms_fused:
+            raise RuntimeError(
+                'The batch norms of this model are fused into its convolutions (for_inference, fuse_conv_bn): it '
+                'cannot be trained. Create the model again to train it.')
+        return super().train(mode)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, '_compiled_steps': None}
@@ -217,6 +256,13 @@ class DynamicNet(nn.Module):
         if self._step_macs is None:
             self._step_macs = _count_step_macs(self)
         return self._step_macs
+
+    def count_part_macs(self) -> dict[str, tuple[int, ...]]:
+        """Count the multiply-adds of each part of the model in step 1..T, 0 where the part is not run.
+
+        Over all parts they add up to what `step_macs` has for each step. Empty if the family does not tell parts apart.
+        """
+        return {}
 
     def set_input_size(self, img_size: int | tuple[int, int]) -> None:
         """Set the side of the images that costs are counted for, like the argument `img_size`.
@@ -444,6 +490,13 @@ def _compile_step(t: int, cuda_graphs: bool, kwargs: dict[str, Any]) -> Callable
         return compiled(model, state)
 
     return begin_and_run if cuda_graphs else compiled
+
+
+def count_call(function: Callable[..., Any], *args: Any) -> tuple[Any, int]:
+    """Call a function, and count its multiply-adds. Returns its result and the number."""
+    with FlopCounterMode(display=False) as counter:
+        result = function(*args)
+    return result, counter.get_total_flops() // 2
 
 
 @torch.no_grad()

@@ -60,7 +60,7 @@ def _cfg(name: str = '', **kwargs: Any) -> dict[str, Any]:
         'first_conv': 'conv1', 'classifier': 'fc',
         'paper_name': 'FocusNet: Classifying better by focusing on confusing classes',
         'paper_ids': 'doi:10.1016/j.patcog.2022.108709',
-        'origin_url': 'https://github.com/XueZ-phd/FocusNet',
+        'origin_url': 'https://github.com/XueZ-phd/FocusNet-Classifying-better-by-focusing-on-confusing-classes',
         **kwargs,
     }
 

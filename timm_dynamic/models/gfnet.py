@@ -18,7 +18,6 @@ Departures from the released code (https://github.com/blackfeather-wang/GFNet-Py
 * The glance of a family is scaled the same way in training and at inference. In the original, training is bicubic.
 """
 import logging
-import re
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -48,9 +47,16 @@ from ..layers import (
 from ..utils import CheckpointError, read_checkpoint
 from ..utils.checkpoint import find_state_dict
 from .builder import build_dynamic_model, hub_id
-from .dynamic_net import DynamicNet, State, on_meta
+from .dynamic_net import DynamicNet, State, count_call, on_meta
 from .exit_cfg import plain_json
-from .networks import check_pool, create_encoder, join_group_matchers, join_layer_names, join_no_weight_decay
+from .networks import (
+    check_pool,
+    create_encoder,
+    join_group_matchers,
+    join_layer_names,
+    join_no_weight_decay,
+    map_pycls_keys,
+)
 
 __all__ = ['GFNet']
 
@@ -65,7 +71,8 @@ class GFNet(DynamicNet):
         num_steps: Number of steps T, including the glance.
         num_classes: Number of classes.
         in_chans: Number of input channels.
-        img_size: Side of the images that costs are counted for. Images of other sizes work, down to that of a patch.
+        img_size: Side of the images that costs are counted for. Images of other sizes work if they are larger than a
+            patch.
         step_classifier: 'recurrent' (a GRU over the steps) or 'concat' (one head per step, on all features so far).
         first_head: With 'recurrent', step 1 has a separate head on the glance alone.
         classifier_hidden: Width of the recurrent step classifier.
@@ -82,7 +89,7 @@ class GFNet(DynamicNet):
 
     Raises:
         ValueError: The backbone is unknown, has no spatial feature map, or does not take images of the size of a patch;
-            or images are smaller than patches.
+            or images are not larger than patches.
     """
 
     def __init__(
@@ -169,8 +176,9 @@ class GFNet(DynamicNet):
         return (x.permute(0, 3, 1, 2) if _is_nhwc(encoder) else x), feature
 
     def check_img_size(self, side: int) -> None:
-        if not 0 < self.patch_size <= side:
-            raise ValueError(f'Images of {side} pixels have no patches of {self.patch_size}.')
+        if not 0 < self.patch_size < side:
+            raise ValueError(
+                f'Images of {side} pixels have no patches of {self.patch_size}: patches must be smaller than images.')
 
     def init_state(self, x: torch.Tensor) -> State:
         self.check_images(x)
@@ -291,6 +299,21 @@ class GFNet(DynamicNet):
             return self.forward_features(x)
         return super().forward(x, all_steps, **kwargs)
 
+    @torch.no_grad()
+    def count_part_macs(self) -> dict[str, tuple[int, ...]]:
+        net = on_meta(self).eval()
+        state = net.init_state(net.example_input(device='meta', dtype=next(net.parameters()).dtype))
+        macs: dict[str, list[int]] = {
+            part: [0] * net.num_steps for part in ('glance encoder', 'local encoder', 'patch policy', 'classifier')}
+        for t in range(net.num_steps):
+            if t:
+                macs['patch policy'][t] = count_call(net.policy, state['map'], state.get('policy_hidden'))[1]
+            state, look_macs = count_call(net._look, t, state)
+            macs['local encoder' if t else 'glance encoder'][t] = look_macs - macs['patch policy'][t]
+            (_, state['memory']), macs['classifier'][t] = count_call(
+                net.classifier, t, state['feature'], state.get('memory'))
+        return {part: tuple(values) for part, values in macs.items()}
+
     @property
     def classifier_names(self) -> tuple[str, ...]:
         """Names of the Linear layers that give logits."""
@@ -341,20 +364,6 @@ def _is_authors(checkpoint: Any) -> bool:
     return isinstance(checkpoint, Mapping) and {'model_prime_state_dict', 'model_state_dict'} <= checkpoint.keys()
 
 
-def _encoder_state_dict(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Map an authors' encoder onto timm's keys. Only those of RegNets, which are from pycls, differ."""
-    out = {}
-    for key, value in clean_state_dict(dict(state_dict)).items():
-        if re.match(r's\d\.b\d+\.', key):
-            key = re.sub(r'\.f\.se\.f_ex\.([02])\.', lambda m: f'.se.fc{1 + int(m[1]) // 2}.', key)
-            key = re.sub(r'\.f\.([abc])_bn\.', lambda m: f'.conv{"abc".index(m[1]) + 1}.bn.', key)
-            key = re.sub(r'\.f\.([abc])\.', lambda m: f'.conv{"abc".index(m[1]) + 1}.conv.', key)
-            key = re.sub(r'(b\d+)\.proj\.', r'\1.downsample.conv.', key)
-            key = re.sub(r'(b\d+)\.bn\.', r'\1.downsample.bn.', key)
-        out[key] = value
-    return out
-
-
 def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: Any) -> dict[str, torch.Tensor]:
     """Map the content of an authors' checkpoint onto the model's keys. Other weights are returned unchanged.
 
@@ -379,7 +388,7 @@ def _map_authors(checkpoint: Mapping[str, Any], model: Any) -> dict[str, torch.T
     dropped = set()
     first = model.classifier.head_name(0)
     for part, encoder in (('model_prime_state_dict', 'global_encoder'), ('model_state_dict', 'local_encoder')):
-        for key, value in _encoder_state_dict(checkpoint[part]).items():
+        for key, value in map_pycls_keys(clean_state_dict(dict(checkpoint[part]))).items():
             module, _, leaf = key.rpartition('.')
             if module not in _CLASSIFIERS:
                 out[f'{encoder}.{key}'] = value

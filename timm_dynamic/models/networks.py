@@ -1,9 +1,11 @@
 """Networks inside a dynamic model: creating them, and answering timm's questions for several side by side."""
+import re
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
 import timm
+import torch
 from timm.models import get_pretrained_cfg, is_model, list_models
 from timm.models.mobilenetv3 import _gen_mobilenet_v3  # timm has the generator, but no entry point of this width
 
@@ -38,6 +40,25 @@ def create_encoder(backbone: str, in_chans: int, side: int, num_classes: int = 0
         return create_fn(num_classes=num_classes, in_chans=in_chans, **kwargs)
     except TypeError as e:
         raise ValueError(f"The backbone '{backbone}' cannot be created with {kwargs}: {e}") from e
+
+
+def map_pycls_keys(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Map the keys of a RegNet of pycls (https://github.com/facebookresearch/pycls) onto timm's.
+
+    The GFNet authors' RegNets have pycls' keys, but call the classifier 'fc'. Other weights are returned unchanged.
+    """
+    if not any(re.match(r's\d\.b\d+\.f\.', key) for key in state_dict):
+        return dict(state_dict)
+    out = {}
+    for key, value in state_dict.items():
+        if re.match(r's\d\.b\d+\.', key):
+            key = re.sub(r'\.f\.se\.f_ex\.([02])\.', lambda m: f'.se.fc{1 + int(m[1]) // 2}.', key)
+            key = re.sub(r'\.f\.([abc])_bn\.', lambda m: f'.conv{"abc".index(m[1]) + 1}.bn.', key)
+            key = re.sub(r'\.f\.([abc])\.', lambda m: f'.conv{"abc".index(m[1]) + 1}.conv.', key)
+            key = re.sub(r'(b\d+)\.proj\.', r'\1.downsample.conv.', key)
+            key = re.sub(r'(b\d+)\.bn\.', r'\1.downsample.bn.', key)
+        out[re.sub(r'^fc\.', 'head.fc.', key)] = value
+    return out
 
 
 def check_pool(global_pool: str, num_classes: int) -> str:

@@ -17,10 +17,18 @@ from torch import nn
 
 from ..exits.collect import with_confidence
 from ..layers import crop_patches, get_glance
-from ..models.anchornet import AnchorNetPatch
+from ..models.anchornet import AnchorNet, AnchorNetPatch, find_part_files
+from ..models.builder import load_checkpoint
 from .base import OneModuleTask
 from .stage import Recipe, Stage, StageContext
-from .static import DEMO_COMMON, create_static_stage, load_backbone_or_warn
+from .static import (
+    DEMO_COMMON,
+    create_static_stage,
+    create_static_task,
+    demo_defaults,
+    load_backbone_or_warn,
+    whole_weights,
+)
 
 _logger = logging.getLogger(__name__)
 
@@ -160,7 +168,39 @@ def create_anchornet_task(
         model, part, args.smoothing, device=context.device, dtype=context.dtype, verbose=context.verbose)
 
 
-def _load_downstream(model: Any, args: argparse.Namespace, context: StageContext, part: str) -> None:
+def _given_parts(args: argparse.Namespace, model: AnchorNetPatch) -> tuple[str, ...]:
+    """The networks whose initial weights the options give; not those of `--init-downstream`."""
+    if args.init_from:
+        return tuple(find_part_files(args.init_from, model)) or PARTS
+    return PARTS if whole_weights(args) else ()
+
+
+def _prepare(
+        model: AnchorNetPatch,
+        args: argparse.Namespace,
+        context: StageContext,
+        part: str,
+        given: tuple[str, ...],
+) -> None:
+    """Load the initial weights of a stage.
+
+    `--init-from`, which the first stage sees, has those of the whole model, or of some networks. The net that the stage
+    trains, and a resized net that the stage needs, start from `--init-downstream` if their weights are not given.
+    """
+    if args.init_from:
+        load_checkpoint(
+            model, find_part_files(args.init_from, model) or args.init_from,
+            optional=[name for name in PARTS if name not in given])
+    if args.init_from and part == 'patch' and 'resized' not in given:
+        _logger.warning(
+            f"--init-from {args.init_from} has no resized net: it is not trained for small images. Train it with "
+            '--stage resized patch, or give a folder with the files of both nets.')
+        _load_downstream(model, args, context, 'resized')
+    if part != 'localizer' and (part not in given or args.init_downstream):
+        _load_downstream(model, args, context, part)
+
+
+def _load_downstream(model: AnchorNetPatch, args: argparse.Namespace, context: StageContext, part: str) -> None:
     source = args.init_downstream
     if source == 'scratch':
         source = context.stage_weights['static']
@@ -168,20 +208,39 @@ def _load_downstream(model: Any, args: argparse.Namespace, context: StageContext
 
 
 def create_anchornet_recipe(args: argparse.Namespace, demo: bool, model: Any) -> Recipe:
-    """Create the recipe: localizer, resized net, patch net; `--init-downstream scratch` trains a static net first."""
-    if not isinstance(model, AnchorNetPatch):
+    """Create the recipe: localizer, resized net, patch net; `--init-downstream scratch` trains a static net first.
+
+    An AnchorNet alone has the stage of the localizer only.
+    """
+    if not isinstance(model, (AnchorNetPatch, AnchorNet)):
         raise ValueError(
-            f"The recipe 'anchornet' trains AnchorNet-patch models, e.g. --model anchornet_patch_densenet201_95; got "
-            f"--model {args.model}.")
-    defaults: Mapping[str, Mapping[str, Any]] = _DEMO if demo else _PAPER
+            f"The recipe 'anchornet' trains AnchorNet-patch models, e.g. --model anchornet_patch_densenet201_95, and "
+            f'--model anchornet; got --model {args.model}.')
+    defaults: Mapping[str, Mapping[str, Any]]
+    defaults = demo_defaults(_DEMO, model, 'test_anchornet_patch') if demo else _PAPER
+    if isinstance(model, AnchorNet):
+        if args.init_downstream:
+            raise ValueError(
+                '--init-downstream is for the nets that an AnchorNet-patch has beside its localizer: --model anchornet '
+                'has none.')
+        if args.init_from:
+            raise ValueError(
+                '--init-from is for an AnchorNet-patch. Weights for --model anchornet: --initial-checkpoint.')
+        return Recipe('anchornet', (
+            Stage('localizer', create_static_task, defaults['localizer'], label=args.model),))
+    given = _given_parts(args, model)
+    if given:  # no static net is trained for nets that have weights
+        defaults = {
+            name: {k: v for k, v in options.items() if k != 'init_downstream'} for name, options in defaults.items()}
     scratch = (args.init_downstream or defaults['patch'].get('init_downstream')) == 'scratch'
     task = partial(partial, create_anchornet_task)
-    load = partial(partial, _load_downstream)
+    prepare = partial(partial, _prepare, given=given)
     return Recipe('anchornet', (
         *([create_static_stage(model, defaults.get('static'), '--init-downstream')] if scratch else ()),
-        Stage('localizer', task(part='localizer'), defaults['localizer'], shown=False),
+        Stage('localizer', task(part='localizer'), defaults['localizer'], prepare=prepare(part='localizer'),
+              shown=False),
         Stage('resized', task(part='resized'), defaults['resized'], starts_from='localizer',
-              prepare=load(part='resized'), shown=False),
-        Stage('patch', task(part='patch'), defaults['patch'], starts_from='resized', prepare=load(part='patch'),
+              prepare=prepare(part='resized'), shown=False),
+        Stage('patch', task(part='patch'), defaults['patch'], starts_from='resized', prepare=prepare(part='patch'),
               label=args.model),
     ))

@@ -11,7 +11,13 @@ from ..exits.collect import predict_steps
 
 
 class TaskHooks:
-    """Methods that the trainer calls in addition to those of timm's `TrainingTask`."""
+    """Methods that the trainer calls in addition to those of timm's `TrainingTask`.
+
+    Attributes:
+        baseline_name: Name of the frozen baseline that the task learns from; '' if it has none. With a name, the task
+            has `baseline` and `baseline_logits`, and the baseline's accuracy is checked before training.
+    """
+    baseline_name: str = ''
 
     def predict(self, model: nn.Module, x: Any) -> dict[str, torch.Tensor]:
         """Compute outputs for validation: 'logits' [T, B, num_classes] and 'confidence' [T, B], see `predict_steps`."""

@@ -16,13 +16,12 @@ from accelerate.utils import broadcast_object_list
 
 from ..data import ConfidenceFeatures, FoldMap, fold_names
 from ..data.image_names import image_names
-from ..exits import ExitTable
-from ..exits.cascade_table import cascade_table
 from ..exits.collect import Outputs, run_loader
-from ..exits.measures import auroc, cross_area, curve_area
+from ..exits.measures import auroc
 from ..models.builder import load_checkpoint
-from ..models.clcnet import FINAL_RULES, CLCNet, fetch_members
+from ..models.clcnet import CLCNet, fetch_members
 from ..utils import (
+    CheckpointError,
     copy_pretrained,
     hash_weights,
     read_json,
@@ -32,6 +31,7 @@ from ..utils import (
 )
 from ..utils.report import format_table, write_rows
 from ..utils.signals import Stopped
+from .compare_confidences import Choice, compare_confidences, describe_best, tables_out_of_fold
 from .confidence_net import fit_confidence_net, fit_folds, make_folds, match_scores, score_folds
 from .feature_parts import FeatureParts
 from .stage import Recipe, Stage, StageContext
@@ -44,10 +44,8 @@ FOLDS_FILE = 'folds.csv'
 NUM_FOLDS = 5  # as in the paper
 _DEMO_EPOCHS = 12, 8  # of the first member, of the other members
 _BATCHES_PER_PART = 50  # a killed run loses at most this number of batches
-# Settings of the paper for the confidence net. The batch size is 256.
-_CONFIDENCE: dict[str, Any] = dict(epochs=200, lr=0.02, clip_grad=1., patience_epochs=50)
-
-Choice = tuple[str, str]  # confidence, final rule
+# Settings of the paper for the confidence net. One process trains it, so its batch size is not divided.
+_CONFIDENCE: dict[str, Any] = dict(epochs=200, batch_size=256, lr=0.02, clip_grad=1., patience_epochs=50)
 
 
 # The recipe
@@ -64,7 +62,7 @@ def create_clcnet_recipe(args: argparse.Namespace, demo: bool, model: Any) -> Re
     } if demo else {}
     if not args.features:
         stages.append(Stage('features', None, collect, run=collect_features, shown=False))
-    stages.append(Stage('confidence', None, {**collect, **_CONFIDENCE}, run=train_confidence, label=args.model))
+    stages.append(Stage('confidence', None, _CONFIDENCE, run=train_confidence, label=args.model))
     return Recipe('clcnet', tuple(stages))
 
 
@@ -84,14 +82,32 @@ def _check(args: argparse.Namespace, model: Any) -> None:
             raise ValueError(f"--features: there is no file '{path}'.")
     if args.fold_dir:
         FoldMap.read(args.fold_dir)  # raises its errors early
+    if _without_members(args):
+        _check_without_members(args)
     if args.confidence == 'all' and (args.features or args.folds == 0):
         raise ValueError(
             '--confidence all needs cross-validation on the features of this run. It cannot be combined with '
             '--features or --folds 0.')
 
 
+def _without_members(args: argparse.Namespace) -> bool:
+    """Whether only the confidence net is trained. Then no cascade is exported."""
+    return 'none' in (args.init_members or ())
+
+
+def _check_without_members(args: argparse.Namespace) -> None:
+    if len(args.init_members) > 1:
+        raise ValueError("--init-members: 'none' is for all members. It cannot be combined with other sources.")
+    if not args.features:
+        raise ValueError('--init-members none trains only the confidence net: it needs --features FILE.')
+    for option in ('confidence', 'push_to_hub'):
+        if getattr(args, option):
+            raise ValueError(
+                f"--init-members none exports no cascade. It cannot be combined with --{option.replace('_', '-')}.")
+
+
 def member_sources(args: argparse.Namespace, demo: bool, model: CLCNet) -> list[str]:
-    """Source of each member's weights: 'scratch', 'pretrained', or a path.
+    """Source of each member's weights: 'scratch', 'pretrained', 'none', or a path.
 
     Raises:
         ValueError: There are neither one source nor as many sources as members.
@@ -254,37 +270,56 @@ def train_confidence(args: argparse.Namespace, context: StageContext) -> dict[st
 
     The exported net is trained on all images. In addition, a net for each fold is trained on the other folds. Each
     image is scored by the net that was not trained on it, and the scores are mapped to the scale of the exported net.
-    These out-of-fold scores are used to compare confidences and to fit exits.
+    These out-of-fold scores are used to compare confidences and to fit exits. With `--init-members none` only the
+    confidence nets are trained and written.
 
     Raises:
         ValueError: There are no features, or they do not match each other, the folds or the cascade.
+        CheckpointError: Weights of a member are not available, or do not fit.
     """
-    model = build_cascade(args, context).eval()
+    model = None if _without_members(args) else _build_trained_cascade(args, context)
     result: dict[str, Any] = {}
     if context.accelerator.is_main_process:
         context.folder.mkdir(parents=True, exist_ok=True)
         features = _read_features(args, context.stage_weights, model)
         merged = ConfidenceFeatures.merge(features)
-        settings = dict(epochs=args.epochs, lr=args.lr, clip_grad=args.clip_grad, patience=args.patience_epochs)
+        settings = dict(
+            epochs=args.epochs, batch_size=args.batch_size, lr=args.lr, clip_grad=args.clip_grad,
+            patience=args.patience_epochs)
         folds = _choose_folds(args, merged.names)
         fit = fit_confidence_net(merged.probabilities, merged.correct, seed=args.seed, **settings)
         nets = [] if folds is None else [
             fold.net for fold in fit_folds(merged.probabilities, merged.correct, folds, seed=args.seed, **settings)]
         result = {'val_error': fit.val_error, 'test_error': fit.test_error, 'best': fit.val_error,
                   'best_epoch': fit.best_epoch}
-        default = model.confidence_kind, model.final_rule
-        model.set_confidence('clcnet', net=fit.net)
-        choice, entries = _compare_out_of_fold(args, context, model, features, merged, nets, folds, default)
-        result.update(entries)
-        if choice != (model.confidence_kind, model.final_rule):
-            model.set_confidence(*choice)
         write_rows(context.folder / 'summary.csv', [{'epoch': i, **row} for i, row in enumerate(fit.history)])
         fit.net.save(context.folder / 'confidence_net.safetensors')  # kept where another confidence was better
-        _export(context, model, None if args.features else _read_index(context)['label_names'], merged, nets, folds)
+        if model is None:
+            result.update(_score_out_of_fold(context, merged, nets, folds))
+            _logger.info(f"Confidence net: {context.folder / 'confidence_net.safetensors'}")
+        else:
+            default = model.confidence_kind, model.final_rule
+            model.set_confidence('clcnet', net=fit.net)
+            choice, entries = _compare_out_of_fold(args, context, model, features, merged, nets, folds, default)
+            result.update(entries)
+            if choice != (model.confidence_kind, model.final_rule):
+                model.set_confidence(*choice)
+            _export(context, model, None if args.features else _read_index(context)['label_names'])
+        _write_folds(context.folder / 'folds', merged, nets, folds)
     context.accelerator.wait_for_everyone()
     shared: list[Any] = [result]
     broadcast_object_list(shared)  # all processes return the same
     return shared[0]
+
+
+def _build_trained_cascade(args: argparse.Namespace, context: StageContext) -> CLCNet:
+    try:
+        return build_cascade(args, context).eval()
+    except CheckpointError as e:
+        if not args.features:
+            raise
+        raise CheckpointError(
+            f'{e} To train only the confidence net, without weights of the members: --init-members none.') from e
 
 
 def _requested(args: argparse.Namespace) -> str | None:
@@ -333,36 +368,44 @@ def _compare_out_of_fold(
             f"exported with {choice[0]} and {choice[1]}{'' if _requested(args) else '; --confidence overrides'}.")
         tables[choice].save(folder / CALIBRATION)
         return choice, {**result, 'auroc': next(r['auroc'] for r in rows if r['confidence'] == choice[0])}
-    for name in (CALIBRATION, 'confidences.csv'):
-        (folder / name).unlink(missing_ok=True)
-    if folds is None:
-        _logger.warning('--folds 0: results on the images of the features are not cross-validated. The confidence net '
-                        'was trained on them.')
-        return choice, result
-    area = auroc(score_folds(nets, merged.probabilities, folds), merged.correct)
-    _logger.info(f'AUROC of the confidence net, {len(nets)}-fold cross-validation: {area:.4f}')
-    return choice, {**result, 'auroc_all_members': area}
+    return choice, {**result, **_score_out_of_fold(context, merged, nets, folds)}
 
 
-def _export(
+def _score_out_of_fold(
         context: StageContext,
-        model: CLCNet,
-        label_names: list[str] | None,
         merged: ConfidenceFeatures,
         nets: Sequence[Any],
         folds: torch.Tensor | None,
-) -> None:
-    """Export the cascade. Write the nets of the cross-validation and their folds."""
+) -> dict[str, Any]:
+    """AUROC of the nets of the cross-validation, where it is not known which rows are of the same image."""
+    for name in (CALIBRATION, 'confidences.csv'):
+        (context.folder / name).unlink(missing_ok=True)
+    if folds is None:
+        _logger.warning('--folds 0: results on the images of the features are not cross-validated. The confidence net '
+                        'was trained on them.')
+        return {}
+    area = auroc(score_folds(nets, merged.probabilities, folds), merged.correct)
+    _logger.info(f'AUROC of the confidence net, {len(nets)}-fold cross-validation: {area:.4f}')
+    return {'auroc_all_members': area}
+
+
+def _export(context: StageContext, model: CLCNet, label_names: list[str] | None) -> None:
+    """Export the cascade."""
     folder = context.folder
     labels: dict[str, Any] = {'label_names': label_names} if label_names else {}
     save_pretrained(model, folder / 'last', data_config=context.data_config_of(model), **labels)
     copy_pretrained(folder / 'last', folder / 'best')
-    shutil.rmtree(folder / 'folds', ignore_errors=True)
-    if folds is not None:
-        (folder / 'folds').mkdir()
-        for k, net in enumerate(nets):
-            net.save(folder / 'folds' / f'fold{k + 1}.safetensors')
-        FoldMap(fold_names(merged.names, folds)).save(folder / 'folds' / FOLDS_FILE)
+
+
+def _write_folds(folder: Path, merged: ConfidenceFeatures, nets: Sequence[Any], folds: torch.Tensor | None) -> None:
+    """Write the nets of the cross-validation and their folds."""
+    shutil.rmtree(folder, ignore_errors=True)
+    if folds is None:
+        return
+    folder.mkdir()
+    for k, net in enumerate(nets):
+        net.save(folder / f'fold{k + 1}.safetensors')
+    FoldMap(fold_names(merged.names, folds)).save(folder / FOLDS_FILE)
 
 
 def _read_index(context: StageContext) -> dict[str, Any]:
@@ -373,11 +416,12 @@ def _read_index(context: StageContext) -> dict[str, Any]:
 def _read_features(
         args: argparse.Namespace,
         stage_weights: Mapping[str, Path],
-        model: CLCNet,
+        model: CLCNet | None,
 ) -> list[ConfidenceFeatures]:
     if args.features:
         paths = [Path(path) for path in args.features]
     else:
+        assert model is not None  # see _check_without_members
         folder = stage_weights['features'].parent
         paths = [folder / f'member{t + 1}.safetensors' for t in range(model.num_steps)]
     for path in paths:
@@ -386,7 +430,7 @@ def _read_features(
             raise ValueError(f"There are no features at '{path}'.{hint}")
     features = [ConfidenceFeatures.load(path) for path in paths]
     for path, f in zip(paths, features):
-        if f.probabilities.shape[1] != model.num_classes:
+        if model is not None and f.probabilities.shape[1] != model.num_classes:
             raise ValueError(
                 f"'{path}' has probabilities of {f.probabilities.shape[1]} classes, the cascade has "
                 f'{model.num_classes} classes.')
@@ -419,69 +463,3 @@ def _read_folds(path: str, names: Sequence[str]) -> torch.Tensor:
             f"--fold-dir: only {len(folds.unique())} of the {known.num_folds} folds of '{path}' contain images of the "
             'features.')
     return folds
-
-
-# Comparing confidences
-
-def tables_out_of_fold(
-        model: CLCNet,
-        features: Sequence[ConfidenceFeatures],
-        scores: torch.Tensor,
-) -> dict[Choice, ExitTable]:
-    """Compute the exit tables of a cascade for every confidence that features contain, and both final rules.
-
-    Args:
-        model: The cascade.
-        features: Features of each member, of the same images in the same order.
-        scores: Out-of-fold scores of the confidence net [T, N].
-    """
-    correct, tables = torch.stack([f.correct for f in features]), {}
-    for kind in ('max_prob', 'margin', 'entropy', 'clcnet'):
-        confidence = scores
-        if kind != 'clcnet':
-            confidence = torch.stack([model.measure(f.probabilities, kind) for f in features])
-        step_macs = model.step_macs_of(kind)
-        tables.update({(kind, rule): cascade_table(confidence, correct, step_macs, rule) for rule in FINAL_RULES})
-    return tables
-
-
-def compare_confidences(
-        calibration: Mapping[Choice, ExitTable],
-        evaluation: Mapping[Choice, ExitTable] | None = None,
-) -> list[dict[str, Any]]:
-    """Compare confidences and final rules.
-
-    Args:
-        calibration: Exit tables to fit exits on.
-        evaluation: Exit tables to evaluate on. Without them, exits are fitted on each half of the calibration tables
-            and evaluated on the other half.
-
-    Returns:
-        A row for each table: 'confidence', 'final_rule', 'auroc' (of the first member's confidence) and 'area' (mean
-        top-1 over all budgets). With `evaluation` also 'top1' (of all members) and 'calibration_area' (the area on the
-        halves of the calibration tables, which is the criterion for choosing one).
-    """
-    rows = []
-    for (kind, rule), fitted in calibration.items():
-        table, inner = evaluation[kind, rule] if evaluation else fitted, cross_area(fitted)
-        row: dict[str, Any] = {
-            'confidence': kind, 'final_rule': rule,
-            'auroc': round(auroc(table.confidence[:, 0], table.correct[:, 0]), 4)}
-        if evaluation:
-            row.update(
-                area=round(curve_area(fitted, table), 4), top1=round(table.anytime()[-1].top1, 4),
-                calibration_area=round(inner, 4))
-        else:
-            row['area'] = round(inner, 4)
-        rows.append(row)
-    return rows
-
-
-def describe_best(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Describe the confidence and final rule with the largest area, and the area of the paper's choice."""
-    best = max(rows, key=lambda row: row['area'])
-    text = f"Best by area: {best['confidence']} with the rule {best['final_rule']} ({best['area']:.2f})."
-    for row in rows:
-        if row is not best and (row['confidence'], row['final_rule']) == ('clcnet', 'most_confident'):
-            text += f" The paper's choice, clcnet with most_confident, has {row['area']:.2f}."
-    return text

@@ -222,7 +222,7 @@ def fit_confidence_net(
         correct: Whether the classifier is correct [N], bool.
         net: Net to start from (default: a new one).
         epochs: Largest number of epochs.
-        batch_size: Batch size.
+        batch_size: Batch size, at least 2.
         lr: Learning rate.
         clip_grad: Largest norm of the gradient.
         sparsity: See `ConfidenceTask`.
@@ -231,13 +231,15 @@ def fit_confidence_net(
         seed: Random seed. The same seed gives the same net on the same machine.
 
     Raises:
-        ValueError: The shapes do not match, the probabilities are not valid or not sorted, there are too few samples
-            for three parts, or the training diverges.
+        ValueError: The shapes do not match, the batch size is below 2, the probabilities are not valid or not sorted,
+            there are too few samples for three parts, or the training diverges.
     """
     if probabilities.ndim != 2 or correct.shape != (len(probabilities),):
         raise ValueError(
             f'Expected probabilities [N, classes] and correct [N], got {list(probabilities.shape)} and '
             f'{list(correct.shape)}.')
+    if batch_size < 2:
+        raise ValueError(f'A confidence net needs batches of at least 2 rows, got {batch_size}.')
     check_probabilities(probabilities, is_sorted=True)
     sizes = [math.floor(len(correct) * share) for share in split]
     sizes.append(len(correct) - sum(sizes))

@@ -7,14 +7,14 @@ from typing import Any
 import timm
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import get_model_input_config, is_model, list_models
+from timm.models import get_model_input_config, get_pretrained_cfg, is_model, list_models
 from timm.task import TrainingTask
 from timm.utils import unwrap_model
 from torch import nn
 
 from ..layers.renormalize import Renormalize
 from ..loss import FocusPickingLoss
-from ..models.builder import checkpoint_filter_of
+from ..models.builder import check_timm_weights, checkpoint_filter_of
 from ..utils import did_you_mean, hash_weights, load_weights
 from .base import OneModuleTask
 from .classification import LOSS_OPTIONS, create_classification_task
@@ -53,6 +53,7 @@ def create_baseline(source: str | Path | nn.Module, model: nn.Module) -> Any:
         baseline = timm.create_model(name, num_classes=focus.num_classes)
         load_weights(baseline, label, checkpoint_filter_of(name))
     elif is_model(label.split('.')[0]):
+        check_timm_weights(label)
         baseline = timm.create_model(label, pretrained=True)
     else:
         raise ValueError(
@@ -102,6 +103,7 @@ class FocusPickingTask(OneModuleTask):
         self.trainable_module = model
         self.criterion = criterion if criterion is not None else FocusPickingLoss()
         self.baseline: Any = create_baseline(baseline, model)
+        self.baseline_name = type(baseline).__name__ if isinstance(baseline, nn.Module) else str(baseline)
         self.frozen = (self.baseline,)
         self.baseline_hash = hash_weights(self.baseline.state_dict())[:16]
         self.baseline.to(device=self.device, memory_format=torch.channels_last)
@@ -202,16 +204,45 @@ _FOCUS_PAPER = dict(
     color_jitter=0., train_interpolation='bilinear',
 )
 _FOCUS_DEMO = dict(DEMO_COMMON, epochs=6)
+# The paper's baselines that timm has. That of MobileNetV2 is a file of the authors.
+_PAPER_BASELINES = {'focusnet_resnet18': 'resnet18.tv_in1k', 'focusnet_resnet34': 'resnet34.tv_in1k'}
+_MOBILENET_BASELINE = 'baseline_mobilenet_v2_model_best.pth.tar'
+
+
+def architecture_of(args: argparse.Namespace, model: Any = None) -> str:
+    """Registered name of the model of the options, without its tag."""
+    cfg = getattr(model, 'pretrained_cfg', {})
+    return cfg.get('architecture') or args.model.split('.')[0]
+
+
+def _default_baseline(args: argparse.Namespace, demo: bool, model: Any) -> str:
+    """The baseline if `--focus-baseline` is not given: the paper's; on the demo set one that is trained first.
+
+    Raises:
+        ValueError: There is none, or it has another number of classes than the data.
+    """
+    if demo:
+        return 'scratch'
+    name = architecture_of(args, model)
+    others = '--focus-baseline scratch to train one first, or --recipe classification for plain classification'
+    baseline = _PAPER_BASELINES.get(name)
+    if baseline is None:
+        example = f'FILE (the paper\'s is {_MOBILENET_BASELINE})' if name == 'focusnet_mobilenetv2_100' else \
+            'MODEL (e.g. resnet18.tv_in1k)'
+        raise ValueError(f'The recipe focusnet needs a baseline: --focus-baseline {example}, {others}.')
+    cfg = get_pretrained_cfg(baseline)
+    if cfg is not None and args.num_classes not in (None, cfg.num_classes):
+        raise ValueError(
+            f'The recipe focusnet needs a baseline with {args.num_classes} classes, but that of the paper, {baseline}, '
+            f'has {cfg.num_classes}. Add --focus-baseline MODEL, {others}.')
+    return baseline
 
 
 def create_focusnet_recipe(args: argparse.Namespace, demo: bool, model: Any) -> Recipe:
     """Create the recipe: a focus net, and before it a baseline and a plain net if the options ask for them."""
-    if args.focus_baseline is None:
-        raise ValueError(
-            'The recipe focusnet needs a baseline: --focus-baseline MODEL (e.g. resnet18.tv_in1k), or '
-            '--focus-baseline scratch to train one first.')
-    defaults = _FOCUS_DEMO if demo else _FOCUS_PAPER
-    scratch = args.focus_baseline == 'scratch'
+    baseline = args.focus_baseline or _default_baseline(args, demo, model)
+    defaults = dict(_FOCUS_DEMO if demo else _FOCUS_PAPER)
+    scratch = baseline == 'scratch'
     stages = []
     if scratch:
         stages.append(Stage(
@@ -223,5 +254,5 @@ def create_focusnet_recipe(args: argparse.Namespace, demo: bool, model: Any) -> 
             raise ValueError(
                 f"--{option.replace('_', '-')} has no effect on the focus net, which has another loss. Use it with "
                 '--focus-baseline scratch or --focus-plain.')
-    stages.append(Stage('focus', create_focus_task, defaults, label='focus net'))
-    return Recipe('focusnet', tuple(stages), {} if scratch else {'baseline (frozen)': args.focus_baseline})
+    stages.append(Stage('focus', create_focus_task, dict(defaults, focus_baseline=baseline), label='focus net'))
+    return Recipe('focusnet', tuple(stages), {} if scratch else {'baseline (frozen)': baseline})

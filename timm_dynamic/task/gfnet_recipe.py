@@ -12,7 +12,14 @@ from ..models.gfnet import GFNet
 from ..utils import CheckpointError
 from .gfnet import OWN_FIRST_HEADS, EndToEndTask, GlanceFocusTask, PatchPolicyTask
 from .stage import Recipe, Stage, StageContext
-from .static import DEMO_COMMON, PAPER_COMMON, create_static_stage, load_encoder
+from .static import (
+    DEMO_COMMON,
+    PAPER_COMMON,
+    create_static_stage,
+    demo_defaults,
+    load_encoder,
+    whole_weights,
+)
 
 _logger = logging.getLogger(__name__)
 
@@ -89,6 +96,8 @@ def _init_encoders(model: GFNet, args: argparse.Namespace, context: StageContext
     """
     if args.init_from:
         return load_checkpoint(model, args.init_from, optional=('policy',))
+    if whole_weights(args):  # the encoders have theirs
+        return None
     local = args.init_local
     if local == 'scratch':
         local = context.stage_weights['static']
@@ -146,11 +155,11 @@ def _check(args: argparse.Namespace, model: Any, recipe: str) -> None:
     if not isinstance(model, GFNet):
         raise ValueError(
             f"The recipe '{recipe}' trains GFNet models, e.g. --model gfnet_resnet50_96; got --model {args.model}.")
+    whole = whole_weights(args)
     for option in ('init_local', 'init_global'):
-        if args.init_from and getattr(args, option):
+        if whole and getattr(args, option):
             raise ValueError(
-                f"--{option.replace('_', '-')} cannot be combined with --init-from, which loads the weights of all "
-                'parts.')
+                f"--{option.replace('_', '-')} cannot be combined with {whole}, which loads the weights of all parts.")
 
 
 def _static_stages(
@@ -158,7 +167,7 @@ def _static_stages(
         model: GFNet,
         defaults: Mapping[str, Mapping[str, Any]],
 ) -> tuple[Stage, ...]:
-    if args.init_from:
+    if whole_weights(args):
         return ()
     if (args.init_local or defaults['warmup'].get('init_local')) != 'scratch':
         if args.init_global == 'scratch':
@@ -170,7 +179,7 @@ def _static_stages(
 def create_gfnet_recipe(args: argparse.Namespace, demo: bool, model: Any) -> Recipe:
     """Create the recipe: warmup, policy, finetune; `--init-local scratch` trains a static net first."""
     _check(args, model, 'gfnet')
-    defaults = _DEMO if demo else _paper_defaults(model, args)
+    defaults = demo_defaults(_DEMO, model, 'test_gfnet') if demo else _paper_defaults(model, args)
     return Recipe('gfnet', (
         *_static_stages(args, model, defaults),
         Stage('warmup', partial(create_glance_focus_task, positions='random'), defaults['warmup'],
@@ -185,7 +194,7 @@ def create_gfnet_recipe(args: argparse.Namespace, demo: bool, model: Any) -> Rec
 def create_end_to_end_recipe(args: argparse.Namespace, demo: bool, model: Any) -> Recipe:
     """Create the recipe with one stage, see `EndToEndTask`; `--init-local scratch` trains a static net first."""
     _check(args, model, 'end-to-end')
-    defaults = _DEMO if demo else _paper_defaults(model, args)
+    defaults = demo_defaults(_DEMO, model, 'test_gfnet') if demo else _paper_defaults(model, args)
     return Recipe('end-to-end', (
         *_static_stages(args, model, defaults),
         Stage('end-to-end', create_end_to_end_task, defaults['end-to-end'], prepare=_init_encoders, label=args.model),

@@ -7,15 +7,17 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
-from ..models.anchornet import AnchorNetPatch
+from timm.models import is_model_in_modules
+
+from ..models.anchornet import AnchorNet, AnchorNetPatch
 from ..models.clcnet import CLCNet
 from ..models.gfnet import GFNet
 from .anchornet import create_anchornet_recipe
 from .classification import LOSS_OPTIONS, create_classification_recipe
 from .clcnet import create_clcnet_recipe
-from .focusnet import create_focusnet_recipe
+from .focusnet import architecture_of, create_focusnet_recipe
 from .gfnet_recipe import create_end_to_end_recipe, create_gfnet_recipe
-from .stage import Recipe
+from .stage import Recipe, Stage
 
 RECIPES: dict[str, Callable[[argparse.Namespace, bool, Any], Recipe]] = {
     'classification': create_classification_recipe,
@@ -26,11 +28,13 @@ RECIPES: dict[str, Callable[[argparse.Namespace, bool, Any], Recipe]] = {
     'end-to-end': create_end_to_end_recipe,
 }
 # Classes of models that need their own recipe, by the name of their module, which is also the name of the recipe.
-FAMILIES: dict[str, type] = {'gfnet': GFNet, 'anchornet': AnchorNetPatch, 'clcnet': CLCNet}
+FAMILIES: dict[str, type | tuple[type, ...]] = {
+    'gfnet': GFNet, 'anchornet': (AnchorNetPatch, AnchorNet), 'clcnet': CLCNet}
 # Options that only some recipes read. Their defaults are None, False, '' or []; 0 is a value that was given.
 _RECIPES_OF_OPTION = {
     'focus_baseline': ('focusnet',), 'focus_plain': ('focusnet',),
-    **dict.fromkeys(('init_global', 'init_local', 'init_from'), ('gfnet', 'end-to-end')),
+    **dict.fromkeys(('init_global', 'init_local'), ('gfnet', 'end-to-end')),
+    'init_from': ('gfnet', 'end-to-end', 'anchornet'),
     'freeze_global': ('gfnet',),
     'init_downstream': ('anchornet',),
     **dict.fromkeys(('init_members', 'feature_split', 'features', 'folds', 'fold_dir', 'confidence'), ('clcnet',)),
@@ -41,6 +45,8 @@ _RECIPES_OF_OPTION = {
 def create_recipe(args: argparse.Namespace, demo: bool = False, model: Any = None) -> Recipe:
     """Create the recipe of `--recipe`; else 'focusnet' if a baseline is given; else the recipe of the model's family.
 
+    A model of no family has the recipe 'classification'. Models of a family need `--recipe classification` for that.
+
     Args:
         args: Options, without the defaults of a recipe.
         demo: Whether the embedded demo set is used.
@@ -49,8 +55,7 @@ def create_recipe(args: argparse.Namespace, demo: bool = False, model: Any = Non
     Raises:
         ValueError: The recipe does not exist, an option is missing, or an option belongs to another recipe.
     """
-    of_family = next((name for name, family in FAMILIES.items() if isinstance(model, family)), 'classification')
-    name = args.recipe or ('focusnet' if args.focus_baseline else of_family)
+    name = args.recipe or ('focusnet' if args.focus_baseline else _recipe_of_family(args, model))
     if name not in RECIPES:
         raise ValueError(f"--recipe: there is no recipe '{name}'. Choose from {', '.join(RECIPES)}.")
     for option, recipes in _RECIPES_OF_OPTION.items():
@@ -60,3 +65,36 @@ def create_recipe(args: argparse.Namespace, demo: bool = False, model: Any = Non
                 f"--{option.replace('_', '-')} is an option of the recipe {' and '.join(map(repr, recipes))}, "
                 f"not of '{name}'.")
     return RECIPES[name](args, demo, model)
+
+
+def _recipe_of_family(args: argparse.Namespace, model: Any) -> str:
+    for name, family in FAMILIES.items():
+        if isinstance(model, family):
+            return name
+    # A FocusNet is an instance of its backbone's class: its name tells.
+    return 'focusnet' if is_model_in_modules(architecture_of(args, model), ['focusnet']) else 'classification'
+
+
+# Options without effect: name -> whether a stage uses it.
+_USED_IF: dict[str, Callable[[argparse.Namespace], bool]] = {
+    'warmup_lr': lambda args: args.warmup_epochs > 0,
+    'decay_epochs': lambda args: args.sched == 'step',
+    'decay_rate': lambda args: args.sched in ('step', 'multistep', 'plateau'),
+    'lr_base': lambda args: not args.lr,
+    'lr_base_size': lambda args: not args.lr,
+    'momentum': lambda args: 'adam' not in args.opt,
+}
+
+
+def used_settings(stage: Stage, args: argparse.Namespace) -> dict[str, str]:
+    """What a recipe sets in a stage, without what has no effect there.
+
+    Args:
+        stage: The stage.
+        args: Its options from all sources.
+
+    Returns:
+        The values in `args`, as text.
+    """
+    names = ('batch_size' if name == 'global_batch_size' else name for name in stage.defaults)
+    return {name: str(getattr(args, name)) for name in names if name not in _USED_IF or _USED_IF[name](args)}

@@ -11,8 +11,8 @@ from timm.models import is_model
 from timm.task import TrainingTask
 from torch import nn
 
-from ..models.builder import checkpoint_filter_of
-from ..models.networks import create_encoder
+from ..models.builder import check_timm_weights, checkpoint_filter_of
+from ..models.networks import create_encoder, map_pycls_keys
 from ..utils import CheckpointError, load_weights, read_state_dict
 from .classification import Classification
 from .stage import Stage, StageContext
@@ -31,6 +31,25 @@ DEMO_COMMON: dict[str, Any] = dict(
     smoothing=0., color_jitter=0., train_interpolation='bilinear', hflip=0., scale=[0.9, 1.0], ratio=[0.95, 1.05],
     workers=2, channels_last=True, img_size=96,
 )
+
+
+def demo_defaults(defaults: Mapping[str, Mapping[str, Any]], model: Any, tiny: str) -> dict[str, dict[str, Any]]:
+    """Settings for the demo set with images of the size that a model is made for.
+
+    Args:
+        defaults: Settings by stage, for the tiny model.
+        model: The model.
+        tiny: Name of the tiny model, for the warning that another one is large for the demo.
+
+    Returns:
+        The settings by stage.
+    """
+    size = getattr(model, 'img_size', None) or model.pretrained_cfg['input_size'][-1]
+    if size > DEMO_COMMON['img_size']:
+        _logger.warning(
+            f"{model.pretrained_cfg['architecture']} is large for the demo: its images have {size} pixels. On a CPU, "
+            f'training may take days. The model for the demo is --model {tiny}.')
+    return {stage: {**settings, 'img_size': size} for stage, settings in defaults.items()}
 
 
 def create_static_task(model: nn.Module, args: argparse.Namespace, context: StageContext) -> TrainingTask:
@@ -64,6 +83,12 @@ def create_static_stage(model: Any, defaults: Mapping[str, Any] | None, option: 
         label=f'{model.backbone}, whole images')
 
 
+def whole_weights(args: argparse.Namespace) -> str:
+    """The option that gives initial weights of the whole model; empty if there is none."""
+    names = ('init_from', 'initial_checkpoint', 'pretrained_path', 'pretrained')
+    return next((f"--{name.replace('_', '-')}" for name in names if getattr(args, name)), '')
+
+
 def load_encoder(encoder: Any, source: str | Path, model: Any) -> dict[str, torch.Tensor]:
     """Load weights of the backbone into an encoder. A classifier of the encoder is not changed.
 
@@ -81,16 +106,19 @@ def load_encoder(encoder: Any, source: str | Path, model: Any) -> dict[str, torc
     text = str(source).removeprefix('local-dir:')
     cfg = encoder.pretrained_cfg
     architecture, head = cfg['architecture'], cfg.get('classifier') or ''
-    # If a folder has the name of a timm model, the model is meant. 'local-dir:' or './' selects the folder.
-    if Path(text).exists() and not (text == str(source) and is_model(text)):
+    # If a folder has the name of a timm model, the model is meant. 'local-dir:' or './' selects the folder. But a file
+    # is meant: densenet201.pth is no model with a tag.
+    path = Path(text)
+    if path.is_file() or (path.exists() and not (text == str(source) and is_model(text))):
         filter_fn = checkpoint_filter_of(architecture) if is_model(architecture) else None
-        state_dict = read_state_dict(text)
+        state_dict = map_pycls_keys(read_state_dict(text))
         state_dict = dict(filter_fn(state_dict, encoder)) if filter_fn else state_dict
     else:
         try:
             if text.startswith('hf-hub:'):
                 net: Any = timm.create_model(text, pretrained=True, in_chans=model.in_chans)
             else:
+                check_timm_weights(text)
                 net = create_encoder(
                     text, model.in_chans, model.patch_size, model.num_classes, pretrained=True, **model.backbone_args)
         except (OSError, RuntimeError, ValueError) as e:

@@ -7,9 +7,11 @@ from typing import Any
 
 import timm
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 
 from ..evaluation.calibration import CROSS
-from ..evaluation.exit_report import Row
+from ..evaluation.clock import clock_model, describe_clock
+from ..evaluation.exit_report import Report, Row
 from ..evaluation.model_evaluator import ModelEvaluator, OutOfFold
 from ..exits import ExitTable
 from ..launch.build import default_split, resolve_data, uses_demo_data
@@ -17,8 +19,8 @@ from ..launch.settings import TrainOptions, validation_options
 from ..models.dynamic_net import DynamicNet
 from ..task import Recipe, Stage, create_baseline
 from ..task.clcnet import CALIBRATION, train_confidence
-from ..utils import save_exit_cfg
-from ..utils.report import plot_accuracy_over_macs, write_rows
+from ..utils import CheckpointError, save_exit_cfg
+from ..utils.report import format_table, plot_accuracy_over_macs, write_rows
 
 _logger = logging.getLogger(__name__)
 
@@ -47,7 +49,7 @@ def compare_stages(
         results: Results of the stages, by stage.
 
     Returns:
-        A row for each model.
+        A row for each model. That of a reference that cannot be loaded has only 'model' and 'error'.
     """
     args = options.for_stage(stages[-1], accelerator.num_processes)
     split = args.test_split or (default_split(args) if uses_demo_data(args) else args.val_split)
@@ -59,10 +61,19 @@ def compare_stages(
         for s in stages if s.shown and (weights[s.name] / 'config.json').exists()]
     if not models:
         return []
-    references = [
-        (label, create_baseline(source, models[-1][1]), args) for label, source in recipe.references.items()]
+    references, rows, reports = [], [], []
+    for label, source in recipe.references.items():
+        try:
+            model, error = create_baseline(source, models[-1][1]), ''
+        except (CheckpointError, OSError, RuntimeError, ValueError) as e:
+            model, error = None, (str(e) or type(e).__name__).splitlines()[0]
+        error = next(filter(None, gather_object([error])), '')  # all processes leave out the same models
+        if error:
+            _logger.error(f'The {label} {source} is not in the table: {error}')
+            rows.append({'model': label, 'error': error})
+        else:
+            references.append((label, model, args))
     out_of_fold = _out_of_fold(stages[-1], folder, results, args)
-    rows, reports = [], []
     for label, model, own in [*references, *models]:
         last = model is models[-1][1]
         budgets = last and isinstance(model, DynamicNet)
@@ -77,8 +88,13 @@ def compare_stages(
         for name in ('results.csv', 'results.json'):
             write_rows(folder / name, rows)
         if isinstance(models[-1][1], DynamicNet):
-            markers = {label: points for report in reports[:-1] for label, points in report.markers.items()}
-            _keep_budgets(models[-1][1], reports[-1], markers, split, folder)
+            static = {label: points for report in reports for label, points in report.static.items()}
+            _keep_budgets(models[-1][1], reports[-1], static, split, folder)
+            if args.clock:
+                _clock(models, args, split, accelerator, folder)
+        elif args.clock:
+            _logger.warning(f'--clock: {models[-1][0]} has no exits, so nothing was clocked.')
+    accelerator.wait_for_everyone()
     return rows
 
 
@@ -104,8 +120,8 @@ def _result_row(row: Row, evaluator: ModelEvaluator, split: str) -> Row:
 
 def _keep_budgets(
         model: DynamicNet,
-        report: Any,
-        markers: Mapping[str, Any],
+        report: Report,
+        static: Mapping[str, Any],
         split: str,
         folder: Path,
 ) -> None:
@@ -119,6 +135,25 @@ def _keep_budgets(
     for name in ('budgets.csv', 'budgets.json'):
         write_rows(folder / name, report.points)
     picture = folder / 'accuracy_over_macs.png'
-    if plot_accuracy_over_macs(picture, report.curves, {**report.markers, **markers}, f'evaluated on {split}'):
+    title = f'evaluated on {split}'
+    if plot_accuracy_over_macs(picture, report.curves, report.markers, title, static, report.images):
         text += f'\n\nAccuracy over multiply-adds: {picture}'
     _logger.info('\n' + text)
+
+
+def _clock(
+        models: Sequence[tuple[str, Any, argparse.Namespace]],
+        args: argparse.Namespace,
+        split: str,
+        accelerator: Accelerator,
+        folder: Path,
+) -> None:
+    """Clock the last model and the static ones before it; show, write and keep what came out."""
+    model = models[-1][1]
+    static = {f'static {label}': net for label, net, _ in models if not isinstance(net, DynamicNet)}
+    options = validation_options(args, split)
+    clock = clock_model(options, model, static, split, resolve_data(args, model), accelerator)
+    for name in ('clock.csv', 'clock.json'):
+        write_rows(folder / name, clock['rows'])
+    _logger.info(f"\n{describe_clock(clock)}:\n{format_table(clock['rows'])}")
+    save_exit_cfg(folder / 'best', {**model.exit_cfg, 'clock': clock})

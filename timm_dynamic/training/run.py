@@ -1,10 +1,9 @@
 """train.py: from a command line to trained, validated and compared weights."""
 import argparse
-import importlib
 import json
 import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,27 +11,33 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from timm.models import is_model_in_modules, parse_model_name
+from timm.utils import unwrap_model
 
 from .. import hub
-from ..data import DEMO_DATASET
+from ..data import DEMO_DATASET, class_to_idx, find_split
+from ..evaluation.calibration import same_split
 from ..launch.accelerator import create_accelerator
 from ..launch.build import (
     build_eval_loader,
     build_model,
     eval_views,
     model_dtype,
+    open_dataset,
     resolve_data,
     uses_demo_data,
 )
-from ..launch.script import run_script
+from ..launch.describe import describe_data, describe_device, describe_model, describe_training_batch
+from ..launch.script import import_modules, run_script
 from ..launch.settings import TrainOptions
 from ..models.builder import check_model_name
 from ..task import Recipe, Stage, StageContext, create_recipe
-from ..task.recipe import FAMILIES
+from ..task.recipe import FAMILIES, used_settings
 from ..utils import UserError
-from ..utils.report import format_table, write_yaml
+from ..utils.report import format_block, format_table, write_yaml
 from ..utils.signals import StopRequest
+from .baseline import check_baseline
 from .compare import compare_stages
+from .progress import log_once
 from .run_folder import OUTPUT, CheckpointManager, check_identity, check_options, find_run_folder
 from .trainer import Trainer
 
@@ -50,8 +55,9 @@ def run_training(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """
     options = TrainOptions(argv)
     _check_names(options.base)
+    classes_note = _resolve_classes(options)
     recipe = create_recipe(options.base, uses_demo_data(options.base), _model_with_recipes(options.base))
-    run = TrainingRun(options, recipe)
+    run = TrainingRun(options, recipe, classes_note)
     try:
         with StopRequest() as stop:
             for stage in run.stages:
@@ -65,11 +71,7 @@ def run_training(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
 def _check_names(base: argparse.Namespace) -> None:
     """Find mistakes in names early: of modules, models, backends, and the Hub's login."""
-    for module in base.device_modules or ():  # they may register the model
-        try:
-            importlib.import_module(module)
-        except ModuleNotFoundError as e:
-            raise ValueError(f'--device-modules {module}: {e}.') from e
+    import_modules(base.device_modules)  # they may register the model
     check_model_name(base.model)
     if base.kd_model_name:
         check_model_name(base.kd_model_name)
@@ -78,6 +80,64 @@ def _check_names(base: argparse.Namespace) -> None:
         raise ValueError(f'--torchcompile {base.torchcompile}: expected one of {backends}.')
     if base.push_to_hub:
         hub.check_login(base.push_to_hub)
+
+
+def _count_classes(args: argparse.Namespace) -> int | None:
+    """Number of classes of the data to train on; None if the data does not say it.
+
+    Where there is no split to train on, e.g. only features are computed, it is that of the split to validate on.
+
+    Raises:
+        FileNotFoundError: There is no data.
+        ValueError: There is neither split, or it cannot be opened.
+    """
+    if args.features:  # no images are read
+        return None
+    data_config = {'input_size': tuple(args.input_size or (args.in_chans or 3, 224, 224))}
+    try:
+        dataset = open_dataset(args, args.train_split, data_config, True, args.train_num_samples)
+    except ValueError as e:
+        try:
+            dataset = open_dataset(args, args.feature_split or args.val_split, data_config, False, args.val_num_samples)
+        except ValueError:
+            raise e from None
+    classes = class_to_idx(dataset)
+    return None if classes is None else max(classes.values()) + 1
+
+
+def _resolve_classes(options: TrainOptions) -> str:
+    """Take the number of classes from the data, unless it is given. Returns a note about it; empty if both agree.
+
+    Raises:
+        FileNotFoundError: There is no data.
+        ValueError: The data cannot be opened, or has more classes than given.
+    """
+    given, found = options.base.num_classes, _count_classes(options.base)
+    if found is None:
+        unknown = "The data does not say how many classes it has: the model's own number is used. Set --num-classes."
+        return unknown if given is None and not options.base.features else ''
+    if given is None:
+        options.set_num_classes(found)
+        return f'{found} classes, from the data.'
+    if given < found:
+        raise ValueError(f'--num-classes {given}: the data has {found} classes. Give at least {found}, or omit it.')
+    return f'--num-classes {given}: the data has {found} classes, the others have no images.' if given > found else ''
+
+
+def _check_splits(args: argparse.Namespace) -> None:
+    """Raise a ValueError if a folder without splits, or a tar file, would be trained and validated on.
+
+    It is allowed if both options name the same split.
+    """
+    root = args.data_dir or args.data
+    if not args.val_split or args.dataset or not root or not Path(root).exists():
+        return
+    if same_split(args.train_split, args.val_split):
+        _logger.warning(f"Training and validation use the same images: --val-split is '{args.val_split}'.")
+    elif find_split(root, args.train_split) == find_split(root, args.val_split):
+        raise ValueError(
+            f"'{root}' has no splits: training and validation would use the same images. Expected folders "
+            f"'{args.train_split}' and '{args.val_split}' in it. --val-split '' trains without validation.")
 
 
 def _model_with_recipes(args: argparse.Namespace) -> Any:
@@ -94,6 +154,7 @@ class TrainingRun:
     Args:
         options: Options by where they come from.
         recipe: What to run.
+        classes_note: A line for the log about the number of classes.
 
     Attributes:
         folder: Folder of the run.
@@ -105,7 +166,7 @@ class TrainingRun:
         ValueError: Options do not go together, or the folder holds another run.
     """
 
-    def __init__(self, options: TrainOptions, recipe: Recipe) -> None:
+    def __init__(self, options: TrainOptions, recipe: Recipe, classes_note: str = '') -> None:
         base = options.base
         self.options, self.recipe, self.demo = options, recipe, uses_demo_data(base)
         self.stages = self._select_stages()
@@ -116,11 +177,10 @@ class TrainingRun:
         project = self.accelerator.project_configuration
         project.project_dir = project.logging_dir = str(self.folder)
         if not self.main:
-            logging.getLogger('timm_dynamic').setLevel(logging.WARNING)
-        else:
-            _logger.info(f"Run folder: {self.folder}")
-            if self.demo:
-                _logger.info('No data given: the embedded demo set cluttered_digits is used.')
+            for name in ('timm_dynamic', 'timm'):
+                logging.getLogger(name).setLevel(logging.WARNING)
+        elif classes_note:
+            _logger.info(classes_note)
         _start_trackers(self.accelerator, base, self.folder)
 
         self.checkpoints = CheckpointManager(self.folder / 'state')
@@ -136,10 +196,13 @@ class TrainingRun:
         if self.main:
             self._show_stages()
         self.weights = {s.name: self._folder_of(s) / 'best' for s in recipe.stages}
+        self._shown: Mapping[str, str] = {}  # of the stage before
 
     def _check_stage(self, stage: Stage, args: argparse.Namespace) -> None:
         if stage.check is not None:
             stage.check(args)
+        if stage.run is None:
+            _check_splits(args)
         recorded = self.run_state['options'].get(stage.name)
         if self.state is not None and recorded is not None:
             last = self.state['identity']['stage'] == stage.name
@@ -166,15 +229,21 @@ class TrainingRun:
         return self.folder if stage.name == self.recipe.stages[-1].name else self.folder / stage.name
 
     def _show_stages(self) -> None:
-        """Print what the recipe changes, before training."""
-        names: dict[str, None] = {}
-        columns = {}
-        for stage in self.stages:
-            names.update(dict.fromkeys('batch_size' if k == 'global_batch_size' else k for k in stage.defaults))
-            columns[stage.name] = vars(self._args_of(stage))
-        rows = [{'option': k, **{stage: str(args[k]) for stage, args in columns.items()}} for k in names]
+        """Print what the recipe sets in each stage and the stage uses, before training."""
+        columns = {stage.name: used_settings(stage, self._args_of(stage)) for stage in self.stages}
+        names = dict.fromkeys(name for settings in columns.values() for name in settings)
+        rows = [{'option': k, **{stage: settings.get(k, '') for stage, settings in columns.items()}} for k in names]
         if rows:
             _logger.info('What the recipe sets (other options change it):\n' + format_table(rows))
+
+    def _show_block(self, stage: Stage, rows: Mapping[str, str]) -> None:
+        """Print what a stage works with; after the first stage, what is different from the stage before."""
+        epochs = ', '.join(f'{s.name} {self._args_of(s).epochs}' for s in self.stages)
+        rows = {**rows, 'epochs': epochs, 'results': str(self.folder)}
+        new = {k: v for k, v in rows.items() if v != self._shown.get(k)}
+        self._shown = rows
+        if new and self.main:
+            _logger.info(f'Stage {stage.name}\n{format_block(new)}')
 
     # Stages
 
@@ -215,16 +284,32 @@ class TrainingRun:
             state: dict[str, Any] | None,
             stop: StopRequest,
     ) -> None:
-        trainer = Trainer(
-            stage, args, self.accelerator, self._folder_of(stage), self.checkpoints, self.identity,
-            StageContext(stage_weights=self.weights, resumed=state is not None), self.run_state)
+        later = self.stages[self.stages.index(stage) + 1:]
+        with log_once('timm.models._builder', 'timm_dynamic.utils.checkpoint'):  # by several encoders
+            trainer = Trainer(
+                stage, args, self.accelerator, self._folder_of(stage), self.checkpoints, self.identity,
+                StageContext(stage_weights=self.weights, resumed=state is not None), self.run_state,
+                sum(self._args_of(s).epochs for s in later if s.run is None))
+        if self.main:
+            loaders = {args.train_split: trainer.loader}
+            if trainer.eval_loader is not None:
+                loaders[args.val_split] = trainer.eval_loader
+            self._show_block(stage, {
+                'data': describe_data(args, loaders),
+                'model': describe_model(
+                    args.model, trainer.model, trainer.data_config, unwrap_model(trainer.model).num_classes),
+                'device': describe_device(args, self.accelerator),
+                'batch': describe_training_batch(args, self.accelerator, trainer.updates_per_epoch),
+            })
         if state is not None:
             trainer.load_state_dict(state)
             if self.main:
                 _logger.info(f'Continuing stage {stage.name} at epoch {trainer.epoch}, batch {trainer.batch}.')
-        elif self.timm_checkpoint:
-            trainer.load_timm_checkpoint(self.timm_checkpoint)
-            self.timm_checkpoint = None
+        else:
+            check_baseline(trainer.task, trainer.eval_loader, trainer.model.num_classes, args, self.accelerator)
+            if self.timm_checkpoint:
+                trainer.load_timm_checkpoint(self.timm_checkpoint)
+                self.timm_checkpoint = None
         del state
         self.results[stage.name] = trainer.fit(stop)
         trainer.save_state()
@@ -242,6 +327,7 @@ class TrainingRun:
                 args, split, resolve_data(args, model), model.num_classes, device, 1,
                 samples=args.val_num_samples, views=eval_views(args, model), indices=indices)
 
+        self._show_block(stage, {'device': describe_device(args, self.accelerator)})
         context = StageContext(
             device=device, dtype=model_dtype(args), stage_weights=self.weights, verbose=self.main, demo=self.demo,
             folder=folder, accelerator=self.accelerator, stop=stop, build_model=partial(build_model, args),
@@ -290,7 +376,8 @@ class TrainingRun:
         folder = self.folder / 'hub'
         hub.describe_run(
             self.weights[self.stages[-1].name], folder, base.push_to_hub, self.recipe.name,
-            {s.name: self._args_of(s) for s in self.stages}, self.options.defaults, table, dataset)
+            {s.name: self._args_of(s) for s in self.stages}, self.options.defaults,
+            [row for row in table if 'error' not in row], dataset)
         try:
             report = hub.publish(folder, base.push_to_hub, private=base.hub_private)
         except hub.PublishError as e:
@@ -317,9 +404,12 @@ def _start_trackers(accelerator: Accelerator, args: argparse.Namespace, folder: 
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of train.py. Returns the exit status, see `run_script`."""
+    """Entry point of train.py.
+
+    Returns:
+        Exit status: see `run_script`; 1 if a model of the final table could not be loaded.
+    """
     def script() -> int:
-        run_training(argv)
-        return 0
+        return int(any('error' in row for row in run_training(argv)['table']))
 
     return run_script(script)

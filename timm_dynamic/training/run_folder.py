@@ -216,6 +216,23 @@ def check_options(stage: str, recorded: Mapping[str, Any], args: argparse.Namesp
 
 # Which folder
 
+def read_resumable(path: str) -> Mapping[str, Any]:
+    """Read a training file that is no state of ours.
+
+    Raises:
+        CheckpointError: Training cannot be continued from it.
+    """
+    checkpoint = read_checkpoint(path)
+    if not isinstance(checkpoint, Mapping):
+        raise CheckpointError(f"'{path}' holds no training checkpoint.")
+    if 'model_prime_state_dict' in checkpoint or 'net' in checkpoint:
+        instead = '--init-from' if 'model_prime_state_dict' in checkpoint else '--initial-checkpoint'
+        raise CheckpointError(
+            f"--resume: '{path}' is a file of the GFNet or AnchorNet authors' code, whose optimizer has other "
+            f'parameters. Start a stage with its weights: {instead} FILE --stage NAME.')
+    return checkpoint
+
+
 def find_run_folder(args: argparse.Namespace, accelerator: Accelerator) -> tuple[Path, str | None, 'RunLock']:
     """Choose the folder of the run, make it and lock it.
 

@@ -19,7 +19,7 @@ from timm.utils import dispatch_clip_grad, distribute_bn, unwrap_model
 from torch import nn
 from torchvision.utils import save_image
 
-from ..evaluation.metrics import evaluate
+from ..evaluation.metrics import check_metric, evaluate
 from ..evaluation.pictures import ImagePicker, draw_patches
 from ..exits.collect import Outputs
 from ..launch.accelerator import create_control_channel
@@ -28,26 +28,20 @@ from ..launch.build import (
     build_optimizer,
     build_train_loader,
     build_training_model,
-    check_same_classes,
     model_dtype,
     place_model,
     resolve_data,
     resolve_learning_rate,
-    sorted_classes,
 )
+from ..launch.classes import sorted_classes
 from ..models.builder import load_checkpoint
 from ..models.dynamic_net import DynamicNet
 from ..task import Stage, StageContext
-from ..utils import (
-    CheckpointError,
-    did_you_mean,
-    read_checkpoint,
-    seeded,
-)
+from ..utils import CheckpointError, seeded
 from ..utils.report import write_yaml
 from ..utils.signals import Stopped, StopRequest
-from .progress import LossGuard, NonFiniteLoss, RunningMeans, TrainingLog
-from .run_folder import CheckpointManager, StageResults, check_identity
+from .progress import LossGuard, NonFiniteLoss, Pace, RunningMeans, TrainingLog
+from .run_folder import CheckpointManager, StageResults, check_identity, read_resumable
 
 _logger = logging.getLogger(__name__)
 
@@ -67,6 +61,7 @@ class Trainer:
         identity: What a state must agree with to be continued: recipe, stage, model.
         context: For the task: weights of earlier stages.
         run_state: State of the run beside this stage's, saved along (earlier stages' results).
+        later_epochs: Epochs of the stages after this one, for the time that is left.
     """
 
     def __init__(
@@ -79,6 +74,7 @@ class Trainer:
             identity: Mapping[str, Any],
             context: StageContext,
             run_state: dict[str, Any],
+            later_epochs: int = 0,
     ) -> None:
         self.stage, self.args, self.accelerator = stage, args, accelerator
         self.folder, self.states, self.run_state = folder, checkpoints, run_state
@@ -102,12 +98,12 @@ class Trainer:
 
         self.loader, self.mixup_fn = build_train_loader(
             args, self.data_config, model.num_classes, self.device, self.rank, self.world_size)
+        if self.loader.class_to_idx is not None:  # those to validate on are matched to these
+            self.data_config['class_to_idx'] = self.loader.class_to_idx
         self.eval_loader = build_eval_loader(
             args, args.val_split, self.data_config, model.num_classes, self.device, self.world_size,
             samples=args.val_num_samples) if args.val_split else None
         self.identity['classes'] = sorted_classes(self.loader)
-        if self.eval_loader is not None:
-            check_same_classes(self.loader.class_to_idx, self.eval_loader.class_to_idx)
         if not self.loader.resumable and self.main:
             _logger.info('This dataset can only be iterated: a run killed within an epoch repeats it from its start.')
 
@@ -126,13 +122,13 @@ class Trainer:
         if args.torchcompile:
             self.task.compile(backend=args.torchcompile, mode=args.torchcompile_mode)
 
-        args.lr = resolve_learning_rate(args, args.batch_size * self.world_size * self.accum)
+        args.lr = resolve_learning_rate(args, args.batch_size * self.world_size * self.accum, stage.name)
         trainable: Any = self.task.get_trainable_module()
         self.raw_optimizer = build_optimizer(trainable, args)
         self.optimizer = accelerator.prepare(self.raw_optimizer)
         self.task.trainable_module = accelerator.prepare(trainable)
         self.updates_per_epoch = math.ceil(len(self.loader) / self.accum)
-        self.metric = self._check_metric(args.eval_metric) if self.eval_loader is not None else 'loss'
+        self.metric = 'loss' if self.eval_loader is None else check_metric(args.eval_metric, self.task, self.model)
         self.decreasing = self.metric == 'loss'
         self.scheduler, self.num_epochs = create_scheduler_v2(
             self.raw_optimizer, **scheduler_kwargs(args, decreasing_metric=self.decreasing),
@@ -140,7 +136,9 @@ class Trainer:
 
         self.epoch = self.batch = self.updates = 0
         self.results = StageResults(folder, self.metric, self.decreasing, args.checkpoint_hist)
-        self.log = TrainingLog(stage.name, accelerator)
+        pace = Pace(len(self.loader), args.batch_size * self.world_size, self.num_epochs, later_epochs)
+        first_update = sum(result.get('updates', 0) for result in run_state['results'].values())
+        self.log = TrainingLog(stage.name, accelerator, pace, first_update)
         self.means = RunningMeans()  # over the epoch's samples so far
         self.guard = LossGuard(self.device)
 
@@ -150,17 +148,6 @@ class Trainer:
                 f"Stage '{self.stage.name}' starts from the weights of stage '{self.stage.starts_from}', which are not "
                 f"at '{folder}': run that stage first, or give weights with --init-from.")
         return load_checkpoint(model, folder)
-
-    def _check_metric(self, metric: str) -> str:
-        """Raise a ValueError, before training, if validation gives no such metric."""
-        task: Any = self.task
-        steps = task.num_predictions(self.model)
-        names = [*task.create_evaluator().metric_names, *(f'top1_step{t + 1}' for t in range(steps) if steps > 1)]
-        if metric not in names:
-            raise ValueError(
-                f"--eval-metric {metric}: there is no such metric. Choose from {', '.join(names)}."
-                f'{did_you_mean(metric, names)}')
-        return metric
 
     # state
 
@@ -229,19 +216,27 @@ class Trainer:
         self._override_start_epoch()
 
     def load_timm_checkpoint(self, path: str) -> None:
-        """Continue from a .pth.tar of timm's own train.py, or from bare weights."""
-        checkpoint = read_checkpoint(path)
-        if not isinstance(checkpoint, Mapping):
-            raise CheckpointError(f"'{path}' holds no training checkpoint.")
+        """Continue from a .pth.tar of timm's own train.py or of the FocusNet authors' code, or from bare weights.
+
+        Raises:
+            CheckpointError: It is neither, or is for another model or optimizer.
+        """
+        checkpoint = read_resumable(path)
         load_checkpoint(unwrap_model(self.task.get_eval_model()), path, use_ema=False)
         if self.task.has_ema():
             load_checkpoint(unwrap_model(self.task.get_eval_model(ema=True)), path)
         if not self.args.no_resume_opt and 'optimizer' in checkpoint:
-            self.raw_optimizer.load_state_dict(checkpoint['optimizer'])
+            try:
+                self.raw_optimizer.load_state_dict(checkpoint['optimizer'])
+            except (ValueError, KeyError, TypeError) as e:
+                raise CheckpointError(
+                    f"--resume: the optimizer's state in '{path}' is for another optimizer or model ({e}). "
+                    '--no-resume-opt continues without it.') from e
             if self.accelerator.scaler is not None and 'amp_scaler' in checkpoint:
                 self.accelerator.scaler.load_state_dict(checkpoint['amp_scaler'])
         if 'epoch' in checkpoint:
-            self.epoch = checkpoint['epoch'] + (checkpoint.get('version', 2) > 1)
+            # timm stores the last epoch's number; the FocusNet authors store the number of finished epochs.
+            self.epoch = checkpoint['epoch'] + (checkpoint.get('version', 2) > 1 and 'best_acc1' not in checkpoint)
         self.updates = self.epoch * self.updates_per_epoch
         self._schedule(self.epoch, self.updates)
         self._override_start_epoch()
@@ -268,13 +263,11 @@ class Trainer:
         if self.main:
             self.states.save({**self.state_dict(), 'totals': totals}, name)
 
-    # training
-
     def fit(self, stop: StopRequest) -> dict[str, Any]:
         """Train to the end.
 
         Returns:
-            The last epoch's row of the summary, and 'best' and 'best_epoch'.
+            The last epoch's row of the summary, and 'best', 'best_epoch', and 'updates' of the stage.
 
         Raises:
             Stopped: A signal came; the state is saved.
@@ -289,7 +282,8 @@ class Trainer:
         while self.epoch < self.num_epochs:
             row = self._run_epoch(stop)
         row = row or (self.results.last_row() if self.main else {})  # if nothing was left to do
-        return {**row, 'best': self.results.best['value'], 'best_epoch': self.results.best['epoch']}
+        best = self.results.best
+        return {**row, 'best': best['value'], 'best_epoch': best['epoch'], 'updates': self.updates}
 
     def _run_epoch(self, stop: StopRequest) -> dict[str, Any]:
         epoch, began = self.epoch, time.time()
@@ -298,7 +292,7 @@ class Trainer:
             distribute_bn(self.model, self.world_size, self.args.dist_bn == 'reduce')
             if self.task.has_ema() and not self.args.model_ema_force_cpu:
                 distribute_bn(self.task.get_trainable_module(ema=True), self.world_size, self.args.dist_bn == 'reduce')
-        rates = [g['lr'] for g in self.raw_optimizer.param_groups]
+        rates = self._learning_rates()
         row: dict[str, Any] = {'epoch': epoch, **{f'train_{k}': v for k, v in train_metrics.items()}}
 
         metrics: dict[str, float] = {}
@@ -368,8 +362,9 @@ class Trainer:
             if (number - 1) % args.log_interval == 0 or self.batch == num_batches:
                 if self.device.type != 'cpu':
                     self._check_finite()
-                lr = self.raw_optimizer.param_groups[0]['lr']
-                self.log.update(f'{number}/{self.updates_per_epoch}', self.means, lr, self.updates)
+                rates = self._learning_rates()
+                self.log.update(
+                    f'{number}/{self.updates_per_epoch}', self.means, sum(rates) / len(rates), self.updates)
                 if args.save_images and self.main:
                     save_image(
                         input, self.folder / f'train-batch-{self.batch - 1}.jpg', padding=0, normalize=True)
@@ -434,6 +429,10 @@ class Trainer:
         for key, value in diagnostics.items():
             self.means.add(key, value, count)
 
+    def _learning_rates(self) -> list[float]:
+        """Learning rate of each parameter group."""
+        return [group['lr'] for group in self.raw_optimizer.param_groups]
+
     def _step(self) -> None:
         args = self.args
         if args.clip_grad is not None:
@@ -497,4 +496,4 @@ class Trainer:
             if isinstance(v, Mapping) and all(isinstance(t, torch.Tensor) for t in v.values())}
         self.results.write(
             row, value, self.model, data_config=self.data_config, state_dict=state_dict, task_state=task_state,
-            **({'label_names': labels} if labels and len(labels) == self.model.num_classes else {}))
+            **({'label_names': labels} if labels else {}))

@@ -1,5 +1,5 @@
 from .checkpoint import CheckpointError, describe_mismatch, hash_weights, load_weights, read_checkpoint, read_state_dict
-from .download import fetch_weights, is_transient
+from .download import check_available, fetch_weights, is_transient
 from .errors import UserError, did_you_mean
 from .export import copy_pretrained, read_task_state, save_exit_cfg, save_pretrained
 from .files import atomic_write, clean_partial_files, read_json, sha256_of, write_json
@@ -9,6 +9,7 @@ __all__ = [
     'CheckpointError',
     'UserError',
     'atomic_write',
+    'check_available',
     'clean_partial_files',
     'copy_pretrained',
     'derive_seed',

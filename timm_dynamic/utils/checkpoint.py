@@ -11,7 +11,8 @@ import pickle
 import re
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,8 @@ _logger = logging.getLogger(__name__)
 
 # Keys of the weights in a checkpoint, by preference: timm's averaged and plain ones, then those of other code.
 _EMA_KEYS = ('state_dict_ema', 'model_ema')
-_WEIGHT_KEYS = ('state_dict', 'model', 'net')
+_WEIGHT_KEYS = ('state_dict', 'model', 'net', 'model_state')
+_TIMM_MESSAGE = 'Loading pretrained weights from state dict'  # does not say which
 _SUFFIXES = ('.safetensors', '.pth.tar', '.pth', '.pt', '.bin', '.tar', '.th')
 
 # Allowed in files beside tensors: numpy numbers (the authors'), parsed arguments (timm's).
@@ -266,4 +268,20 @@ def load_weights(
     if drop_heads:
         where = f'of {name} keeps its initial values ({num_classes} classes)' if num_classes else 'is left out'
         _logger.info(f'{label}: the classifier {where}.')
-    load_pretrained(model, pretrained_cfg=cfg, num_classes=num_classes, in_chans=channels, strict=not drop_heads)
+    _logger.info(f'Loading pretrained weights of {name} from {label}.')
+    with _without_message(_TIMM_MESSAGE):
+        load_pretrained(model, pretrained_cfg=cfg, num_classes=num_classes, in_chans=channels, strict=not drop_heads)
+
+
+@contextmanager
+def _without_message(text: str) -> Iterator[None]:
+    """Drop a message of timm's builder."""
+    def is_other(record: logging.LogRecord) -> bool:
+        return record.getMessage() != text
+
+    logger = logging.getLogger('timm.models._builder')
+    logger.addFilter(is_other)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_other)

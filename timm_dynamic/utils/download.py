@@ -3,13 +3,17 @@
 huggingface_hub compares sizes, not contents: without this comparison, damaged files of the right size would be loaded.
 """
 import logging
+import socket
 import time
+import urllib.request
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache
+from huggingface_hub import constants as hub_constants
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -83,6 +87,55 @@ def retry(request: Callable[[], T], what: str, waits: Sequence[float] = (1, 4)) 
     raise AssertionError('unreachable')
 
 
+def can_connect(attempts: int = 2, timeout: float = 10) -> bool:
+    """Whether a connection to the Hub, or to the proxy in front of it, can be opened.
+
+    Without a connection, the Hub's client repeats its request for 23 s, for every file.
+
+    Args:
+        attempts: Number of attempts, one second apart.
+        timeout: Of each attempt, in seconds.
+    """
+    if hub_constants.HF_HUB_OFFLINE:
+        return False
+    url = urlsplit(hub_constants.ENDPOINT)
+    proxy = None if urllib.request.proxy_bypass(url.netloc) else urllib.request.getproxies().get(url.scheme)
+    if proxy:
+        url = urlsplit(proxy if '://' in proxy else f'http://{proxy}')
+    try:
+        address = url.hostname or '', url.port or (443 if url.scheme == 'https' else 80)
+    except ValueError:  # not a port: let the client say so
+        return True
+    if url.scheme not in ('http', 'https'):  # e.g. a SOCKS proxy
+        return True
+    for left in reversed(range(attempts)):
+        try:
+            socket.create_connection(address, timeout).close()
+            return True
+        except OSError:
+            if left:
+                time.sleep(1)
+    return False
+
+
+def check_available(repo: str, cache_dir: str | Path | None = None) -> None:
+    """Raise an error at once if timm would have to download weights, and the Hub cannot be reached.
+
+    Args:
+        repo: 'ORG/NAME' or 'ORG/NAME@REVISION', of a timm model.
+        cache_dir: Folder for downloads. Default: huggingface_hub's.
+
+    Raises:
+        FileNotFoundError: The weights are not in the cache, and there is no connection to the Hub.
+    """
+    name, _, revision = repo.partition('@')
+    cached = (
+        try_to_load_from_cache(name, file, cache_dir, revision or None) for file in (WEIGHTS, 'pytorch_model.bin'))
+    if not any(isinstance(path, str) for path in cached) and not can_connect():
+        raise FileNotFoundError(
+            f"'{repo}' is not in the local cache, and the Hugging Face Hub cannot be reached. Try again when online.")
+
+
 def fetch_weights(
         repo: str,
         filename: str = WEIGHTS,
@@ -148,7 +201,8 @@ def download_file(repo: str, filename: str, revision: str | None, cache_dir: str
     Raises:
         OSError: The file cannot be downloaded. huggingface_hub's own errors are OSErrors.
     """
-    request = partial(hf_hub_download, repo, filename, revision=revision, cache_dir=cache_dir)
+    request = partial(
+        hf_hub_download, repo, filename, revision=revision, cache_dir=cache_dir, local_files_only=not can_connect())
     return Path(retry(request, f"'{filename}' of '{repo}'"))
 
 

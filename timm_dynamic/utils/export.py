@@ -53,7 +53,18 @@ def save_pretrained(
         state_dict: Weights to write instead of the model's own, e.g. their moving average.
         task_state: State dicts that only training needs, by name. They are written to task.safetensors.
         **config: Further entries of config.json that timm knows, e.g. `label_names`.
+
+    Raises:
+        ValueError: The norms of the model are fused; or it has a `check_export` that says that it could not be loaded
+            again.
     """
+    if state_dict is None and any(getattr(module, 'norms_fused', False) for module in model.modules()):
+        raise ValueError(
+            'The model cannot be saved: its batch norms are fused into its convolutions (for_inference, fuse_conv_bn), '
+            'so its weights lack them. Save it before they are fused.')
+    check_export: Any = getattr(model, 'check_export', None)
+    if check_export is not None:
+        check_export()
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if data_config and 'notes' in data_config:  # timm keeps only those that it knows

@@ -2,6 +2,7 @@
 import csv
 import json
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,38 @@ def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
         return '  '.join(v.rjust(w) if n else v.ljust(w) for v, w, n in zip(line, widths, numeric)).rstrip()
 
     return '\n'.join([align(columns), '  '.join('-' * w for w in widths), *map(align, cells)])
+
+
+def format_block(rows: Mapping[str, str], width: int = 100) -> str:
+    """Format named texts as two aligned columns. Long texts are wrapped.
+
+    Args:
+        rows: Texts by name.
+        width: Number of columns. A longer word, e.g. a path, is not broken.
+    """
+    left = max(map(len, rows)) + 2
+    lines = []
+    for name, text in rows.items():
+        lines.append(textwrap.fill(
+            text, width, initial_indent=name.ljust(left), subsequent_indent=' ' * left, break_long_words=False,
+            break_on_hyphens=False))
+    return '\n'.join(lines)
+
+
+def fit_line(parts: Sequence[str], width: int = 120) -> str:
+    """Join texts with ', ' into one line: the first one, and of the others as many as fit, the first ones first."""
+    line = parts[0]
+    for part in parts[1:]:
+        joined = f"{line}{' ' if line.endswith(':') else ', '}{part}"
+        line = joined if len(joined) <= width else line
+    return line
+
+
+def format_duration(seconds: float) -> str:
+    """'0:07', '12:34', '1:23:45'."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f'{hours}:{minutes:02}:{rest:02}' if hours else f'{minutes}:{rest:02}'
 
 
 def _decimals(values: Sequence[Any]) -> int:
@@ -109,6 +142,7 @@ def plot_curve(path: str | Path, rows: Sequence[Mapping[str, Any]], metric: str)
     """
     try:
         from matplotlib.figure import Figure  # no pyplot: no display, no global state
+        from matplotlib.ticker import MaxNLocator
     except ImportError:
         return False
     figure = Figure(figsize=(7, 4), layout='constrained')
@@ -120,7 +154,8 @@ def plot_curve(path: str | Path, rows: Sequence[Mapping[str, Any]], metric: str)
             axis.plot(*zip(*points), color=color, marker='.')
         axis.set_ylabel(key.replace('_', ' '), color=color)
         axis.tick_params(axis='y', colors=color)
-    left.set_xlabel('epoch')
+    left.set(xlabel='epoch', title=f"{Path(path).absolute().parent.name}: training loss and validation {metric}")
+    left.xaxis.set_major_locator(MaxNLocator(integer=True))
     left.grid(alpha=0.3)
     with atomic_write(path) as tmp:
         figure.savefig(tmp, dpi=120)
@@ -149,19 +184,51 @@ def check_plot(path: str | Path, option: str) -> None:
         raise ValueError(f"{option}: expected a file that ends in one of {', '.join(sorted(kinds))}, got '{path}'.")
 
 
+def find_same_accuracy(curve: Curve, top1: float) -> float | None:
+    """Find the least cost at which a curve reaches an accuracy, between its points on straight lines.
+
+    Args:
+        curve: Points (GMACs, top-1 in %) by rising cost.
+        top1: Accuracy in %.
+
+    Returns:
+        GMACs; None if the curve does not reach it.
+    """
+    before = None
+    for gmacs, reached in curve:
+        if reached >= top1:
+            if before is None:
+                return gmacs
+            share = (top1 - before[1]) / (reached - before[1])
+            return before[0] + share * (gmacs - before[0])
+        before = gmacs, reached
+    return None
+
+
+def standard_error(top1: float, images: int) -> float:
+    """Standard error of an accuracy in %, of independent images."""
+    share = min(max(top1 / 100, 0.), 1.)
+    return 100 * math.sqrt(share * (1 - share) / images)
+
+
 def plot_accuracy_over_macs(
         path: str | Path,
         curves: Mapping[str, Curve],
         points: Mapping[str, Curve] | None = None,
         title: str = '',
+        static: Mapping[str, Curve] | None = None,
+        images: int | None = None,
 ) -> bool:
     """Draw accuracy over cost.
 
     Args:
         path: Picture to write, atomically. The extension sets the format.
         curves: Points (GMACs, top-1 in %) that are drawn as lines, by label.
-        points: Points (GMACs, top-1 in %) that are drawn as markers, by label, e.g. static models.
+        points: Points (GMACs, top-1 in %) that are drawn as markers, by label.
         title: Title of the picture.
+        static: One point each of static nets and of a cascade's members. A dotted line marks the cost at which a curve
+            has the accuracy of the best of them, if that is cheaper.
+        images: Number of images. If one standard error is visible in the range of the picture, it is drawn.
 
     Returns:
         False if matplotlib (the extra `plot`) is not installed, else True.
@@ -170,18 +237,33 @@ def plot_accuracy_over_macs(
         from matplotlib.figure import Figure
     except ImportError:
         return False
+    points, static = points or {}, static or {}
+    every = [point for curve in (*curves.values(), *points.values(), *static.values()) for point in curve]
+    costs, accuracies = zip(*every)
+    errors = {top1: standard_error(top1, images) for top1 in accuracies} if images else {}
+    if errors and max(errors.values()) < 0.02 * (max(accuracies) - min(accuracies)):
+        errors = {}
     figure = Figure(figsize=(7, 4.5), layout='constrained')
     axis = figure.subplots()
     for label, curve in curves.items():
-        axis.plot(*zip(*curve), label=label, marker='o' if len(curve) < 16 else '', markersize=4)
+        line, = axis.plot(*zip(*curve), label=label, marker='o' if len(curve) < 16 else '', markersize=4)
+        if errors:
+            axis.fill_between(
+                [gmacs for gmacs, _ in curve], [top1 - errors[top1] for _, top1 in curve],
+                [top1 + errors[top1] for _, top1 in curve], color=line.get_color(), alpha=0.15, linewidth=0)
     markers = ('s', '^', 'D', 'v', 'P', 'X')
-    for i, (label, curve) in enumerate((points or {}).items()):
-        axis.plot(
-            *zip(*curve), label=label, linestyle='', marker=markers[i % len(markers)],
-            markersize=8 if len(curve) == 1 else 3)
-    costs = [gmacs for curve in (*curves.values(), *(points or {}).values()) for gmacs, _ in curve]
+    for i, (label, curve) in enumerate({**points, **static}.items()):
+        at, top1s = zip(*curve)
+        size = 3 if len(curve) > 1 else 5 if errors else 8
+        axis.errorbar(
+            at, top1s, yerr=[errors[top1] for _, top1 in curve] if errors and len(curve) == 1 else None, label=label,
+            linestyle='', marker=markers[i % len(markers)], markersize=size, capsize=5)
+    if static:
+        _mark_same_accuracy(axis, curves, max((curve[0] for curve in static.values()), key=lambda point: point[1]))
     if max(costs) > 30 * min(costs):
         axis.set_xscale('log')
+    if errors:
+        title = f'{title} (± one standard error of {images} images)'.strip()
     axis.set(xlabel='multiply-adds per image (GMACs)', ylabel='top-1 accuracy (%)', title=title)
     axis.grid(alpha=0.3)
     axis.legend(fontsize='small')
@@ -189,3 +271,16 @@ def plot_accuracy_over_macs(
     with atomic_write(path) as tmp:
         figure.savefig(tmp, dpi=150)
     return True
+
+
+def _mark_same_accuracy(axis: Any, curves: Mapping[str, Curve], point: tuple[float, float]) -> None:
+    """Draw a dotted line from a point to the cheapest curve of the same accuracy, with the share of the cost."""
+    gmacs, top1 = point
+    costs = (find_same_accuracy(curve, top1) for curve in curves.values())
+    found = [cost for cost in costs if cost is not None and cost < gmacs]
+    if not found:
+        return
+    axis.plot([min(found), gmacs], [top1, top1], linestyle=':', color='#555555', linewidth=1.2, zorder=1)
+    axis.annotate(
+        f'same accuracy at {100 * min(found) / gmacs:.0f} % of the cost', ((min(found) + gmacs) / 2, top1),
+        xytext=(0, -4), textcoords='offset points', ha='center', va='top', fontsize='small', color='#555555')
