@@ -154,8 +154,13 @@ def solve_guaranteed(
     test = _tests(kind, limit, holdout, reference)
     all_steps = [math.inf] * (holdout.num_steps - 1) + [-math.inf]
     policies = [point.policy for point in curve]
-    policies = policies if kind == 'max_gmacs' else [all_steps, *reversed(policies)]
     kept: list[tuple[ExitPoint, float]] = []
+    if kind != 'max_gmacs':
+        policies.reverse()
+        if reference is None:  # compared with themselves: nothing to test
+            kept.append((holdout.evaluate(all_steps), 0.0))
+        else:
+            policies.insert(0, all_steps)
     for policy in policies:
         point = holdout.evaluate(policy)
         observed, p_value = test(point)
