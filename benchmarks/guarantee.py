@@ -16,7 +16,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('table', metavar='TABLE', help='an exit table')
     parser.add_argument('--num-images', type=int, nargs='+', default=[2000, 10000, 25000], metavar='N', help=(
         'images to fit and test policies on (%(default)s)'))
-    parser.add_argument('--max-drop', type=float, nargs='+', default=[0.2, 0.5, 1.0, 2.0], metavar='D', help='(%(default)s)')
+    parser.add_argument(
+        '--max-drop', type=float, nargs='+', default=[0.2, 0.5, 1.0, 2.0], metavar='D', help='(%(default)s)')
     parser.add_argument('--fit-share', type=float, default=0.3, metavar='P', help=(
         'share of the images that the curve is fitted on; the others are for the test (%(default)s)'))
     parser.add_argument('--num-draws', type=int, default=1000, metavar='N', help='(%(default)s)')

@@ -93,7 +93,7 @@ def test_a_cost_is_promised(tables):
     point = holdout.evaluate(policy)
     assert 1.7 < point.gmacs < 2
     assert policy.promise.observed == point.gmacs
-    with pytest.raises(ValueError, match='No policy can be promised to cost at most 0.9 GMACs with 600 images'):
+    with pytest.raises(ValueError, match=r'No policy can be promised to cost at most 0\.9 GMACs with 600 images'):
         solve_guaranteed(calibration, holdout, max_gmacs=0.9)
 
 

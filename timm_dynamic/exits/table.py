@@ -330,5 +330,6 @@ def _read_safetensors(path: str | Path) -> dict[str, Any]:
     missing = {'confidence', 'correct', 'step_macs'} - tensors.keys()
     if missing:
         raise ValueError(f'{sorted(missing)} missing')
-    known = ('confidence', 'correct', 'step_macs', 'correct_top5', 'predicted')
-    return {name: tensors.get(name) for name in known}
+    columns: dict[str, Any] = {
+        name: tensors.get(name) for name in ('confidence', 'correct', 'correct_top5', 'predicted')}
+    return {**columns, 'step_macs': tensors['step_macs'].tolist()}
