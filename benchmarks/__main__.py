@@ -3,9 +3,9 @@ import sys
 
 from timm_dynamic.benchmark import benchmark_main, create_benchmark_parser
 
-from . import confidence, crop, exits, families, loader, thresholds, train_step, windows
+from . import confidence, crop, exits, families, guarantee, loader, thresholds, train_step, windows
 
-BENCHMARKS = (exits, families, thresholds, crop, confidence, windows, train_step, loader)
+BENCHMARKS = (exits, families, guarantee, thresholds, crop, confidence, windows, train_step, loader)
 parser = create_benchmark_parser(BENCHMARKS, 'python -m benchmarks')
 
 if __name__ == '__main__':

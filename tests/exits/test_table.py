@@ -286,3 +286,17 @@ def test_threads_share_a_table():
     for thread in threads:
         thread.join()
     assert list(found.values()) == [expected] * 4
+
+
+def test_predicted_classes_stay_with_their_samples(tmp_path):
+    predicted = torch.tensor([[1, 2], [3, 3], [0, 4]])
+    table = ExitTable(torch.rand(3, 2), torch.zeros(3, 2, dtype=torch.bool), [1, 2], predicted=predicted)
+    assert table.agreement().correct.tolist() == [[False, True], [True, True], [False, True]]
+    assert torch.equal(table.subset([2, 0]).predicted, predicted[[2, 0]])
+    assert torch.equal(table.first_steps(1).predicted, predicted[:, :1])
+    table.save(tmp_path / 'table.safetensors')
+    assert torch.equal(ExitTable.load(tmp_path / 'table.safetensors').predicted, predicted)
+    with pytest.raises(ValueError, match='does not have the predicted classes'):
+        ExitTable(torch.rand(3, 2), torch.zeros(3, 2, dtype=torch.bool), [1, 2]).agreement()
+    with pytest.raises(ValueError, match=r'predicted classes as integers of shape \[3, 2\].*got float32'):
+        ExitTable(torch.rand(3, 2), torch.zeros(3, 2, dtype=torch.bool), [1, 2], predicted=torch.rand(3, 2))

@@ -5,6 +5,7 @@ from .cascade_table import cascade_table
 from .collect import collect_exit_table
 from .engine import early_exit
 from .geometric import geometric_thresholds
+from .guarantee import GuaranteedPolicy, Promise, solve_guaranteed
 from .load_table import load_exit_table
 from .policy import ExitPolicy, ValuePolicy
 from .stream import ExitStream, StreamResult, StreamRun
@@ -17,6 +18,8 @@ __all__ = [
     'ExitResult',
     'ExitStream',
     'ExitTable',
+    'GuaranteedPolicy',
+    'Promise',
     'StreamResult',
     'StreamRun',
     'ValuePolicy',
@@ -27,6 +30,7 @@ __all__ = [
     'load_exit_table',
     'register_exit_policy',
     'solve_curve',
+    'solve_guaranteed',
     'solve_policy',
     'solve_thresholds',
 ]

@@ -154,7 +154,7 @@ def rank_of(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 
 
 def collect_exit_table(model: Any, loader: Iterable[Any], accelerator: Accelerator | None = None) -> ExitTable:
-    """Run all steps on all images once, and record confidence and correctness after each step.
+    """Run all steps on all images once, and record confidence, correctness and prediction after each step.
 
     Args:
         model: A `DynamicNet` in eval mode.
@@ -172,11 +172,12 @@ def collect_exit_table(model: Any, loader: Iterable[Any], accelerator: Accelerat
     recorder = SampleRecorder(loader, accelerator)
 
     def on_batch(outputs: Outputs, target: torch.Tensor, x: Any) -> None:
-        recorder.add(outputs['confidence'].T, rank_of(outputs['logits'], target).T)
+        logits = outputs['logits']
+        recorder.add(outputs['confidence'].T, rank_of(logits, target).T, logits.argmax(dim=-1).T)
 
     run_loader(partial(predict_steps, model), loader, on_batch, next(model.parameters()).device, accelerator)
-    confidence, rank = recorder.gather()
-    return ExitTable(confidence, rank < 1, model.step_macs, correct_top5=rank < 5)
+    confidence, rank, predicted = recorder.gather()
+    return ExitTable(confidence, rank < 1, model.step_macs, correct_top5=rank < 5, predicted=predicted)
 
 
 def check_ready(model: Any) -> DynamicNet:

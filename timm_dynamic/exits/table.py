@@ -59,6 +59,7 @@ class ExitTable:
         correct: Whether the prediction after each step is correct [N, T], bool.
         step_macs: Multiply-adds of a sample that stops after step 1..T: T positive integers that do not fall.
         correct_top5: Whether the true class is among the five best after each step [N, T], bool.
+        predicted: Predicted class after each step [N, T], int64; for `agreement`.
 
     Raises:
         ValueError: The table is empty, the shapes do not fit each other, `correct` is not bool, or costs fall.
@@ -70,6 +71,7 @@ class ExitTable:
             correct: Any,
             step_macs: Sequence[int],
             correct_top5: Any | None = None,
+            predicted: Any | None = None,
     ) -> None:
         self.confidence = torch.as_tensor(confidence).detach().to('cpu', torch.float32, copy=True).contiguous()
         shape = list(self.confidence.shape)
@@ -79,6 +81,7 @@ class ExitTable:
                 f'{shape}.')
         self.correct = _as_bool(correct, 'correct', shape)
         self.correct_top5 = None if correct_top5 is None else _as_bool(correct_top5, 'correct_top5', shape)
+        self.predicted = None if predicted is None else _as_classes(predicted, shape)
         macs = [float(m) for m in step_macs]
         if len(macs) != shape[1] or any(m != int(m) for m in macs if abs(m) < float('inf')):
             raise ValueError(
@@ -183,7 +186,8 @@ class ExitTable:
         index = torch.as_tensor(indices)
         index = index if index.dtype == torch.bool else index.long()
         top5 = None if self.correct_top5 is None else self.correct_top5[index]
-        return ExitTable(self.confidence[index], self.correct[index], self.step_macs, top5)
+        predicted = None if self.predicted is None else self.predicted[index]
+        return ExitTable(self.confidence[index], self.correct[index], self.step_macs, top5, predicted)
 
     def split(self, fraction: float = 0.5, seed: int = 0) -> tuple['ExitTable', 'ExitTable']:
         """Split into a random part and the rest, e.g. to solve on one part and evaluate on the other.
@@ -216,7 +220,19 @@ class ExitTable:
         if not 1 <= num <= self.num_steps:
             raise ValueError(f'{num} steps asked for, confidences have shape {list(self.confidence.shape)}.')
         top5 = None if self.correct_top5 is None else self.correct_top5[:, :num]
-        return ExitTable(self.confidence[:, :num], self.correct[:, :num], self.step_macs[:num], top5)
+        predicted = None if self.predicted is None else self.predicted[:, :num]
+        return ExitTable(self.confidence[:, :num], self.correct[:, :num], self.step_macs[:num], top5, predicted)
+
+    def agreement(self) -> 'ExitTable':
+        """Table in which a prediction is correct if it is that of the last step: it needs no labels.
+
+        Raises:
+            ValueError: The table does not have the predicted classes.
+        """
+        if self.predicted is None:
+            raise ValueError('The exit table does not have the predicted classes, which agreement needs.')
+        agrees = self.predicted == self.predicted[:, -1:]
+        return ExitTable(self.confidence, agrees, self.step_macs, predicted=self.predicted)
 
     # Files
 
@@ -232,8 +248,9 @@ class ExitTable:
             'correct': self.correct,
             'step_macs': torch.tensor(self.step_macs, dtype=torch.int64),
         }
-        if self.correct_top5 is not None:
-            tensors['correct_top5'] = self.correct_top5
+        for name in ('correct_top5', 'predicted'):
+            if getattr(self, name) is not None:
+                tensors[name] = getattr(self, name)
         with atomic_write(path) as tmp:
             save_file(tensors, tmp, metadata={'format': _FORMAT})
 
@@ -245,9 +262,9 @@ class ExitTable:
             ValueError: The file is no exit table, is damaged, or has wrong shapes or a confidence that is NaN.
         """
         try:
-            confidence, correct, step_macs, correct_top5 = _read_safetensors(path)
-            check_numbers(confidence, path)
-            return cls(confidence, correct, step_macs, correct_top5)
+            columns = _read_safetensors(path)
+            check_numbers(columns['confidence'], path)
+            return cls(**columns)
         except (ValueError, TypeError) as e:
             raise ValueError(f'{path} cannot be read as an exit table: {e}') from e
 
@@ -274,6 +291,15 @@ def _as_bool(value: Any, name: str, shape: list[int]) -> torch.Tensor:
     return values.to('cpu', copy=True).contiguous()
 
 
+def _as_classes(value: Any, shape: list[int]) -> torch.Tensor:
+    values = torch.as_tensor(value).detach()
+    if list(values.shape) != shape or values.is_floating_point() or values.dtype == torch.bool:
+        raise ValueError(
+            f'Expected predicted classes as integers of shape {shape}, like the confidences, got '
+            f'{str(values.dtype)[6:]} of shape {list(values.shape)}.')
+    return values.to('cpu', torch.int64, copy=True).contiguous()
+
+
 def _numbers(values: Sequence[float], form: str) -> str:
     return f"[{', '.join(format(value, form) for value in values)}]"
 
@@ -291,7 +317,7 @@ def check_numbers(confidence: torch.Tensor, path: str | Path) -> None:
         raise ValueError(f'{bad} of {len(confidence)} samples have confidences that are not numbers ({path}).')
 
 
-def _read_safetensors(path: str | Path) -> tuple[torch.Tensor, torch.Tensor, list[int], torch.Tensor | None]:
+def _read_safetensors(path: str | Path) -> dict[str, Any]:
     try:
         with safe_open(path, framework='pt') as f:
             if (f.metadata() or {}).get('format') != _FORMAT:
@@ -304,4 +330,6 @@ def _read_safetensors(path: str | Path) -> tuple[torch.Tensor, torch.Tensor, lis
     missing = {'confidence', 'correct', 'step_macs'} - tensors.keys()
     if missing:
         raise ValueError(f'{sorted(missing)} missing')
-    return tensors['confidence'], tensors['correct'], tensors['step_macs'].tolist(), tensors.get('correct_top5')
+    columns: dict[str, Any] = {
+        name: tensors.get(name) for name in ('confidence', 'correct', 'correct_top5', 'predicted')}
+    return {**columns, 'step_macs': tensors['step_macs'].tolist()}
