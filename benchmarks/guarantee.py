@@ -1,5 +1,6 @@
 """How often guaranteed policies break their promise, and what they cost, on random draws from an exit table."""
 import argparse
+import logging
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
@@ -26,6 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     table = load_exit_table(args.table)
+    logging.getLogger('timm_dynamic').setLevel(logging.ERROR)  # draws with too few images say so
     return [row for num in args.num_images
             for row in benchmark_guarantee(table, num, args.max_drop, args.fit_share, args.num_draws, args.seed)]
 
