@@ -1,8 +1,8 @@
 """Pictures of where a model looks, and of its prediction after each step.
 
-    python -m timm_dynamic.visualize --model test_gfnet --demo 4 --out pictures
-    python -m timm_dynamic.visualize --model anchornet_patch_densenet201_95 --checkpoint FOLDER --input IMAGES --out DIR
-    python -m timm_dynamic.visualize --model anchornet --checkpoint anchornet.pth --input photo.jpg --out DIR
+    timm-dynamic visualize --model test_gfnet --demo 4 --out pictures
+    timm-dynamic visualize --model anchornet_patch_densenet201_95 --checkpoint FOLDER --input IMAGES --out DIR
+    timm-dynamic visualize --model anchornet --checkpoint anchornet.pth --input photo.jpg --out DIR
 """
 import argparse
 import logging
@@ -32,9 +32,9 @@ _logger = logging.getLogger(__name__)
 
 
 def create_parser() -> argparse.ArgumentParser:
-    """Parser for python -m timm_dynamic.visualize."""
+    """Parser for timm-dynamic visualize."""
     parser = StrictParser(
-        prog='python -m timm_dynamic.visualize',
+        prog='timm-dynamic visualize',
         description='Draw where a GFNet, an AnchorNet-patch or an AnchorNet looks, and its prediction after each step.')
     add = parser.add_argument
     add('--model', '-m', required=True, metavar='NAME', help="a model with its weights, or 'local-dir:FOLDER'")
@@ -126,7 +126,7 @@ def read_images(args: argparse.Namespace, **demo_args: Any) -> Iterator[tuple[Im
 
 
 def visualize(argv: Sequence[str] | None = None) -> list[Path]:
-    """Run python -m timm_dynamic.visualize.
+    """Run timm-dynamic visualize.
 
     Args:
         argv: Command line without the module's name (default: this process's).
@@ -179,7 +179,7 @@ def visualize(argv: Sequence[str] | None = None) -> list[Path]:
         draw_batch()
     if not written:
         raise ValueError(f"--input: none of the files at '{args.input}' can be read as an image.")
-    _logger.info(f'{len(written)} pictures: {args.out}')
+    _logger.info(f"{len(written)} picture{'s' if len(written) != 1 else ''}: {args.out}")
     return written
 
 

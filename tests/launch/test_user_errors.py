@@ -51,7 +51,7 @@ def test_config_files(tmp_path, capsys):
     ('--opt', 'adamww', 'adamw'), ('--opt', 'lookahead_adma', 'adam'), ('--sched', 'cosin', 'cosine')])
 def test_optimizer_and_schedule(option, value, near):
     options = TrainOptions(['--model', 'resnet18', option, value])
-    with pytest.raises(ValueError, match=rf'{option} {value}: there is none of this name. Did you mean .*\b{near}\b'):
+    with pytest.raises(ValueError, match=rf'{option} {value}: there is no such name. Did you mean .*\b{near}\b'):
         options.for_stage(create_recipe(options.base).stages[0])
     options = TrainOptions(['--model', 'resnet18', '--opt', 'lookahead_AdamW', '--sched', 'none'])
     assert options.for_stage(create_recipe(options.base).stages[0]).opt == 'lookahead_AdamW'

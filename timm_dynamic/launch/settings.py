@@ -117,7 +117,7 @@ class TrainOptions:
 def _check_name(option: str, given: str, name: str, known: Sequence[str]) -> None:
     """Raise a ValueError with the closest names for a value that is not known."""
     if name not in known:
-        raise ValueError(f"{option} {given}: there is none of this name.{did_you_mean(name, known)}")
+        raise ValueError(f"{option} {given}: there is no such name.{did_you_mean(name, known)}")
 
 
 def validation_options(args: argparse.Namespace, split: str, **given: Any) -> argparse.Namespace:
