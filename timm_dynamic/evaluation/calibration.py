@@ -2,6 +2,7 @@
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -75,6 +76,17 @@ class Calibration:
         return cls(
             table, table, f'all of {name}', f'{name}, cross-fitted in halves', halves=table.split_indices(0.5, seed))
 
+    @cached_property
+    def _folds(self) -> list[tuple[ExitTable, ExitTable, torch.Tensor]]:
+        """Of cross-fitting: table to fit on, table to evaluate on, and the images of the latter.
+
+        The solvers keep what they fitted for each table, so the tables are made once.
+        """
+        assert self.halves is not None
+        return [
+            (self.calibration.subset(fit), self.evaluation.subset(images), images)
+            for fit, images in (self.halves, self.halves[::-1])]
+
     def evaluate(self, policies: Sequence[Any], refit: Callable[[ExitTable], Sequence[Any]]) -> list[ExitPoint]:
         """Evaluate policies on images that they were not fitted on.
 
@@ -89,10 +101,9 @@ class Calibration:
         if self.halves is None:
             return [self.evaluation.evaluate(policy) for policy in policies]
         steps = torch.zeros(len(policies), len(self.evaluation), dtype=torch.int64)
-        for fit, held_out in (self.halves, self.halves[::-1]):
-            table = self.evaluation.subset(held_out)
-            for row, policy in zip(steps, refit(self.calibration.subset(fit))):
-                row[held_out] = table.steps_used(policy)
+        for table, held_out, images in self._folds:
+            for row, policy in zip(steps, refit(table)):
+                row[images] = held_out.steps_used(policy)
         return [self.evaluation.evaluate_steps(row, policy) for row, policy in zip(steps, policies)]
 
 
